@@ -1,0 +1,140 @@
+"""Writing new K and V into pages, alone or with RoPE on the way."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pkv_hf.kernels.launch import next_power_of_2
+
+RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
+"""Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
+
+
+@triton.jit
+def _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE: tl.constexpr):
+    """Page, slot and whether to write, of a row's new token t."""
+    position = tl.load(ends_ptr + row) - q_len + t
+    write = position >= tl.load(first_ptr + row)
+    page = tl.load(table_ptr + row * stride_tb + position // PAGE, mask=write, other=0).to(tl.int64)
+    return page, position % PAGE, write
+
+
+@triton.jit(do_not_specialize=["q_len", "stride_tb"])
+def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, table_ptr, first_ptr, ends_ptr, q_len,
+                  stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                  stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
+                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    t = tl.program_id(0)
+    kv_head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
+    d = tl.arange(0, BLOCK_D)
+    mask = (d < D) & write
+    t = t.to(tl.int64)
+    k = tl.load(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt + d, mask=mask)
+    tl.store(k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D + d, k, mask=mask)
+    v = tl.load(v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt + d, mask=mask)
+    tl.store(v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D + d, v, mask=mask)
+
+
+@triton.jit
+def _product(x, y):
+    return (x.to(tl.float32) * y.to(tl.float32)).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
+def _rotate(x_ptr, cos_ptr, sin_ptr, d, mask, HALF: tl.constexpr):
+    """x cos + rotate_half(x) sin for the elements d < HALF and HALF + d, every step rounded as transformers' is."""
+    low = tl.load(x_ptr + d, mask=mask)
+    high = tl.load(x_ptr + HALF + d, mask=mask)
+    a = _product(low, tl.load(cos_ptr + d, mask=mask)) - _product(high, tl.load(sin_ptr + d, mask=mask))
+    b = _product(high, tl.load(cos_ptr + HALF + d, mask=mask)) + _product(low, tl.load(sin_ptr + HALF + d, mask=mask))
+    return a.to(low.dtype), b.to(low.dtype)
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_pages_ptr, v_pages_ptr, table_ptr,
+                       first_ptr, ends_ptr, q_len, num_heads, num_kv_heads,
+                       stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
+                       stride_vb, stride_vh, stride_vt, stride_cb, stride_ct,
+                       stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
+                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr):  # fmt: skip
+    """One program a row, token and head: query heads first, then KV heads."""
+    t = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
+    HALF: tl.constexpr = D // 2
+    d = tl.arange(0, BLOCK_HALF)
+    inside = d < HALF
+    cos = cos_ptr + row * stride_cb + t * stride_ct
+    sin = sin_ptr + row * stride_cb + t * stride_ct
+    if head < num_heads:
+        a, b = _rotate(q_ptr + row * stride_qb + head * stride_qh + t * stride_qt, cos, sin, d, inside, HALF)
+        out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
+        tl.store(out + d, a, mask=inside)
+        tl.store(out + HALF + d, b, mask=inside)
+    else:
+        kv_head = head - num_heads
+        page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
+        mask = inside & write
+        a, b = _rotate(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt, cos, sin, d, mask, HALF)
+        at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
+        tl.store(at + d, a, mask=mask)
+        tl.store(at + HALF + d, b, mask=mask)
+        v = v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt
+        at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
+        tl.store(at + d, tl.load(v + d, mask=mask), mask=mask)
+        tl.store(at + HALF + d, tl.load(v + HALF + d, mask=mask), mask=mask)
+
+
+def append(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    block_table: torch.Tensor,
+    first_held: torch.Tensor,
+    ends: torch.Tensor,
+) -> None:
+    """Writes k and v `[rows, H_kv, q_len, head_dim]` into pages, as each row's last q_len positions before `ends`.
+
+    Positions before `first_held` (int32 `[rows]`) are in the null page and are left out.
+    """
+    rows, num_kv_heads, q_len, head_dim = k.shape
+    append_kernel[(q_len, num_kv_heads, rows)](
+        k, v, k_pages, v_pages, block_table, first_held, ends, q_len, *k.stride()[:3], *v.stride()[:3],
+        *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
+        D=head_dim, PAGE=k_pages.shape[2], BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+    )  # fmt: skip
+
+
+def rope_append(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    block_table: torch.Tensor,
+    first_held: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """`append` with rotary embedding (Su et al. 2021, halves rotated as transformers does) of q and k before it.
+
+    q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim,
+    cos and sin `[1 or rows, q_len, head_dim]` in q's dtype. Returns the rotated q, contiguous.
+    """
+    rows, num_heads, q_len, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
+    stride_cb = cos.stride(0) if len(cos) > 1 else 0
+    rope_append_kernel[(q_len, num_heads + num_kv_heads, rows)](
+        q, k, v, cos, sin, out, k_pages, v_pages, block_table, first_held, ends, q_len, num_heads, num_kv_heads,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
+        *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
+        D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), num_warps=1,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,193 @@
+"""Random cases for the decode kernels, and their error beside that of torch's own attention; for tests and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pkv_hf.kernels.reference import paged_attention
+
+GROUPS = (1, 3, 4, 5, 6, 7, 8, 16)
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ROUTES = ("split", "workqueue")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One decode step: row `b` holds tokens [starts[b], ends[b]) and its last q_len ones are queries."""
+
+    starts: tuple[int, ...]
+    ends: tuple[int, ...]
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    page_size: int
+    dtype: torch.dtype
+    q_len: int = 1
+    window: int = 0
+    parts: int | None = None
+    """Splits of `split`, programs of `workqueue`; None for their own choice."""
+    head_major: bool = True
+    seed: int = 0
+
+
+def random_case(rng: np.random.Generator, longest: int, dtype: torch.dtype | None = None) -> Case:
+    """A case with rows of 1 to `longest` tokens, page ends and single tokens among them."""
+    rows = int(rng.integers(1, 6))
+    page_size = int(rng.choice(PAGE_SIZES))
+    q_len = int(rng.choice([1, 1, 1, 2, 5, 8]))
+    lengths = rng.integers(1, longest + 1, rows)
+    kind = rng.integers(0, 4, rows)
+    lengths = np.where(kind == 0, np.maximum(lengths // page_size * page_size, 1), lengths)  # exact page ends
+    lengths = np.where(kind == 1, 1, lengths)
+    ends = np.maximum(lengths + rng.integers(0, 2 * page_size, rows), q_len)
+    starts = np.maximum(ends - np.maximum(lengths, 1), 0)
+    return Case(
+        starts=tuple(int(start) for start in starts),
+        ends=tuple(int(end) for end in ends),
+        num_kv_heads=int(rng.integers(1, 5)),
+        group=int(rng.choice(GROUPS)),
+        head_dim=int(rng.choice(HEAD_DIMS)),
+        page_size=page_size,
+        dtype=dtype or DTYPES[int(rng.integers(len(DTYPES)))],
+        q_len=q_len,
+        window=int(rng.integers(1, longest + 1)) if rng.random() < 0.3 else 0,
+        parts=int(rng.integers(1, 40)) if rng.random() < 0.5 else None,
+        head_major=bool(rng.random() < 0.5),
+        seed=int(rng.integers(1 << 31)),
+    )
+
+
+@dataclass(frozen=True)
+class Result:
+    error: float
+    """RMS error against float64 of the same inputs."""
+    sdpa_error: float
+    """The same of torch's `scaled_dot_product_attention` in the case's dtype."""
+    rms: float
+    """RMS of the float64 result."""
+    written: bool
+    """No output element kept the NaN that it held before."""
+
+    @property
+    def ratio(self) -> float:
+        return self.error / self.sdpa_error if self.sdpa_error else (float("inf") if self.error else 0.0)
+
+
+def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
+    """Inputs of a case: pools full of NaN but for the live tokens, page tables by a random permutation."""
+    generator = torch.Generator().manual_seed(case.seed)
+    rows, page_size = len(case.ends), case.page_size
+    width = -(-max(case.ends) // page_size)
+    pages = 1 + rows * width
+    shape = (case.num_kv_heads, pages, page_size, case.head_dim)
+    permutation = torch.randperm(pages - 1, generator=generator).add(1).to(torch.int32).view(rows, width)
+    table = torch.zeros_like(permutation)
+    live = torch.zeros(pages * page_size, dtype=torch.bool)
+    for row, (start, end) in enumerate(zip(case.starts, case.ends)):
+        if case.window:
+            start = max(start, end - case.q_len - case.window + 1)
+        held = slice(start // page_size, -(-end // page_size))
+        table[row, held] = permutation[row, held]
+        positions = torch.arange(start, end)
+        live[table[row, positions // page_size].long() * page_size + positions % page_size] = True
+    pools = []
+    for _ in range(2):
+        pool = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, case.dtype)
+        pool.view(case.num_kv_heads, -1, case.head_dim)[:, ~live.to(device)] = float("nan")
+        pool = pool.transpose(0, 1)
+        pools.append(pool if case.head_major else pool.contiguous())
+    heads = case.num_kv_heads * case.group
+    q = torch.randn((rows, case.q_len, heads, case.head_dim), generator=generator).to(device, case.dtype)
+    bounds = [torch.tensor(values, dtype=torch.int32, device=device) for values in (case.starts, case.ends)]
+    return {
+        "q": q.transpose(1, 2),
+        "k_pages": pools[0],
+        "v_pages": pools[1],
+        "block_table": table.to(device),
+        "starts": bounds[0],
+        "ends": bounds[1],
+    }
+
+
+def run(case: Case, route: str, inputs: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """A route's kernels on a case's inputs, into `out` `[rows, q_len, H_q, head_dim]`."""
+    scale = case.head_dim**-0.5
+    if route == "split":
+        from pkv_hf.kernels.split import decode_split
+
+        longest = max(end - start for start, end in zip(case.starts, case.ends))
+        return decode_split(
+            **inputs, scale=scale, window=case.window, longest=longest, num_splits=case.parts, out=out
+        )
+    from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
+
+    plan = make_plan(
+        inputs["q"], inputs["k_pages"], inputs["starts"], inputs["ends"], window=case.window, programs=case.parts
+    )
+    return decode_workqueue(**inputs, plan=plan, scale=scale, out=out)
+
+
+def measure(case: Case, route: str, device: torch.device | str) -> Result:
+    """A route's error on a case, and that of torch's attention."""
+    inputs = build(case, device)
+    q = inputs["q"]
+    out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=device)
+    with poisoned_scratch():
+        run(case, route, inputs, out)
+    scale = case.head_dim**-0.5
+    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
+    expected = paged_attention(**exact, scale=scale, window=case.window)
+    theirs = sdpa(case, inputs)
+    return Result(
+        error=rms(out - expected),
+        sdpa_error=rms(theirs - expected),
+        rms=rms(expected),
+        written=bool(torch.isfinite(out).all()),
+    )
+
+
+@contextmanager
+def poisoned_scratch() -> Iterator[None]:
+    """In this block `torch.empty` comes filled with NaN and the largest integers (a mode that torch has for this)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return float(tensor.double().square().mean().sqrt())
+
+
+def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """torch's attention in the inputs' dtype, a row at a time over its live tokens gathered into dense K and V."""
+    q, table = inputs["q"], inputs["block_table"]
+    out = torch.zeros_like(q.transpose(1, 2))
+    for row, (start, end) in enumerate(zip(case.starts, case.ends)):
+        if case.window:
+            start = max(start, end - case.q_len - case.window + 1)
+        keys = torch.arange(start, end, device=q.device)
+        pages, slots = table[row, keys // case.page_size].long(), keys % case.page_size
+        k, v = (
+            inputs[name][pages, :, slots].transpose(0, 1).repeat_interleave(case.group, dim=0)[None]
+            for name in ("k_pages", "v_pages")
+        )
+        positions = torch.arange(end - case.q_len, end, device=q.device)
+        real = positions >= start
+        mask = keys <= positions[real, None]
+        if case.window:
+            mask &= keys > positions[real, None] - case.window
+        scale = case.head_dim**-0.5
+        theirs = functional.scaled_dot_product_attention(q[row : row + 1, :, real], k, v, attn_mask=mask, scale=scale)
+        out[row, real] = theirs[0].transpose(0, 1)
+    return out

@@ -1,0 +1,42 @@
+"""Paged attention in torch, for any dtype: what every kernel is judged by."""
+
+from __future__ import annotations
+
+import torch
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+) -> torch.Tensor:
+    """Causal grouped-query attention of each row's last q_len tokens over its pages.
+
+    q is `[rows, H_q, q_len, head_dim]`, the rest as the package says; `window` counts the tokens that a query sees,
+    itself included (0: all). Computes in q's dtype. Returns `[rows, q_len, H_q, head_dim]`, 0 for queries before
+    starts.
+    """
+    rows, heads, q_len, head_dim = q.shape
+    page_size = k_pages.shape[2]
+    group = heads // k_pages.shape[1]
+    out = q.new_zeros(rows, q_len, heads, head_dim)
+    for row in range(rows):
+        start, end = int(starts[row]), int(ends[row])
+        for t in range(q_len):
+            position = end - q_len + t
+            first = max(start, position - window + 1) if window else start
+            if position < first:
+                continue
+            live = torch.arange(first, position + 1, device=q.device)
+            pages, slots = block_table[row, live // page_size].long(), live % page_size
+            k = k_pages[pages, :, slots].to(q.dtype).repeat_interleave(group, dim=1)  # [tokens, H_q, head_dim]
+            v = v_pages[pages, :, slots].to(q.dtype).repeat_interleave(group, dim=1)
+            weights = torch.einsum("hd,thd->ht", q[row, :, t], k).mul(scale).softmax(dim=-1)
+            out[row, t] = torch.einsum("ht,thd->hd", weights, v)
+    return out

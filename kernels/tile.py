@@ -1,0 +1,93 @@
+"""The loop that every decode kernel shares: one KV head's group of queries over a range of a row's tiles."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_range(start, end, q_len, window, TOKENS: tl.constexpr):
+    """First tile and number of tiles that a row's queries attend to. Tiles count from position 0."""
+    if window > 0:
+        start = tl.maximum(start, end - q_len - window + 1)
+    first = start // TOKENS
+    return first, tl.maximum(tl.cdiv(end, TOKENS) - first, 0)
+
+
+@triton.jit
+def load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt,
+                 G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """The query block [BLOCK_M, BLOCK_D] of a KV head: row m is query m // G of head kv_head * G + m % G; 0 beyond."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    offsets = (kv_head * G + m % G) * stride_qh + (m // G) * stride_qt
+    mask = (m < q_len * G)[:, None] & (d < D)[None, :]
+    return tl.load(q_ptr + row * stride_qb + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale_log2,
+                 stride_kp, stride_vp,
+                 G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
+
+    k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Returns (m, l, acc), fp32:
+    the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no token.
+    """
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    d = tl.arange(0, BLOCK_D)
+    positions = end - q_len + tl.arange(0, BLOCK_M) // G
+    lowest = start
+    if window > 0:
+        lowest = tl.maximum(start, end - q_len - window + 1)
+    for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
+        n = tile * TOKENS + tl.arange(0, TOKENS)
+        live = (n >= lowest) & (n < end)
+        page = tl.load(table_ptr + n // PAGE, mask=live, other=0).to(tl.int64)
+        slot = ((n % PAGE) * D).to(tl.int64)
+        mask = live[:, None] & (d < D)[None, :]
+        k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        seen = live[None, :] & (n[None, :] <= positions[:, None])
+        if window > 0:
+            seen = seen & (n[None, :] > positions[:, None] - window)
+        s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no token seen so far: exp2(-inf - 0) = 0, not NaN
+        p = tl.exp2(s - m_safe[:, None])
+        alpha = tl.exp2(m_i - m_safe)
+        v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m_i = m_new
+    return m_i, l_i, acc
+
+
+@triton.jit
+def store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh,
+                 G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """acc / l to the output [rows, q_len, H_q, D]; 0 for queries that saw no token."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    offsets = (m // G) * stride_ot + (kv_head * G + m % G) * stride_oh
+    mask = (m < q_len * G)[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + row * stride_ob + offsets[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_state(ml_ptr, acc_ptr, slot, m_i, l_i, acc, q_len,
+                G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """A partial state to its slot: m and l to [slots, 2, BLOCK_M], acc to [slots, BLOCK_M, BLOCK_D], fp32."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    real = m < q_len * G
+    slot = slot.to(tl.int64)
+    tl.store(ml_ptr + slot * (2 * BLOCK_M) + m, m_i, mask=real)
+    tl.store(ml_ptr + slot * (2 * BLOCK_M) + BLOCK_M + m, l_i, mask=real)
+    tl.store(acc_ptr + slot * (BLOCK_M * BLOCK_D) + m[:, None] * BLOCK_D + d[None, :], acc, mask=real[:, None])

@@ -1,0 +1,5 @@
+"""Llama, and the models that ship as it (SmolLM2, TinyLlama, ...)."""
+
+from pkv_hf.patches.family import Family
+
+LLAMA = Family(name="llama", model_type="llama", attention_class="LlamaAttention")

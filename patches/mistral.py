@@ -1,0 +1,5 @@
+"""Mistral, with or without its sliding window."""
+
+from pkv_hf.patches.family import Family
+
+MISTRAL = Family(name="mistral", model_type="mistral", attention_class="MistralAttention")

@@ -1,0 +1,119 @@
+"""Attention in torch over whole sequences and over pages: prefill, and the `sdpa` route.
+
+Nothing here builds a `[B, 1, q_len, kv_len]` mask: rows are attended to by their real tokens, causal blocks go to
+SDPA's own causal kernels, and what is left is masked in blocks of queries.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pkv_hf.layer import PagedLayer
+
+MASK_ELEMENTS = 1 << 24
+"""The largest boolean mask of a block of queries; bounds the memory of a long block over a long past."""
+
+LONG_ON_CPU = 4096
+"""From so many tokens on, SDPA's CPU kernel (one thread a head) leaves memory bandwidth unused and matrix products win."""
+
+
+def sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None, causal: bool = False
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, by a kernel that scales."""
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and not _takes_grouped_heads(q, mask):
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        group = 1
+    return functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=group > 1
+    )
+
+
+def _takes_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    # On CUDA only the flash kernel reads grouped heads in place. It needs a half type, sm_80 and no mask; otherwise
+    # enable_gqa falls to the math kernel, which builds the whole score matrix.
+    if not q.is_cuda:
+        return True
+    return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
+
+
+def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Attention of one query a row over all of k and v: a KV head's group of query heads is one block of queries."""
+    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, H_kv, G, D]
+    if q.is_cuda or not (q.dtype == k.dtype == torch.float32) or k.shape[2] < LONG_ON_CPU:
+        return sdpa(grouped, k, v, scale).view_as(q)
+    out = torch.empty_like(grouped)
+    for row in range(len(q)):
+        weights = torch.bmm(k[row], grouped[row].transpose(1, 2) * scale).softmax(dim=1)  # [H_kv, S, G]
+        torch.bmm(weights.transpose(1, 2), v[row], out=out[row])
+    return out.view_as(q)
+
+
+def attend_block(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, q_begin: int, k_begin: int, window: int
+) -> torch.Tensor:
+    """Causal attention of queries at positions q_begin, ... with keys at positions k_begin, ...
+
+    q is `[B, H_q, q_len, D]`, k and v `[B, H_kv, S, D]` and reach to the last query's own position; `window` counts the
+    tokens that a query sees, itself included (0: all). Returns `[B, H_q, q_len, D]`.
+    """
+    q_len, length = q.shape[2], k.shape[2]
+    if q_len == 1:
+        seen = slice(max(length - window, 0) if window else 0, None)
+        return _one_query(q, k[:, :, seen], v[:, :, seen], scale)
+    if q_begin == k_begin and (not window or length <= window):
+        return sdpa(q, k, v, scale, causal=True)
+    out = torch.empty_like(q)
+    block = max(MASK_ELEMENTS // length, 16) if not window else max(window, 256)
+    for begin in range(0, q_len, block):
+        end = min(begin + block, q_len)
+        positions = torch.arange(q_begin + begin, q_begin + end, device=q.device)[:, None]
+        first = max(q_begin + begin - window + 1 - k_begin, 0) if window else 0
+        last = q_begin + end - k_begin
+        keys = torch.arange(k_begin + first, k_begin + last, device=q.device)[None, :]
+        mask = keys <= positions
+        if window:
+            mask &= keys > positions - window
+        out[:, :, begin:end] = sdpa(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], scale, mask)
+    return out
+
+
+def prefill(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, starts: np.ndarray, window: int
+) -> torch.Tensor:
+    """Attention of a first step: each row's real tokens, from starts[row] on, among themselves.
+
+    q `[B, H_q, S, D]`, k and v `[B, H_kv, S, D]`; returns `[B, H_q, S, D]`, 0 for padding.
+    """
+    if not starts.any():
+        return attend_block(q, k, v, scale, 0, 0, window)
+    out = torch.zeros_like(q)
+    for row, start in enumerate(starts.tolist()):
+        part = (slice(row, row + 1), slice(None), slice(start, None))
+        out[part] = attend_block(q[part], k[part], v[part], scale, start, start, window)
+    return out
+
+
+def over_pages(
+    layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int
+) -> torch.Tensor:
+    """Attention of queries `[B, H_q, q_len, D]` at positions begin, ... over a layer's pages, their own tokens included.
+
+    Rows whose pages are consecutive are read in place, others are gathered first. Returns `[B, H_q, q_len, D]`.
+    """
+    end, window = begin + q.shape[2], layer.table.window
+    seen = np.maximum(starts, max(begin - window + 1, 0)) if window else starts
+    if (seen == seen[0]).all() and seen[0] <= begin:
+        k, v = layer.dense(int(seen[0]), end)
+        return attend_block(q, k, v, scale, begin, int(seen[0]), window)
+    out = torch.zeros_like(q)
+    for row, first in enumerate(seen.tolist()):
+        k, v = layer.dense(first, end, slice(row, row + 1))
+        real = max(first - begin, 0)  # queries before it are padding
+        part = (slice(row, row + 1), slice(None), slice(real, None))
+        out[part] = attend_block(q[part], k, v, scale, begin + real, first, window)
+    return out

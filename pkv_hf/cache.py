@@ -1,0 +1,203 @@
+"""`PagedCache`: a transformers `Cache` whose K and V live in reference-counted pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from pkv_hf.compat import layer_windows
+from pkv_hf.layer import PagedLayer
+from pkv_hf.pool import PagePool
+from pkv_hf.table import BlockTable
+
+if TYPE_CHECKING:
+    from pkv_hf.step import Step
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a cache holds. Pages are counted over the kinds of layers, each page once for all layers of its kind."""
+
+    held_bytes: int
+    """Bytes of the page pools, K and V of all layers."""
+    live_bytes: int
+    """Bytes of the tokens that can still be attended to; a token that several rows share counts once a row."""
+    pages_in_use: int
+    """Pages that this cache's rows hold, pages reserved for tokens to come included."""
+    pages_free: int
+    """Pages of the pools that nobody holds."""
+    pages_shared: int
+    """Pages held more than once, by several rows or by forks."""
+
+
+class PagedCache(Cache):
+    """KV cache in pages `[num_pages, H_kv, page_size, head_dim]`, one pool for each kind of layer.
+
+    A kind is full attention or one sliding window. A patched model's `generate()` makes such a cache by itself. Made by
+    hand it can be passed to any model as `past_key_values`: a patched one reads the pages in place, any other gets
+    dense K and V from `update`.
+
+    Args:
+        config: the model's configuration; its text decoder decides the layers and their windows.
+        page_size: tokens a page, a power of two from 16 to 256.
+        max_length: positions to reserve pages for when the first tokens come, at least 1. A longer sequence still
+            works. None reserves nothing; the pool then grows by a factor as tokens come.
+        kv_dtype: `torch.float16`, `torch.bfloat16` or `torch.float32` for the pages; None takes that of the states.
+
+    Raises:
+        ValueError: an argument outside of these, or a layer that is neither full nor sliding attention.
+        PoolAllocationError: (from the first update or a growth) the pages do not fit.
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        page_size: int = 16,
+        max_length: int | None = None,
+        kv_dtype: torch.dtype | None = None,
+    ) -> None:
+        if page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise ValueError(f"max_length={max_length!r} is not a positive number of tokens: pass one, or None to grow")
+        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {KV_DTYPES}, or None for the dtype of the states")
+        windows = layer_windows(config)
+        self.page_size = page_size
+        self.kv_dtype = kv_dtype
+        self.tables = {
+            window: BlockTable(PagePool(page_size, windows.count(window)), window, max_length or 0)
+            for window in sorted(set(windows))
+        }
+        self.step: Step | None = None  # set while a patched model's forward serves this cache
+        super().__init__(layers=[PagedLayer(self.tables[w], i, kv_dtype) for i, w in enumerate(windows)])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends K and V `[B, H_kv, q_len, head_dim]` of a layer.
+
+        Returns dense K and V of all positions that the queries can see, as every transformers cache does; inside a
+        patched model's forward, what its attention needs to read the pages in place.
+        """
+        if self.step is not None:
+            return self.step.update(key_states, value_states, layer_idx)
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def start(self, rows: int, pads: np.ndarray) -> None:
+        """Begins `rows` rows whose first `pads[row]` positions are padding, which costs no page."""
+        for table in self.tables.values():
+            table.start(rows, pads)
+
+    def truncate(self, length: int) -> None:
+        """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again."""
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+        for table in self.tables.values():
+            if length:
+                table.shrink(length)
+            else:
+                table.release()
+                table.pool.forget_unfinished()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative count, or 0 for none) and frees their pages.
+
+        Raises:
+            ValueError: a positive count, or more tokens than the cache holds.
+            RuntimeError: the sliding window that ends there is not held any more (`activate_past_recording` before
+                appending keeps it).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove} is positive: pass minus the number of tokens to remove"
+            )
+        length = self.get_seq_length() + tokens_to_remove
+        if length < 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}, but the cache holds {self.get_seq_length()} tokens")
+        for table in self.tables.values():
+            if tokens_to_remove and not table.can_shrink(length):
+                raise RuntimeError(
+                    f"tokens_to_remove={tokens_to_remove} needs positions that the sliding window of {table.window} "
+                    "has left behind: call activate_past_recording() before appending tokens that may be cropped"
+                )
+        self.truncate(length)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side, on the same pages until one of them writes."""
+        self._select(np.repeat(np.arange(self.rows), repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` (or those where a boolean mask is true), in that order."""
+        chosen = indices.cpu().numpy()
+        self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
+
+    def _select(self, rows: np.ndarray) -> None:
+        if not self.rows:
+            return
+        if len(rows) and not (-self.rows <= rows.min() and rows.max() < self.rows):
+            raise IndexError(f"row indices from {rows.min()} to {rows.max()} do not fit a cache of {self.rows} rows")
+        for table in self.tables.values():
+            table.select(rows, self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forgets all tokens and returns their pages; the pools stay for the next ones."""
+        self.truncate(0)
+
+    def fork(self) -> PagedCache:
+        """A second cache with the same contents on the same pages; whichever writes into a page first copies it.
+
+        Forks share one pool, so only one of them may be used at a time (threads need `copy.deepcopy`).
+        """
+        length = self.get_seq_length()
+        twin = object.__new__(PagedCache)
+        twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
+        twin.tables = {window: table.fork(length) for window, table in self.tables.items()}
+        twin.step = None
+        layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
+        for layer in layers:
+            layer.length = length
+        Cache.__init__(twin, layers=layers)
+        return twin
+
+    def memory(self) -> CacheMemory:
+        """Bytes and pages that the cache holds now."""
+        live = in_use = free = shared = 0
+        length = self.get_seq_length()
+        for table in self.tables.values():
+            counts = table.pool.allocator.refcounts
+            held = np.unique(table.pages[table.pages > 0])
+            in_use += len(held)
+            shared += int(np.count_nonzero(counts[held] > 1))
+            free += table.pool.allocator.free
+            first = np.maximum(table.pads, max(length - table.window + 1, 0) if table.window else 0)
+            tokens = int(np.maximum(length - first, 0).sum())
+            live += tokens * table.pool.page_nbytes // self.page_size
+        held_bytes = sum(table.pool.nbytes for table in self.tables.values())
+        return CacheMemory(held_bytes, live, in_use, free, shared)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 before the first tokens."""
+        return next(iter(self.tables.values())).rows
+
+    @property
+    def pads(self) -> np.ndarray:
+        """Leading positions of each row that hold no token, int64 `[rows]`."""
+        return next(iter(self.tables.values())).pads
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows or -1

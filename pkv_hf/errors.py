@@ -1,0 +1,21 @@
+"""The errors that this package raises on purpose; each message names the argument, its value and the way out."""
+
+from __future__ import annotations
+
+import torch
+
+
+class PoolAllocationError(torch.OutOfMemoryError):
+    """A page pool did not fit. A subclass of `torch.OutOfMemoryError`, so that code which retries smaller still works."""
+
+
+class UnsupportedModelError(ValueError):
+    """`patch` found nothing in the model that it can serve; the message says why."""
+
+
+class UnsupportedVersionError(ImportError):
+    """The installed transformers is older than the oldest release that this package is tested with."""
+
+
+class RouteError(RuntimeError):
+    """A route that the caller named cannot serve a step; the message gives every route's reason."""

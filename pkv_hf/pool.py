@@ -1,0 +1,176 @@
+"""Pages and who holds them: a reference-counting allocator, and the K and V storage behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import psutil
+import torch
+
+from pkv_hf.errors import PoolAllocationError
+
+NULL_PAGE = 0
+"""Table entries of pages that hold no token (left padding, behind a window) name this page; it is all zeros."""
+
+GROWTH = 1.25
+"""A pool that is full grows to this multiple of what it needs, so that appending stays linear in the tokens."""
+
+
+class PageAllocator:
+    """Reference counts of the pages of one pool. Page 0, the null page, is never handed out.
+
+    `alloc` prefers a run of consecutive pages, since consecutive pages of a row can be read without a copy.
+    """
+
+    def __init__(self) -> None:
+        self.refcounts = np.ones(1, dtype=np.int32)  # the null page is always held
+
+    @property
+    def capacity(self) -> int:
+        """Pages that tokens can live in (the null page is not one of them)."""
+        return len(self.refcounts) - 1
+
+    @property
+    def free(self) -> int:
+        return int(np.count_nonzero(self.refcounts == 0))
+
+    def grow(self, capacity: int) -> None:
+        added = capacity - self.capacity
+        self.refcounts = np.concatenate([self.refcounts, np.zeros(added, dtype=np.int32)])
+
+    def alloc(self, count: int, after: int = NULL_PAGE) -> np.ndarray:
+        """Takes `count` free pages, as one run if there is one, the run that follows page `after` before all others.
+
+        The caller makes sure that so many are free.
+        """
+        free = self.refcounts == 0
+        if after != NULL_PAGE and after + count < len(free) and free[after + 1 : after + 1 + count].all():
+            pages = np.arange(after + 1, after + 1 + count)
+        else:
+            pages = self._first_fit(np.flatnonzero(free), count)
+        self.refcounts[pages] = 1
+        return pages.astype(np.int32)
+
+    @staticmethod
+    def _first_fit(free: np.ndarray, count: int) -> np.ndarray:
+        if len(free) < count:
+            raise RuntimeError(f"{count} pages asked of a pool with {len(free)} free ones")
+        runs = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
+        first = runs[0] if len(runs) else 0
+        return free[first : first + count]
+
+    def retain(self, pages: np.ndarray) -> None:
+        np.add.at(self.refcounts, pages[pages != NULL_PAGE], 1)
+
+    def release(self, pages: np.ndarray) -> None:
+        np.subtract.at(self.refcounts, pages[pages != NULL_PAGE], 1)
+
+
+class PagePool:
+    """The K and V pages of all layers of one kind. Forks of a cache share it.
+
+    A layer's pool is a tensor `[num_pages, H_kv, page_size, head_dim]`. Its memory is head-major
+    (`[H_kv, num_pages, page_size, head_dim]`), so that the tokens of consecutive pages are consecutive for every head
+    and torch reads them as one `[H_kv, tokens, head_dim]` view.
+    """
+
+    def __init__(self, page_size: int, num_layers: int) -> None:
+        self.page_size = page_size
+        self.num_layers = num_layers
+        self.allocator = PageAllocator()
+        self.storage: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.device = torch.device("cpu")
+        self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in self.storage.values())
+
+    @property
+    def page_nbytes(self) -> int:
+        """Bytes of one page over all layers, K and V."""
+        return self.layer_page_nbytes * self.num_layers
+
+    def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V pages of a layer, each `[num_pages, H_kv, page_size, head_dim]`."""
+        k, v = self.storage[layer_idx]
+        return k.transpose(0, 1), v.transpose(0, 1)
+
+    def expect(self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Learns the size of a page from states `[B, H_kv, q_len, head_dim]`, before the first page is asked for."""
+        self.device = key.device
+        self.layer_page_nbytes = self.page_size * sum(
+            states.shape[1] * states.shape[3] * (dtype or states.dtype).itemsize for states in (key, value)
+        )
+
+    def add_layer(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
+        """Makes the pages of a layer for states like `key` and `value` (`[B, H_kv, q_len, head_dim]`)."""
+        pages = self.allocator.capacity + 1
+        self.storage[layer_idx] = (
+            self._allocate((key.shape[1], pages, self.page_size, key.shape[3]), dtype or key.dtype, key.device),
+            self._allocate((value.shape[1], pages, self.page_size, value.shape[3]), dtype or value.dtype, value.device),
+        )
+
+    def require(self, pages: int, exact: bool = False) -> None:
+        """Makes sure that `pages` pages are free: grows every layer to just that many (`exact`) or by a factor.
+
+        Raises PoolAllocationError where they do not fit.
+        """
+        missing = pages - self.allocator.free
+        if missing <= 0:
+            return
+        needed = self.allocator.capacity + missing
+        capacity = needed if exact else int(needed * GROWTH) + 1
+        # Layers may sit on several devices: only on the CPU, which overcommits, is all of it asked of this one.
+        layers_here = self.num_layers if self.device.type == "cpu" else 1
+        if capacity * self.layer_page_nbytes * layers_here > free_bytes(self.device) + self.nbytes:
+            raise self._out_of_memory(capacity)
+        for layer_idx, (k, v) in self.storage.items():  # one at a time: old and new of one layer stand side by side
+            self.storage[layer_idx] = (self._grown(k, capacity + 1), self._grown(v, capacity + 1))
+        self.allocator.grow(capacity)
+
+    def forget_unfinished(self) -> None:
+        """Drops pools that ran out of memory before all their layers were there, so that a smaller try can follow."""
+        if len(self.storage) < self.num_layers and self.allocator.free == self.allocator.capacity:
+            self.storage.clear()
+            self.allocator = PageAllocator()
+
+    def _grown(self, old: torch.Tensor, pages: int) -> torch.Tensor:
+        heads, kept, page_size, head_dim = old.shape
+        if kept >= pages:  # an earlier growth got this far before it ran out of memory
+            return old
+        new = self._allocate((heads, pages, page_size, head_dim), old.dtype, old.device)
+        new[:, :kept] = old
+        return new
+
+    def _allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        try:
+            tensor = torch.empty(shape, dtype=dtype, device=device)
+        except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
+            raise self._out_of_memory(shape[1]) from error
+        tensor[:, NULL_PAGE] = 0
+        return tensor
+
+    def _out_of_memory(self, pages: int) -> PoolAllocationError:
+        return PoolAllocationError(
+            f"out of memory: {pages} KV pages of {self.page_size} tokens wanted {pages * self.page_nbytes:,} bytes on "
+            f"{self.device}, where {free_bytes(self.device):,} bytes are free. Lower max_new_tokens (or max_length), "
+            "the prompt or the batch: pages are reserved for all of them."
+        )
+
+    def copy_pages(self, source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray) -> None:
+        """Copies whole pages, in every layer (copy-on-write)."""
+        for tensors in self.storage.values():
+            for tensor in tensors:
+                src = torch.as_tensor(source, dtype=torch.long, device=tensor.device)
+                dst = torch.as_tensor(target, dtype=torch.long, device=tensor.device)
+                tensor.index_copy_(1, dst, tensor.index_select(1, src))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device, what torch's own allocator holds unused included."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available

@@ -1,0 +1,55 @@
+"""`report`: what a patched model serves, how its last step ran, and what was left to transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from pkv_hf.patch import unwrap
+from pkv_hf.serving import STATE, PatchState
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of a patched model, as `str(report)` prints it."""
+
+    family: str
+    layers: int
+    page_size: int
+    asked: str
+    """The route that `patch` was given."""
+    route: str | None
+    """The route of the last step, None before the first."""
+    rejected: dict[str, str]
+    """Why the last step's other candidates were refused, by route."""
+    left: tuple[str, ...]
+    """Why calls were left to transformers' own path, each reason once."""
+
+    def __str__(self) -> str:
+        lines = [
+            f"family    {self.family}, {self.layers} attention layers patched",
+            f"cache     PagedCache, pages of {self.page_size} tokens",
+            f"route     {self.asked}, last step: {self.route or 'none yet'}",
+            *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
+            *(f"left to transformers: {reason}" for reason in self.left),
+        ]
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> Report:
+    """Prints what a patched model does, and returns it as a `Report`. Raises ValueError for a model not patched."""
+    state: PatchState | None = getattr(unwrap(model), STATE, None)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call pkv_hf.patch(model) first")
+    result = Report(
+        family=state.family,
+        layers=state.layers,
+        page_size=state.page_size,
+        asked=state.route,
+        route=state.last_route,
+        rejected=dict(state.rejected),
+        left=tuple(state.said),
+    )
+    print(result)
+    return result

@@ -1,0 +1,183 @@
+"""What a patched model does with a call: serve it on pages, or leave it to transformers and say why."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pkv_hf import compat
+from pkv_hf.cache import PagedCache
+from pkv_hf.routes import Route, StepShape, choose
+from pkv_hf.step import Step, handle_of
+
+logger = logging.getLogger("pkv_hf")
+
+STATE = "_pkv_hf_state"
+"""The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
+
+FORWARD = "_pkv_hf_forward"
+"""The attribute of a module whose `forward` was replaced: the bound forward that was there, None for the class's own."""
+
+
+@dataclass
+class PatchState:
+    """What one patched model was asked for and what it has done. What steps need is on their caches, not here."""
+
+    route: str
+    page_size: int
+    family: str
+    layers: int
+    group: int
+    head_dim: int
+    implementation: str
+    """The name of our attention in transformers' registry, for this model."""
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    """Why calls were left to transformers, each reason once."""
+    last_route: str | None = None
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Why the last step's other routes were refused."""
+
+    def say(self, reason: str) -> None:
+        if reason not in self.said:
+            self.said.append(reason)
+            logger.warning("pkv_hf: left to transformers' own path: %s", reason)
+
+
+class NotServed(Exception):
+    """A call that pages cannot serve exactly. Its message is the reason, empty where there is nothing to say."""
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module had before it was patched."""
+    return getattr(module, FORWARD) or type(module).forward.__get__(module)
+
+
+def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a decoder's `forward`: with a `PagedCache`, its layers append to pages and read them there."""
+    state: PatchState = getattr(self, STATE)
+    if args:
+        kwargs = {**inspect.signature(type(self).forward).bind_partial(self, *args).arguments, **kwargs}
+        del kwargs["self"]
+    try:
+        step = plan(self, state, kwargs)
+    except NotServed as reason:
+        if str(reason):
+            state.say(str(reason))
+        return original_forward(self)(**kwargs)
+    # A 4-D mask is passed on as it is: this empty one keeps transformers from building the real one.
+    kwargs["attention_mask"] = torch.empty((len(step.bounds.starts), 1, 0, 0), dtype=torch.bool)
+    with step:
+        return original_forward(self)(**kwargs)
+
+
+def plan(decoder: nn.Module, state: PatchState, call: dict[str, Any]) -> Step:
+    """The step that serves a call of the decoder.
+
+    Raises NotServed with the reason where pages cannot serve it, RouteError where the route that the caller of `patch`
+    named cannot.
+    """
+    cache = call.get("past_key_values")
+    if decoder.training:
+        raise NotServed("the model is in training mode")
+    if cache is None:
+        raise NotServed
+    if not isinstance(cache, PagedCache):
+        raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
+    if torch.compiler.is_compiling():
+        raise NotServed("the model is being compiled")
+    if decoder.config._attn_implementation != state.implementation:
+        raise NotServed("the attention implementation was set after patch(): patch again")
+    if call.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise NotServed("output_attentions=True needs the attention weights")
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if tokens is None:
+        raise NotServed  # transformers has its own error for that
+    weight = next(decoder.parameters())
+    if torch.is_grad_enabled() and (weight.requires_grad or tokens.requires_grad):
+        raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
+    rows, q_len = tokens.shape[:2]
+    starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
+    return Step(cache, q_len, starts, choose_route(state, cache, starts, weight))
+
+
+def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:
+    """The first real position of every row (int64 `[rows]`), by the attention mask and by what the cache holds.
+
+    Raises NotServed for masks that are more than left padding.
+    """
+    past = cache.get_seq_length()
+    pads = cache.pads if cache.rows else np.zeros(rows, dtype=np.int64)
+    if len(pads) != rows:
+        raise NotServed(f"the batch is {rows}, but the PagedCache holds {len(pads)} rows")
+    if mask is None:
+        if pads.any():
+            state.say("no attention_mask, but the cache holds left padding: it was not stored and stays masked")
+        return pads
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise NotServed("attention_mask is not a [batch, length] tensor")
+    if mask.shape != (rows, past + q_len):
+        raise NotServed(f"attention_mask is {list(mask.shape)}, not {[rows, past + q_len]}")
+    real = mask != 0
+    ascends = (real[:, 1:] >= real[:, :-1]).all(dim=1)
+    counts, ascends = torch.stack([real.sum(dim=1), ascends.long()]).cpu().numpy()  # one transfer for both
+    if not ascends.all():
+        raise NotServed("attention_mask has holes or right padding")
+    if not counts.all():
+        raise NotServed("attention_mask has a row without a real token")
+    starts = past + q_len - counts
+    if past and (starts < pads).any():
+        state.say("attention_mask unmasks padding of an earlier call: it was not stored and stays masked")
+    return np.maximum(starts, pads)
+
+
+def choose_route(state: PatchState, cache: PagedCache, starts: np.ndarray, weight: torch.Tensor) -> Route:
+    shape = StepShape(
+        device=weight.device,
+        dtype=weight.dtype,
+        kv_dtype=cache.kv_dtype or weight.dtype,
+        group=state.group,
+        head_dim=state.head_dim,
+        ragged=bool((starts != starts[0]).any()),
+        autocast=torch.is_autocast_enabled(weight.device.type),
+        named=state.route != "auto",
+    )
+    route, state.rejected = choose(state.route, shape)
+    state.last_route = route.name
+    return route
+
+
+def attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    *,
+    original: str,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Our attention function: pages for keys that a step appended, transformers' `original` for any other.
+
+    query is `[B, H_q, q_len, D]`, key and value `[B, H_kv, S, D]`; returns `[B, q_len, H_q, D]` and the weights if any.
+    """
+    handle = handle_of(key)
+    if handle is None:
+        function = compat.attention_function(original, module)
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    step, layer_idx = handle
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return step.attend(query, key, value, layer_idx, scale).contiguous(), None
+
+
+def mask(*args: Any, original: str, **kwargs: Any) -> Any:
+    """Our mask function. Steps need no mask and never ask for one, so this is transformers' `original`."""
+    return compat.mask_function(original)(*args, **kwargs)

@@ -1,0 +1,70 @@
+"""One forward of a patched model over a `PagedCache`: what its layers share, from begin to commit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pkv_hf.attention import over_pages, prefill
+from pkv_hf.cache import PagedCache
+from pkv_hf.routes import Bounds, Route
+
+MAX_DECODE_QUERIES = 8
+"""Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
+
+
+class Step:
+    """Appends each layer's new K and V to the pages and attends over them by the step's route.
+
+    Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was. `starts` are the
+    first real positions of the rows (int64 `[rows]`).
+    """
+
+    def __init__(self, cache: PagedCache, q_len: int, starts: np.ndarray, route: Route) -> None:
+        self.cache = cache
+        self.bounds = Bounds(starts, cache.get_seq_length(), q_len)
+        self.route = route
+
+    def __enter__(self) -> Step:
+        if not self.cache.rows:
+            self.cache.start(len(self.bounds.starts), self.bounds.starts)
+        self.cache.step = self
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.cache.step = None
+        if error is not None:
+            self.cache.truncate(self.bounds.begin)
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends k and v `[rows, H_kv, q_len, D]` to a layer; returns them, k with a handle that leads back here."""
+        self.route.append(self.cache.layers[layer_idx], k, v, self.bounds)
+        k.pkv_hf_handle = (self, layer_idx)  # type: ignore[attr-defined]
+        return k, v
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scale: float) -> torch.Tensor:
+        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended; returns `[rows, q_len, H_q, D]`."""
+        layer, bounds = self.cache.layers[layer_idx], self.bounds
+        if not bounds.begin:
+            return prefill(q, k, v, scale, bounds.starts, layer.table.window).transpose(1, 2)
+        if bounds.q_len > MAX_DECODE_QUERIES:
+            return over_pages(layer, q, scale, bounds.starts, bounds.begin).transpose(1, 2)
+        return self.route.decode(layer, q, scale, bounds)
+
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether this step is a decode step whose route takes `rope_decode`."""
+        return self.route.fuses_rope and self.bounds.begin > 0 and self.bounds.q_len <= MAX_DECODE_QUERIES
+
+    def rope_decode(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        layer_idx: int, scale: float,
+    ) -> torch.Tensor:  # fmt: skip
+        """`update` and `attend` with RoPE in the append: q, k and v as projected, cos and sin `[1 or rows, q_len, D]`."""
+        layer = self.cache.layers[layer_idx]
+        return self.route.decode(layer, self.route.rope_append(layer, q, k, v, cos, sin, self.bounds), scale, self.bounds)
+
+
+def handle_of(key: torch.Tensor) -> tuple[Step, int] | None:
+    """The step and layer that `Step.update` put on the keys, None for any other keys."""
+    return getattr(key, "pkv_hf_handle", None)

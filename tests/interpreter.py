@@ -1,0 +1,37 @@
+"""Triton's interpreter for the kernels under test, with its bfloat16 mended.
+
+The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, and its casts to bfloat16 cut off what a
+GPU rounds to nearest; here products are of float32 values, which are exact, and casts round.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use() -> None:
+    """Turns the interpreter on where there is no GPU. Must run before a kernel module is imported."""
+    if torch.cuda.is_available():
+        return
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def create_dot(self, a, b, *rest):
+        if a.dtype.scalar == tl.bfloat16:
+            a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
+        return plain_dot(self, a, b, *rest)
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
+            rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
+            return TensorHandle(rounded.numpy(), tl.bfloat16)
+        return plain_cast(self, src, dst_type)
+
+    InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    for name in ("create_fp_ext", "create_fp_trunc"):
+        setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))

@@ -1,0 +1,85 @@
+"""Every kernel compiles for every supported GPU, none at hand, and fits its shared memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+
+pytest.importorskip("triton")
+
+SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+
+# The interpreter's functions do not compile, so a process without it does, one a target.
+COMPILE = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from pkv_hf.kernels import append, split, workqueue
+from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
+
+ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
+POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "row_tiles_ptr": "i32",
+            "first_items_ptr": "i32", "ml_ptr": "fp32", "acc_ptr": "fp32"}
+
+def compiled(target, kernel, dtype, constants, warps, **alike):
+    signature = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = "*" + POINTERS.get(name, dtype)
+        else:
+            signature[name] = "fp32" if name == "scale_log2" else "i32"
+    signature.update(alike)
+    places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    # as at run time: pointers are aligned, and strides but for the block table's are multiples of head_dim
+    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params
+               if p.name.endswith("_ptr") or p.name.startswith("stride_") and not p.do_not_specialize}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
+    return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
+
+target, shared, cases = json.loads(sys.argv[1])
+gpu, used = GPUTarget("cuda", target, 32), {}
+for head_dim, group, q_len, dtype in cases:
+    tile = choose_tile(head_dim, ELEMENT[dtype], q_len * group, shared)
+    block_m, block_d = padded_queries(q_len * group), next_power_of_2(head_dim)
+    common = dict(G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d)
+    attend = dict(**common, PAGE=16, TOKENS=tile.tokens, STAGES=tile.num_stages)
+    case = f"D{head_dim} G{group} q{q_len} {dtype}"
+    for direct in (False, True):
+        state = {} if not direct else {"ml_ptr": "*" + dtype, "acc_ptr": "*" + dtype}
+        used[f"split {case} {direct}"] = compiled(
+            gpu, split.split_kernel, dtype, dict(**attend, DIRECT=direct), tile.num_warps, **state)
+    used[f"workqueue {case}"] = compiled(gpu, workqueue.workqueue_kernel, dtype, attend, tile.num_warps)
+    used[f"merge_splits {case}"] = compiled(gpu, split.merge_splits_kernel, dtype, dict(**common, PARTS=32), 4)
+    used[f"merge_items {case}"] = compiled(gpu, workqueue.merge_items_kernel, dtype, dict(**common, PARTS=32), 4)
+    width = dict(D=head_dim, PAGE=16)
+    used[f"append {case}"] = compiled(gpu, append.append_kernel, dtype, dict(**width, BLOCK_D=block_d), 1)
+    used[f"rope_append {case}"] = compiled(
+        gpu, append.rope_append_kernel, dtype, dict(**width, BLOCK_HALF=next_power_of_2(head_dim // 2)), 1)
+used["plan"] = compiled(gpu, workqueue.plan_kernel, "i32", dict(TOKENS=64, BLOCK=64), 1)
+print(json.dumps(used))
+"""
+
+
+@pytest.mark.parametrize("target", SHARED_KIB)
+def test_every_kernel_fits(target):
+    dtypes = ["fp16", "fp32"] if target == 75 else ["bf16", "fp32"]  # sm_75 has no bfloat16
+    cases = [(128, 4, 1), (256, 16, 1), (64, 3, 8)]
+    cases = [(*case, dtype) for case, dtype in product(cases, dtypes)] + [(96, 16, 8, "fp16"), (256, 16, 8, "fp32")]
+    arguments = json.dumps([target, SHARED_KIB[target] * 1024, cases])
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, arguments], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    used = json.loads(done.stdout)
+    assert len(used) == 7 * len(cases) + 1
+    for kernel, nbytes in used.items():
+        assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

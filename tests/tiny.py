@@ -1,0 +1,53 @@
+"""Tiny random models of the four families, big enough that greedy tokens wander."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 24}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-windows": ("Qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+}
+
+
+def tiny(name: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
+    """A model by its name in `FAMILIES`, fp32, in eval mode, with weights large enough for sharp attention."""
+    family, settings = FAMILIES[name]
+    config = getattr(transformers, f"{family}Config")(**COMMON, **settings, **overrides)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2)
+    return model
+
+
+def left_padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch of random prompts of these lengths in tokens, padded on the left."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    input_ids = torch.randint(2, COMMON["vocab_size"], (len(lengths), longest), generator=generator)
+    mask = torch.ones_like(input_ids)
+    for row, length in enumerate(lengths):
+        input_ids[row, : longest - length] = COMMON["pad_token_id"]
+        mask[row, : longest - length] = 0
+    return {"input_ids": input_ids, "attention_mask": mask}
