@@ -143,8 +143,7 @@ def measure(case: Case, route: str, device: torch.device | str) -> Result:
     with poisoned_scratch():
         run(case, route, inputs, out)
     scale = case.head_dim**-0.5
-    exact = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in inputs.items()}
-    expected = paged_attention(**exact, scale=scale, window=case.window)
+    expected = reference(case, inputs)
     theirs = sdpa(case, inputs)
     return Result(
         error=rms(out - expected),
@@ -169,8 +168,17 @@ def rms(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
+def reference(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The judge's result, in float64."""
+    scale = case.head_dim**-0.5
+    return paged_attention(**{**inputs, "q": inputs["q"].double()}, scale=scale, window=case.window)
+
+
 def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """torch's attention in the inputs' dtype, a row at a time over its live tokens gathered into dense K and V."""
+    """torch's attention in the inputs' dtype, a row at a time over its live tokens gathered into dense K and V.
+
+    The queries of a KV head's group are one block of queries, so that K and V are not repeated.
+    """
     q, table = inputs["q"], inputs["block_table"]
     out = torch.zeros_like(q.transpose(1, 2))
     for row, (start, end) in enumerate(zip(case.starts, case.ends)):
@@ -178,16 +186,15 @@ def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             start = max(start, end - case.q_len - case.window + 1)
         keys = torch.arange(start, end, device=q.device)
         pages, slots = table[row, keys // case.page_size].long(), keys % case.page_size
-        k, v = (
-            inputs[name][pages, :, slots].transpose(0, 1).repeat_interleave(case.group, dim=0)[None]
-            for name in ("k_pages", "v_pages")
-        )
+        k, v = (inputs[name][pages, :, slots].transpose(0, 1)[None] for name in ("k_pages", "v_pages"))
         positions = torch.arange(end - case.q_len, end, device=q.device)
         real = positions >= start
         mask = keys <= positions[real, None]
         if case.window:
             mask &= keys > positions[real, None] - case.window
-        scale = case.head_dim**-0.5
-        theirs = functional.scaled_dot_product_attention(q[row : row + 1, :, real], k, v, attn_mask=mask, scale=scale)
-        out[row, real] = theirs[0].transpose(0, 1)
+        grouped = q[row, :, real].reshape(1, case.num_kv_heads, -1, case.head_dim)  # group by group, then by token
+        theirs = functional.scaled_dot_product_attention(
+            grouped, k, v, attn_mask=mask.repeat(case.group, 1), scale=case.head_dim**-0.5
+        )
+        out[row, real] = theirs.view(case.num_kv_heads * case.group, -1, case.head_dim).transpose(0, 1)
     return out

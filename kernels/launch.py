@@ -19,19 +19,22 @@ class Tile:
     num_stages: int
 
 
-def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: int) -> Tile:
-    """The largest tile whose pipeline fits `shared_memory` bytes.
+def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: int) -> Tile | None:
+    """The tile of a launch that fits `shared_memory` bytes, None where the queries leave no room for any.
 
-    `num_stages` tiles of K and V are in flight at once, beside the padded queries and the weights of a tile.
+    `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
+    end the accumulator passes through the same memory.
     """
     width = next_power_of_2(head_dim)
     block_m = padded_queries(query_rows)
-    for tokens, stages in ((128, 3), (64, 3), (64, 2), (32, 2), (16, 2), (16, 1)):
-        pipeline = 2 * stages * tokens * width * itemsize
-        beside = block_m * (width * (itemsize + 4) + tokens * 4)
-        if pipeline + beside <= shared_memory and (tokens < 128 or width <= 64):
-            break
-    return Tile(tokens, 4 if block_m * width <= 4096 else 8, stages)
+    for tokens, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
+        if width <= 64 and tokens == 64:
+            tokens = 128
+        pipeline = 2 * (stages - 1) * tokens * width * itemsize
+        loop = pipeline + block_m * (width * itemsize + tokens * 4)
+        if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
+            return Tile(tokens, 4 if block_m * width <= 8192 else 8, stages)
+    return None
 
 
 def next_power_of_2(n: int) -> int:
@@ -50,16 +53,23 @@ def _properties(index: int) -> tuple[int, int]:
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory a block can have; for the interpreter's CPU a small made-up GPU."""
+    """Multiprocessors, and bytes of shared memory a block can have; for the interpreter on a CPU, a small made-up GPU."""
     if device.type != "cuda":
-        return 4, 64 * 1024
+        return 4, 227 * 1024
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
 
 
 def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:
-    """The tile of a launch for q `[rows, H_q, q_len, head_dim]` over pages of q's dtype."""
+    """The tile of a launch for q `[rows, H_q, q_len, head_dim]` over pages of q's dtype. Raises ValueError for none."""
     query_rows = q.shape[2] * (q.shape[1] // k_pages.shape[1])
-    return choose_tile(q.shape[3], q.element_size(), query_rows, device_limits(q.device)[1])
+    shared_memory = device_limits(q.device)[1]
+    tile = choose_tile(q.shape[3], q.element_size(), query_rows, shared_memory)
+    if tile is None:
+        raise ValueError(
+            f"{query_rows} queries a KV head with head_dim={q.shape[3]} in {q.dtype} do not fit {shared_memory} bytes "
+            "of shared memory: decode fewer tokens at once"
+        )
+    return tile
 
 
 def check(

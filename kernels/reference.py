@@ -23,20 +23,22 @@ def paged_attention(
     starts.
     """
     rows, heads, q_len, head_dim = q.shape
-    page_size = k_pages.shape[2]
-    group = heads // k_pages.shape[1]
+    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
+    grouped = q.reshape(rows, num_kv_heads, heads // num_kv_heads, q_len, head_dim)
     out = q.new_zeros(rows, q_len, heads, head_dim)
     for row in range(rows):
         start, end = int(starts[row]), int(ends[row])
+        if window:
+            start = max(start, end - q_len - window + 1)
+        live = torch.arange(start, end, device=q.device)
+        pages, slots = block_table[row, live // page_size].long(), live % page_size
+        k, v = k_pages[pages, :, slots].to(q.dtype), v_pages[pages, :, slots].to(q.dtype)  # [tokens, H_kv, head_dim]
         for t in range(q_len):
             position = end - q_len + t
             first = max(start, position - window + 1) if window else start
             if position < first:
                 continue
-            live = torch.arange(first, position + 1, device=q.device)
-            pages, slots = block_table[row, live // page_size].long(), live % page_size
-            k = k_pages[pages, :, slots].to(q.dtype).repeat_interleave(group, dim=1)  # [tokens, H_q, head_dim]
-            v = v_pages[pages, :, slots].to(q.dtype).repeat_interleave(group, dim=1)
-            weights = torch.einsum("hd,thd->ht", q[row, :, t], k).mul(scale).softmax(dim=-1)
-            out[row, t] = torch.einsum("ht,thd->hd", weights, v)
+            seen = slice(first - start, position + 1 - start)
+            weights = torch.einsum("kgd,tkd->kgt", grouped[row, :, :, t], k[seen]).mul(scale).softmax(dim=-1)
+            out[row, t] = torch.einsum("kgt,tkd->kgd", weights, v[seen]).reshape(heads, head_dim)
     return out

@@ -44,10 +44,15 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
     lowest = start
     if window > 0:
         lowest = tl.maximum(start, end - q_len - window + 1)
+    n = first_tile * TOKENS + tl.arange(0, TOKENS)
+    next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
         n = tile * TOKENS + tl.arange(0, TOKENS)
         live = (n >= lowest) & (n < end)
-        page = tl.load(table_ptr + n // PAGE, mask=live, other=0).to(tl.int64)
+        # Pages are looked up a tile ahead: loads that depend on a load of their own iteration are pipelined less.
+        page = next_page.to(tl.int64)
+        after = n + TOKENS
+        next_page = tl.load(table_ptr + after // PAGE, mask=after < end, other=0)
         slot = ((n % PAGE) * D).to(tl.int64)
         mask = live[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)

@@ -16,7 +16,11 @@ import torch
 
 from pkv_hf.attention import over_pages
 from pkv_hf.errors import RouteError
+from pkv_hf.kernels.launch import choose_tile, device_limits
 from pkv_hf.layer import PagedLayer
+MAX_DECODE_QUERIES = 8
+"""Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
+
 
 @dataclass(frozen=True)
 class Accepted:
@@ -35,6 +39,7 @@ class StepShape:
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
+    q_len: int
     group: int
     head_dim: int
     ragged: bool
@@ -133,8 +138,11 @@ class _Triton:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:
             return Rejected(f"{shape.group} query heads a KV head, at most 16 are served")
+        queries = min(shape.q_len, MAX_DECODE_QUERIES) * shape.group
+        shared_memory = device_limits(shape.device)[1]
+        if choose_tile(shape.head_dim, shape.dtype.itemsize, queries, shared_memory) is None:
+            return Rejected(f"{queries} queries a KV head do not fit {shared_memory} bytes of shared memory")
         return Accepted()
-
 
     def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
         from pkv_hf.kernels.append import append

@@ -105,7 +105,7 @@ def plan(decoder: nn.Module, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
     rows, q_len = tokens.shape[:2]
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
-    return Step(cache, q_len, starts, choose_route(state, cache, starts, weight))
+    return Step(cache, q_len, starts, choose_route(state, cache, starts, q_len, weight))
 
 
 def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:
@@ -138,11 +138,14 @@ def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patch
     return np.maximum(starts, pads)
 
 
-def choose_route(state: PatchState, cache: PagedCache, starts: np.ndarray, weight: torch.Tensor) -> Route:
+def choose_route(
+    state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, weight: torch.Tensor
+) -> Route:
     shape = StepShape(
         device=weight.device,
         dtype=weight.dtype,
         kv_dtype=cache.kv_dtype or weight.dtype,
+        q_len=q_len,
         group=state.group,
         head_dim=state.head_dim,
         ragged=bool((starts != starts[0]).any()),

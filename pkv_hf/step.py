@@ -7,10 +7,7 @@ import torch
 
 from pkv_hf.attention import over_pages, prefill
 from pkv_hf.cache import PagedCache
-from pkv_hf.routes import Bounds, Route
-
-MAX_DECODE_QUERIES = 8
-"""Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
+from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route
 
 
 class Step:

@@ -1,0 +1,54 @@
+"""Result records: what they were measured on, appended to JSONL files that are only ever added to."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from pkv_hf.version import __version__
+
+
+def environment() -> dict[str, Any]:
+    """GPU (or processor), library versions, commit and UTC date, for a record."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"none ({platform.machine()} CPU)"
+    try:
+        triton = version("triton")
+    except PackageNotFoundError:
+        triton = None
+    return {
+        "gpu": gpu,
+        "torch": torch.__version__,
+        "triton": triton,
+        "transformers": transformers.__version__,
+        "pkv_hf": __version__,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    }
+
+
+def commit() -> str:
+    """The checkout's commit, with "-dirty" where files differ from it; PKV_HF_COMMIT where there is no repository."""
+    root = Path(__file__).parent.parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("PKV_HF_COMMIT", "unknown")
+    return described.stdout.strip()
+
+
+def append_record(path: Path, record: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(record) + "\n")

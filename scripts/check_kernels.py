@@ -1,0 +1,69 @@
+"""Checks the decode kernels against float64 on random cases, and appends one record a route to a results file.
+
+Every case poisons outputs, scratch and unread page slots with NaN. A route passes where its RMS error is at most twice
+that of torch's scaled_dot_product_attention in the same dtype, on every case.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from pkv_hf.kernels.check import DTYPES, ROUTES, measure, random_case
+from pkv_hf.records import append_record, environment
+
+BOUND = 2.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=100, help="random cases a dtype")
+    parser.add_argument("--longest", type=int, default=131_072, help="tokens of the longest row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=None, help="drawn afresh where it is not given")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
+    arguments = parser.parse_args()
+    seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
+    rng = np.random.default_rng(seed)
+    passed, results = True, {(route, dtype): [] for route in ROUTES for dtype in DTYPES}
+    for dtype in DTYPES:
+        for _ in tqdm(range(arguments.cases), desc=str(dtype), file=sys.stderr):
+            longest = int(2 ** rng.uniform(0, np.log2(arguments.longest)))
+            case = random_case(rng, longest, dtype)
+            for route in ROUTES:
+                result = measure(case, route, arguments.device)
+                results[route, dtype].append(result.ratio)
+                if not result.written or not result.ratio <= BOUND:
+                    passed = False
+                    print(f"FAILED {route} {case} {result}")
+    records = []
+    for (route, dtype), ratios in results.items():
+        record = {
+            "bench": "kernels",
+            "route": route,
+            "dtype": str(dtype).removeprefix("torch."),
+            "cases": len(ratios),
+            "longest": arguments.longest,
+            "seed": seed,
+            "error_over_sdpa_p50": float(np.median(ratios)),
+            "error_over_sdpa_max": max(ratios),
+            "bound": BOUND,
+            **environment(),
+        }
+        append_record(arguments.out, record)
+        records.append(record)
+        print(f"{route:10} {record['dtype']:9} {len(ratios)} cases, error / sdpa's: "
+              f"p50 {record['error_over_sdpa_p50']:.3f}, max {record['error_over_sdpa_max']:.3f}")  # fmt: skip
+    print(json.dumps({"passed": passed, "seed": seed, "worst": max(r["error_over_sdpa_max"] for r in records)}))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
