@@ -124,9 +124,7 @@ def run(case: Case, route: str, inputs: dict[str, torch.Tensor], out: torch.Tens
         from pkv_hf.kernels.split import decode_split
 
         longest = max(end - start for start, end in zip(case.starts, case.ends))
-        return decode_split(
-            **inputs, scale=scale, window=case.window, longest=longest, num_splits=case.parts, out=out
-        )
+        return decode_split(**inputs, scale=scale, window=case.window, longest=longest, num_splits=case.parts, out=out)
     from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
 
     plan = make_plan(

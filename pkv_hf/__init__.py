@@ -10,7 +10,6 @@ from pkv_hf.report import Report, report
 from pkv_hf.version import __version__
 
 
-
 __all__ = [
     "CacheMemory",
     "PagedCache",

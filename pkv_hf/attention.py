@@ -20,7 +20,12 @@ LONG_ON_CPU = 4096
 
 
 def sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor | None = None, causal: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    causal: bool = False,
 ) -> torch.Tensor:
     """`scaled_dot_product_attention` of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, by a kernel that scales."""
     k, v = k.to(q.dtype), v.to(q.dtype)
@@ -98,9 +103,7 @@ def prefill(
     return out
 
 
-def over_pages(
-    layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int
-) -> torch.Tensor:
+def over_pages(layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int) -> torch.Tensor:
     """Attention of queries `[B, H_q, q_len, D]` at positions begin, ... over a layer's pages, their own tokens included.
 
     Rows whose pages are consecutive are read in place, others are gathered first. Returns `[B, H_q, q_len, D]`.

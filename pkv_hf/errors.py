@@ -19,3 +19,7 @@ class UnsupportedVersionError(ImportError):
 
 class RouteError(RuntimeError):
     """A route that the caller named cannot serve a step; the message gives every route's reason."""
+
+
+class UsageError(ValueError):
+    """A command was asked for something that cannot be done; the message is one line with the way out."""

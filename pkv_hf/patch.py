@@ -49,9 +49,7 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
     first = attentions[0]
     original = decoder.config._attn_implementation
     name = f"pkv_hf_{original}"
-    compat.register(
-        name, functools.partial(attention, original=original), functools.partial(mask, original=original)
-    )
+    compat.register(name, functools.partial(attention, original=original), functools.partial(mask, original=original))
     state = PatchState(
         route=route,
         page_size=page_size,

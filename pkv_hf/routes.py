@@ -18,6 +18,7 @@ from pkv_hf.attention import over_pages
 from pkv_hf.errors import RouteError
 from pkv_hf.kernels.launch import choose_tile, device_limits
 from pkv_hf.layer import PagedLayer
+
 MAX_DECODE_QUERIES = 8
 """Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
 
@@ -193,9 +194,7 @@ class Workqueue(_Triton):
         key = (window, q.device)
         if key not in bounds.plans:
             bounds.plans[key] = make_plan(q, layer.pages[0], starts, ends, window=window)
-        return decode_workqueue(
-            q, *layer.pages, table, starts, ends, bounds.plans[key], scale=scale
-        )
+        return decode_workqueue(q, *layer.pages, table, starts, ends, bounds.plans[key], scale=scale)
 
 
 ROUTES: dict[str, Route] = {route.name: route for route in (Split(), Workqueue(), Sdpa())}

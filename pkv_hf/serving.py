@@ -138,9 +138,7 @@ def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patch
     return np.maximum(starts, pads)
 
 
-def choose_route(
-    state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, weight: torch.Tensor
-) -> Route:
+def choose_route(state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, weight: torch.Tensor) -> Route:
     shape = StepShape(
         device=weight.device,
         dtype=weight.dtype,

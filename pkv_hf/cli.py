@@ -1,0 +1,25 @@
+"""The `pkv-hf` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pkv_hf import demo
+from pkv_hf.errors import UsageError
+from pkv_hf.version import __version__
+
+
+def main() -> int:
+    """Runs a subcommand. Returns the exit status: 0, or 2 for arguments that cannot be served (one line on stderr)."""
+    parser = argparse.ArgumentParser(prog="pkv-hf", description="Long-context generate() on pages, for transformers.")
+    parser.add_argument("--version", action="version", version=f"pkv-hf {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo.add_arguments(commands.add_parser("demo", help="generate with and without pages, and compare"))
+    arguments = parser.parse_args()
+    try:
+        demo.main(arguments)
+    except UsageError as error:
+        print(f"pkv-hf {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    return 0

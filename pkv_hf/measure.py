@@ -1,0 +1,118 @@
+"""One `generate()` call, measured: when each token came, how much memory it took, what its KV cache held."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from pkv_hf.cache import PagedCache
+
+SAMPLE_SECONDS = 0.01
+"""How often the CPU's memory is looked at."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Times in seconds, memory in bytes."""
+
+    sequences: torch.Tensor
+    """Prompt and new tokens, int64 `[B, length]`, on the CPU."""
+    first_token_s: float
+    step_s: tuple[float, ...]
+    """The time of every token after the first."""
+    peak_bytes: int
+    """On a GPU the most allocated; on the CPU how far the process grew over what it held before, sampled."""
+    kv_bytes: int
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second over all rows while decoding: a token a row in the median step's time."""
+        return len(self.sequences) / statistics.median(self.step_s)
+
+
+def generate(
+    model: Any,
+    inputs: dict[str, torch.Tensor],
+    new_tokens: int,
+    on_token: Callable[[], object] = lambda: None,
+    **settings: Any,
+) -> Run:
+    """A greedy `model.generate()` of exactly `new_tokens` tokens a row (at least 2); `on_token` follows each step."""
+    clock = _Clock(on_token)
+    with _PeakMemory(inputs["input_ids"].device) as peak:
+        output = model.generate(
+            **inputs,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            return_dict_in_generate=True,
+            streamer=clock,
+            **settings,
+        )
+    start, first, *rest = clock.times
+    return Run(
+        sequences=output.sequences.cpu(),
+        first_token_s=first - start,
+        step_s=tuple(after - before for before, after in zip([first, *rest], rest)),
+        peak_bytes=peak.nbytes,
+        kv_bytes=kv_bytes(output.past_key_values),
+    )
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes that a cache holds for K and V: a `PagedCache`'s pools, any other's keys and values."""
+    if isinstance(cache, PagedCache):
+        return cache.memory().held_bytes
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+class _Clock(BaseStreamer):
+    """Notes when the prompt was taken and when each token had arrived on the host."""
+
+    def __init__(self, on_token: Callable[[], object]) -> None:
+        self.times: list[float] = []
+        self.on_token = on_token
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if len(self.times) > 1:
+            self.on_token()
+
+    def end(self) -> None:
+        pass
+
+
+class _PeakMemory:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.nbytes = 0
+
+    def __enter__(self) -> _PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        process = psutil.Process()
+        before = process.memory_info().rss
+        while not self._done.wait(SAMPLE_SECONDS):
+            self.nbytes = max(self.nbytes, process.memory_info().rss - before)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            self.nbytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self._done.set()
+            self._thread.join()

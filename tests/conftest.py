@@ -1,0 +1,33 @@
+import os
+
+import pytest
+import torch
+
+import interpreter
+
+interpreter.use()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """SmolLM2-135M, fp32, on the CPU: real weights. Tests leave it unpatched."""
+    from pkv_hf.smollm2 import load_smollm2
+
+    return load_smollm2()
+
+
+@pytest.fixture(scope="session")
+def pydoc_ids():
+    """Token ids of a real text, `[1, about 113,000]`."""
+    from pkv_hf.smollm2 import load_tokenizer, pydoc_text
+
+    return load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids
