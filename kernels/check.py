@@ -140,7 +140,6 @@ def measure(case: Case, route: str, device: torch.device | str) -> Result:
     out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=device)
     with poisoned_scratch():
         run(case, route, inputs, out)
-    scale = case.head_dim**-0.5
     expected = reference(case, inputs)
     theirs = sdpa(case, inputs)
     return Result(

@@ -53,7 +53,7 @@ def _properties(index: int) -> tuple[int, int]:
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory a block can have; for the interpreter on a CPU, a small made-up GPU."""
+    """Multiprocessors, and bytes of shared memory a block can have; the interpreter's CPU is a small made-up GPU."""
     if device.type != "cuda":
         return 4, 227 * 1024
     return _properties(device.index if device.index is not None else torch.cuda.current_device())

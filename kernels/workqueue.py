@@ -1,8 +1,9 @@
 """Decode by a workqueue: the tiles of all rows and KV heads in equal shares, one a program (stream-K).
 
 After Osama et al. 2023 (Stream-K) and PersistentKV (arXiv 2606.26666): a program takes tiles [c T // C, (c + 1) T // C)
-of the T tiles of all items (row, KV head), laid end to end, whatever their lengths (C is never more than T). An item that one program has whole
-is written by it; the rest leave partial states, item i of program c in slot i + c, which a merge adds up.
+of the T tiles of all items (row, KV head), laid end to end, whatever their lengths (C is never more than T). An item
+that one program has whole is written by it; the rest leave partial states, item i of program c in slot i + c, which a
+merge adds up.
 """
 
 from __future__ import annotations

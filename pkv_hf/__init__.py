@@ -9,7 +9,6 @@ from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.report import Report, report
 from pkv_hf.version import __version__
 
-
 __all__ = [
     "CacheMemory",
     "PagedCache",

@@ -16,7 +16,7 @@ MASK_ELEMENTS = 1 << 24
 """The largest boolean mask of a block of queries; bounds the memory of a long block over a long past."""
 
 LONG_ON_CPU = 4096
-"""From so many tokens on, SDPA's CPU kernel (one thread a head) leaves memory bandwidth unused and matrix products win."""
+"""From so many tokens on SDPA's CPU kernel, one thread a head, leaves memory bandwidth unused: matrix products win."""
 
 
 def sdpa(
@@ -27,7 +27,7 @@ def sdpa(
     mask: torch.Tensor | None = None,
     causal: bool = False,
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, by a kernel that scales."""
+    """torch's attention of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, never by the math kernel."""
     k, v = k.to(q.dtype), v.to(q.dtype)
     group = q.shape[1] // k.shape[1]
     if group > 1 and not _takes_grouped_heads(q, mask):
@@ -104,9 +104,10 @@ def prefill(
 
 
 def over_pages(layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int) -> torch.Tensor:
-    """Attention of queries `[B, H_q, q_len, D]` at positions begin, ... over a layer's pages, their own tokens included.
+    """Attention of queries `[B, H_q, q_len, D]` at positions begin, ... over a layer's pages.
 
-    Rows whose pages are consecutive are read in place, others are gathered first. Returns `[B, H_q, q_len, D]`.
+    The queries' own tokens are in the pages too. Rows whose pages are consecutive are read in place, others gathered
+    first. Returns `[B, H_q, q_len, D]`.
     """
     end, window = begin + q.shape[2], layer.table.window
     seen = np.maximum(starts, max(begin - window + 1, 0)) if window else starts

@@ -57,6 +57,8 @@ class PagedCache(Cache):
         PoolAllocationError: (from the first update or a growth) the pages do not fit.
     """
 
+    layers: list[PagedLayer]  # type: ignore[assignment]
+
     def __init__(
         self,
         config: PreTrainedConfig,
@@ -78,7 +80,8 @@ class PagedCache(Cache):
             for window in sorted(set(windows))
         }
         self.step: Step | None = None  # set while a patched model's forward serves this cache
-        super().__init__(layers=[PagedLayer(self.tables[w], i, kv_dtype) for i, w in enumerate(windows)])
+        layers = [PagedLayer(self.tables[window], i, kv_dtype) for i, window in enumerate(windows)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -169,7 +172,7 @@ class PagedCache(Cache):
         layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:
             layer.length = length
-        Cache.__init__(twin, layers=layers)
+        Cache.__init__(twin, layers=layers)  # type: ignore[arg-type]
         return twin
 
     def memory(self) -> CacheMemory:

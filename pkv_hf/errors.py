@@ -6,7 +6,7 @@ import torch
 
 
 class PoolAllocationError(torch.OutOfMemoryError):
-    """A page pool did not fit. A subclass of `torch.OutOfMemoryError`, so that code which retries smaller still works."""
+    """A page pool did not fit. A `torch.OutOfMemoryError`, so that code which retries smaller still works."""
 
 
 class UnsupportedModelError(ValueError):

@@ -28,7 +28,7 @@ class PagedLayer(CacheLayerMixin):
         return f"PagedLayer(length={self.length}, window={self.table.window or None})"
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         return self.layer_idx in self.table.pool.storage
 
     @property
@@ -56,12 +56,12 @@ class PagedLayer(CacheLayerMixin):
         return self.table.rows
 
     @property
-    def keys(self) -> torch.Tensor | None:
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """Dense keys `[B, H_kv, S, head_dim]`, made on demand; S ends at the window. None before the first token."""
         return self._dense_since_window(0)
 
     @property
-    def values(self) -> torch.Tensor | None:
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
         """Dense values, as `keys`."""
         return self._dense_since_window(1)
 

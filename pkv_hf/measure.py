@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import statistics
 import threading
 import time
@@ -99,6 +102,9 @@ class _PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
+            gc.collect()
+            with contextlib.suppress(AttributeError, OSError):  # glibc's: freed memory counts anew
+                ctypes.CDLL(None).malloc_trim(0)
             self._done = threading.Event()
             self._thread = threading.Thread(target=self._sample, daemon=True)
             self._thread.start()

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pkv_hf import compat
 from pkv_hf.cache import PAGE_SIZES, PagedCache
-from pkv_hf.errors import RouteError, UnsupportedModelError
+from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.patches import FAMILIES, Family, attention_forward
 from pkv_hf.routes import ROUTES
 from pkv_hf.serving import FORWARD, STATE, PatchState, attention, decoder_forward, mask
@@ -100,18 +100,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def served_layers(model: nn.Module) -> tuple[nn.Module, Family, list[Any]]:
+def served_layers(model: nn.Module) -> tuple[Any, Family, list[Any]]:
     """The decoder, its family and its attention modules. Raises UnsupportedModelError with the reason for none."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"patch() got a {type(model).__name__}, not a transformers model")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder: pages serve decoder-only models")
-    decoder = model.base_model
+    decoder: Any = model.base_model
     model_type = decoder.config.model_type
     family = FAMILIES.get(model_type)
     if family is None:
         raise UnsupportedModelError(
-            f"no layer of {type(model).__name__} was patched: model_type {model_type!r} is not one of {sorted(FAMILIES)}"
+            f"no layer of {type(model).__name__} was patched: model_type {model_type!r} is not one of "
+            f"{sorted(FAMILIES)}"
         )
     attentions = [module for module in decoder.modules() if type(module).__name__ == family.attention_class]
     if not attentions:

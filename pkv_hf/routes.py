@@ -51,7 +51,7 @@ class StepShape:
 
 @dataclass
 class Bounds:
-    """Which positions a step's queries attend to: queries begin, ..., begin + q_len - 1 of rows that start at `starts`."""
+    """What a step's queries attend to: they are at positions begin, ..., begin + q_len - 1 of rows from `starts` on."""
 
     starts: np.ndarray
     begin: int

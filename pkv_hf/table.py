@@ -205,7 +205,7 @@ class BlockTable:
         return self._first_held
 
     def slots(self, row: int, begin: int, end: int) -> np.ndarray:
-        """Where positions [begin, end) of a row are in the pool, counted in tokens: slot `s` is in page `s // page_size`."""
+        """Slots of positions [begin, end) of a row; slots count the pool's tokens, page by page."""
         positions = np.arange(begin, end)
         return (
             self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size

@@ -1,4 +1,4 @@
-"""PagedCache beside transformers' DynamicCache: the same contents after the same calls, and every page accounted for."""
+"""PagedCache beside transformers' DynamicCache: the same contents after the same calls, every page accounted for."""
 
 from __future__ import annotations
 

@@ -1,0 +1,35 @@
+"""Patched models on a GPU: the routes that `auto` takes there, on real weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import pkv_hf
+from tiny import FAMILIES, left_padded, tiny
+
+pytestmark = pytest.mark.gpu
+
+
+def generate(model, inputs, new_tokens=40):
+    return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
+
+
+@pytest.mark.parametrize(("lengths", "route"), [((50,), "split"), ((60, 53, 27, 1), "workqueue")])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_identical(family, lengths, route):
+    model = tiny(family).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in left_padded(*lengths).items()}
+    expected = generate(model, inputs, 200)
+    with pkv_hf.patched(model):
+        assert torch.equal(generate(model, inputs, 200), expected)
+        assert pkv_hf.report(model).route == route
+
+
+@pytest.mark.parametrize("length", [1024, 4096, 7900])
+def test_smollm2(smollm2, pydoc_ids, length):
+    model, inputs = smollm2.cuda(), {"input_ids": pydoc_ids[:, :length].cuda()}
+    expected = generate(model, inputs, 64)
+    with pkv_hf.patched(model):
+        assert torch.equal(generate(model, inputs, 64), expected)
+    smollm2.cpu()

@@ -1,0 +1,200 @@
+"""The Triton kernels (in the interpreter where there is no GPU) against float64, beside torch's own attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pkv_hf.kernels.append import append, rope_append
+from pkv_hf.kernels.check import DTYPES, GROUPS, HEAD_DIMS, PAGE_SIZES, ROUTES, Case, build, measure, random_case, run
+from pkv_hf.kernels.reference import paged_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_right(case: Case, route: str) -> None:
+    result = measure(case, route, DEVICE)
+    assert result.written, case
+    assert result.error <= 2 * result.sdpa_error, (case, result)
+
+
+def case_of(**settings) -> Case:
+    """A small ragged case with fresh random numbers: one token, an exact page end, and a start inside a page."""
+    defaults = Case(
+        starts=(5, 0, 20), ends=(6, 64, 83), num_kv_heads=2, group=4, head_dim=64, page_size=16, dtype=torch.float32
+    )
+    return dataclasses.replace(defaults, seed=secrets.randbits(31), **settings)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group(group, dtype, route):
+    assert_right(case_of(group=group, dtype=dtype), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, *HEAD_DIMS])
+def test_every_head_dim(head_dim, dtype, route):
+    assert_right(case_of(head_dim=head_dim, dtype=dtype), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_every_page_size_and_layout(page_size, head_major, route):
+    assert_right(case_of(page_size=page_size, head_major=head_major), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("window", [0, 1, 17, 100])
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_query_blocks_and_windows(q_len, window, route):
+    assert_right(case_of(q_len=q_len, window=window, ends=(6 + q_len, 64, 83)), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
+def test_more_and_fewer_parts_than_tiles(parts, route):
+    assert_right(case_of(parts=parts, ends=(6, 64, 300)), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_many_rows(route):
+    ends = tuple(int(end) for end in np.random.default_rng().integers(1, 40, 70))
+    assert_right(case_of(starts=(0,) * 70, ends=ends, num_kv_heads=1), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_cases(dtype, route):
+    seed = secrets.randbits(32)
+    rng = np.random.default_rng(seed)
+    for _ in range(4):
+        case = random_case(rng, longest=120, dtype=dtype)
+        result = measure(case, route, DEVICE)
+        assert result.written, (seed, case)
+        assert result.error <= 2 * result.sdpa_error, (seed, case, result)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_single_token_comes_out_as_it_is(route):
+    case = case_of(starts=(0, 31), ends=(1, 32), dtype=torch.float16)
+    inputs = build(case, DEVICE)
+    out = run(case, route, inputs, torch.empty(2, 1, 8, 64, dtype=case.dtype, device=DEVICE))
+    for row, position in enumerate((0, 31)):
+        page = inputs["block_table"][row, position // 16].long()
+        v = inputs["v_pages"][page, :, position % 16]
+        assert torch.equal(out[row, 0], v.repeat_interleave(case.group, dim=0))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_row_without_tokens_is_zero(route):
+    case = case_of(starts=(0, 16), ends=(16, 16))
+    inputs = build(dataclasses.replace(case, ends=(16, 17)), DEVICE)
+    inputs["ends"][1] = 16
+    out = torch.full((2, 1, 8, 64), float("nan"), device=DEVICE)
+    run(case, route, inputs, out)
+    assert not out[1].any()
+    assert torch.isfinite(out[0]).all()
+
+
+def test_the_reference_is_attention():
+    case = case_of(q_len=3, ends=(9, 64, 83))
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in build(case, "cpu").items()
+    }
+    out = paged_attention(**inputs, scale=0.3)
+    for row, (start, end) in enumerate(zip(case.starts, case.ends)):
+        positions = torch.arange(start, end)
+        pages, slots = inputs["block_table"][row, positions // 16].long(), positions % 16
+        k, v = (inputs[name][pages, :, slots].repeat_interleave(4, 1) for name in ("k_pages", "v_pages"))
+        for t in range(3):
+            seen = positions <= end - 3 + t
+            scores = torch.einsum("hd,thd->ht", inputs["q"][row, :, t], k[seen]) * 0.3
+            torch.testing.assert_close(out[row, t], torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen]))
+
+
+def pools(dtype: torch.dtype, head_dim: int):
+    """Pages of NaN, a table of three rows, and where their last three tokens go."""
+    k_pages, v_pages = (torch.full((12, 2, 16, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    table = torch.tensor([[3, 5, 0], [0, 9, 2], [7, 1, 4]], dtype=torch.int32, device=DEVICE)
+    ends = torch.tensor([17, 33, 48], dtype=torch.int32, device=DEVICE)
+    first_held = torch.tensor([0, 16, 0], dtype=torch.int32, device=DEVICE)
+    return k_pages, v_pages, table, first_held, ends
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+def test_append_writes_just_the_new_tokens(head_dim, dtype):
+    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
+    k, v = (torch.randn(3, 3, 2, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
+    append(k_pages, v_pages, k, v, table, first_held, ends)
+    for pages, states in ((k_pages, k), (v_pages, v)):
+        for row in range(3):
+            for t in range(3):
+                position = int(ends[row]) - 3 + t
+                assert torch.equal(pages[int(table[row, position // 16]), :, position % 16], states[row, :, t])
+        assert int(torch.isfinite(pages).sum()) == states.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+@pytest.mark.parametrize("rows_of_cos", [1, 3])
+def test_rope_append_rounds_as_transformers_does(rows_of_cos, head_dim, dtype):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
+    q, k, v = (torch.randn(3, 3, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
+    angles = torch.randn(rows_of_cos, 3, head_dim // 2, device=DEVICE).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
+    rotated = rope_append(k_pages, v_pages, q, k, v, cos, sin, table, first_held, ends)
+    # a GPU contracts the products and the sum of float32 into one rounding
+    exact = {} if dtype == torch.float32 and DEVICE == "cuda" else {"atol": 0, "rtol": 0}
+    torch.testing.assert_close(rotated, expected_q, **exact)
+    for pages, states in ((k_pages, expected_k), (v_pages, v)):
+        for row in range(3):
+            for t in range(3):
+                position = int(ends[row]) - 3 + t
+                written = pages[int(table[row, position // 16]), :, position % 16]
+                torch.testing.assert_close(written, states[row, :, t], **exact)
+        assert int(torch.isfinite(pages).sum()) == states.numel()
+
+
+def test_positions_in_the_null_page_are_left_out():
+    k_pages, v_pages, table, first_held, ends = pools(torch.float32, 64)
+    ends[1] = 18  # its three tokens are at 15, 16 and 17, the first of them in the null page
+    k, v = (torch.randn(3, 2, 3, 64, device=DEVICE) for _ in range(2))
+    append(k_pages, v_pages, k, v, table, first_held, ends)
+    assert torch.isnan(k_pages[0]).all()
+    assert int(torch.isfinite(k_pages).sum()) == k.numel() - 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.zeros(3, 8, 1, 64, dtype=torch.float64)}, "float64"),
+        ({"q": torch.zeros(3, 8, 1, 32)}, "head_dim of 64"),
+        ({"q": torch.zeros(3, 7, 1, 64)}, "7 query heads"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts is torch.int64"),
+        ({"ends": torch.zeros(2, dtype=torch.int32)}, r"ends is torch.int32 \[2\]"),
+        ({"v_pages": torch.zeros(14, 2, 16, 64)}, "differ in shape"),
+        ({"k_pages": torch.zeros(13, 2, 64, 16).transpose(2, 3)}, "k_pages has strides"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_arguments_are_named(route, change, named):
+    case = case_of()
+    inputs = build(case, "cpu")
+    inputs["k_pages"], inputs["v_pages"] = torch.zeros(13, 2, 16, 64), torch.zeros(13, 2, 16, 64)
+    with pytest.raises(ValueError, match=named):
+        run(case, route, {**inputs, **change}, torch.empty(3, 1, 8, 64))

@@ -1,0 +1,63 @@
+"""What an installation gives, and what importing it does not need."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.contract
+
+
+def python(code: str) -> str:
+    """Runs code in a new interpreter at the repository's root, as make does."""
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_three_packages_come_from_here():
+    out = python("import pkv_hf, pkv_hf.kernels as k, pkv_hf.patches as p; print(k.__file__, p.__file__, sep='|')")
+    assert out == f"{ROOT / 'kernels' / '__init__.py'}|{ROOT / 'patches' / '__init__.py'}"
+
+
+def test_hugging_faces_kernels_package_is_not_hidden():
+    pytest.importorskip("kernels")
+    out = python("import transformers, pkv_hf, kernels; print(kernels.__file__)")
+    assert str(ROOT / "kernels") not in out
+
+
+def test_importing_needs_no_triton_and_no_flashinfer():
+    python(
+        "import sys; sys.modules['triton'] = sys.modules['flashinfer'] = None\n"
+        "import pkv_hf, pkv_hf.kernels.reference\n"
+        "pkv_hf.PagedCache"
+    )
+    loaded = python("import sys, pkv_hf; print([name for name in ('flashinfer', 'matplotlib') if name in sys.modules])")
+    assert loaded == "[]"
+
+
+def test_generating_on_a_cpu_needs_no_triton():
+    python(
+        "import sys; sys.path.insert(0, 'tests'); sys.modules['triton'] = None\n"
+        "from tiny import tiny, left_padded; import pkv_hf\n"
+        "model = pkv_hf.patch(tiny('llama')); model.generate(**left_padded(9), max_new_tokens=3)\n"
+        "assert pkv_hf.report(model).route == 'sdpa'"
+    )
+
+
+def test_an_old_transformers_is_refused_at_patch(monkeypatch):
+    import pkv_hf
+    from pkv_hf import compat
+
+    monkeypatch.setattr(compat.transformers, "__version__", "5.16.2")
+    with pytest.raises(pkv_hf.UnsupportedVersionError, match=r"5\.16\.2 is older than 5\.17"):
+        pkv_hf.patch(None)

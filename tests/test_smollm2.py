@@ -1,0 +1,79 @@
+"""Real weights and real text: SmolLM2-135M in the classes that its weights fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import MistralForCausalLM, Qwen2ForCausalLM
+
+import pkv_hf
+from pkv_hf import PagedCache
+
+
+def as_class(cls, smollm2, **settings):
+    """The same weights as another family's model; Qwen2's biases are zero."""
+    skipped = ("model_type", "architectures", "transformers_version", "dtype")
+    config = {name: value for name, value in smollm2.config.to_dict().items() if name not in skipped}
+    model = cls(cls.config_class(**{**config, **settings})).eval()
+    model.load_state_dict(smollm2.state_dict(), strict=False)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
+def model(request, smollm2):
+    if request.param == "mistral":
+        return as_class(MistralForCausalLM, smollm2, sliding_window=1024)
+    return as_class(Qwen2ForCausalLM, smollm2) if request.param == "qwen2" else smollm2
+
+
+def generate(model, inputs, new_tokens=24, **settings):
+    return model.generate(
+        **inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True, **settings
+    )
+
+
+def test_one_row(model, pydoc_ids):
+    inputs = {"input_ids": pydoc_ids[:, :1500]}
+    expected = generate(model, inputs)
+    with pkv_hf.patched(model):
+        output = generate(model, inputs)
+        assert not pkv_hf.report(model).left
+    assert isinstance(output.past_key_values, PagedCache)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_left_padded_rows(model, pydoc_ids):
+    lengths = (1300, 700, 30)
+    ids = torch.full((3, 1300), model.config.pad_token_id)
+    for row, length in enumerate(lengths):
+        ids[row, 1300 - length :] = pydoc_ids[0, 5000 * row : 5000 * row + length]
+    mask = torch.stack([(torch.arange(1300) >= 1300 - length).long() for length in lengths])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    expected = generate(model, inputs)
+    with pkv_hf.patched(model):
+        assert torch.equal(generate(model, inputs).sequences, expected.sequences)
+        assert not pkv_hf.report(model).left
+
+
+def test_assisted_and_prompt_lookup(smollm2, pydoc_ids):
+    inputs = {"input_ids": pydoc_ids[:, :600]}
+    for settings in ({"prompt_lookup_num_tokens": 5}, {"num_beams": 3}):
+        expected = generate(smollm2, inputs, **settings)
+        with pkv_hf.patched(smollm2):
+            assert torch.equal(generate(smollm2, inputs, **settings).sequences, expected.sequences)
+
+
+def test_two_turns(smollm2, pydoc_ids):
+    def conversation(cache):
+        ids = pydoc_ids[:, :500]
+        for begin in (500, 560):
+            ids = generate(smollm2, {"input_ids": ids}, past_key_values=cache).sequences
+            ids = torch.cat([ids, pydoc_ids[:, begin : begin + 60]], dim=1)
+        return ids
+
+    expected = conversation(None)
+    with pkv_hf.patched(smollm2):
+        assert torch.equal(conversation(PagedCache(smollm2.config)), expected)
