@@ -8,7 +8,8 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
-OLDEST_TRANSFORMERS = 5.17.0
+# The oldest supported transformers, with those of its dependencies that the newest replaced.
+OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
 .PHONY: demo test test-newest test-oldest lint readme
 
@@ -20,7 +21,6 @@ test: test-newest test-oldest
 test-newest: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
 
-# The oldest supported transformers, beside the newest in .venv.
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
 
@@ -40,5 +40,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	touch $@
 
 .oldest/.installed: $(VENV)/.installed
-	$(PIP) install --no-deps --upgrade --target .oldest transformers==$(OLDEST_TRANSFORMERS)
+	$(PIP) install --no-deps --upgrade --target .oldest $(OLDEST)
 	touch $@

@@ -119,6 +119,7 @@ class PagedCache(Cache):
             RuntimeError: the sliding window that ends there is not held any more (`activate_past_recording` before
                 appending keeps it).
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation of older releases passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove} is positive: pass minus the number of tokens to remove"

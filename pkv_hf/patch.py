@@ -17,7 +17,7 @@ from pkv_hf.cache import PAGE_SIZES, PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.patches import FAMILIES, Family, attention_forward
 from pkv_hf.routes import ROUTES
-from pkv_hf.serving import FORWARD, STATE, PatchState, attention, decoder_forward, mask
+from pkv_hf.serving import FORWARD, NAME, ORIGINAL, STATE, PatchState, attention, decoder_forward, mask
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,9 +47,7 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
     inner = unwrap(model)
     decoder, family, attentions = served_layers(inner)
     first = attentions[0]
-    original = decoder.config._attn_implementation
-    name = f"pkv_hf_{original}"
-    compat.register(name, functools.partial(attention, original=original), functools.partial(mask, original=original))
+    compat.register(NAME, attention, mask)
     state = PatchState(
         route=route,
         page_size=page_size,
@@ -57,10 +55,11 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
         layers=len(attentions),
         group=first.num_key_value_groups,
         head_dim=first.head_dim,
-        implementation=name,
+        implementation=decoder.config._attn_implementation,
     )
     config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
-    config._attn_implementation_internal = name
+    config._attn_implementation_internal = NAME
+    setattr(config, ORIGINAL, decoder.config)
     for module, forward in [(decoder, decoder_forward), *((module, attention_forward) for module in attentions)]:
         _replace(state, module, FORWARD, module.__dict__.get("forward"))
         _replace(state, module, "forward", MethodType(forward, module))

@@ -19,6 +19,12 @@ from pkv_hf.step import Step, handle_of
 
 logger = logging.getLogger("pkv_hf")
 
+NAME = "pkv_hf"
+"""The name of our attention and mask functions in transformers' registries."""
+
+ORIGINAL = "pkv_hf_original"
+"""The attribute of a patched decoder's own configuration that holds the one it was made from."""
+
 STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
 
@@ -37,7 +43,7 @@ class PatchState:
     group: int
     head_dim: int
     implementation: str
-    """The name of our attention in transformers' registry, for this model."""
+    """The attention implementation that the model had."""
     undo: list[Callable[[], None]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """Why calls were left to transformers, each reason once."""
@@ -58,6 +64,11 @@ class NotServed(Exception):
 def original_forward(module: nn.Module) -> Callable[..., Any]:
     """The forward that a module had before it was patched."""
     return getattr(module, FORWARD) or type(module).forward.__get__(module)
+
+
+def original_implementation(config: Any) -> str:
+    """The attention implementation that a patched decoder's model has, as its user set it."""
+    return getattr(config, ORIGINAL)._attn_implementation
 
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -93,9 +104,10 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
     if torch.compiler.is_compiling():
         raise NotServed("the model is being compiled")
-    if decoder.config._attn_implementation != state.implementation:
+    config = decoder.config
+    if config._attn_implementation != NAME or original_implementation(config) != state.implementation:
         raise NotServed("the attention implementation was set after patch(): patch again")
-    if call.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+    if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise NotServed("output_attentions=True needs the attention weights")
     tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     if tokens is None:
@@ -156,29 +168,27 @@ def choose_route(state: PatchState, cache: PagedCache, starts: np.ndarray, q_len
 
 
 def attention(
-    module: nn.Module,
+    module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
-    *,
-    original: str,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Our attention function: pages for keys that a step appended, transformers' `original` for any other.
+    """Our attention function: pages for keys that a step appended, transformers' own for any other.
 
     query is `[B, H_q, q_len, D]`, key and value `[B, H_kv, S, D]`; returns `[B, q_len, H_q, D]` and the weights if any.
     """
     handle = handle_of(key)
     if handle is None:
-        function = compat.attention_function(original, module)
+        function = compat.attention_function(original_implementation(module.config), module)
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     step, layer_idx = handle
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return step.attend(query, key, value, layer_idx, scale).contiguous(), None
 
 
-def mask(*args: Any, original: str, **kwargs: Any) -> Any:
-    """Our mask function. Steps need no mask and never ask for one, so this is transformers' `original`."""
-    return compat.mask_function(original)(*args, **kwargs)
+def mask(*args: Any, config: Any, **kwargs: Any) -> Any:
+    """Our mask function. Steps need no mask and never ask for one, so this is transformers' own."""
+    return compat.mask_function(original_implementation(config))(*args, config=config, **kwargs)

@@ -21,7 +21,7 @@ def folder() -> str:
         if importlib.util.find_spec(module) is None:
             raise ModuleNotFoundError(f"SmolLM2 needs the package {module}: {install}")
     spec = importlib.util.find_spec(PACKAGE)  # found, not imported: importing it needs the llm tool
-    return list(spec.submodule_search_locations)[0]  # type: ignore[union-attr, arg-type]
+    return next(iter(spec.submodule_search_locations))  # type: ignore[union-attr, arg-type]
 
 
 def load_tokenizer() -> Any:

@@ -1,0 +1,144 @@
+"""Decode speed of `generate()`: one case by several engines, beside the time that the step's bytes need at least."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pkv_hf.measure import Run, generate
+from pkv_hf.patch import patched
+from pkv_hf.report import report
+from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+"""Shapes of published models, built here with random weights."""
+
+WARM_STEPS = 4
+"""Steps after the first token that a summary leaves out."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one engine took for a case."""
+
+    run: Run
+    setup_s: float
+    """The engine's whole first call, what it compiles and allocates included."""
+    route: str | None
+
+    def percentiles_ms(self) -> tuple[float, float, float]:
+        """p20, p50 and p80 of a decode step, milliseconds."""
+        p20, p50, p80 = np.percentile(self.run.step_s[WARM_STEPS:], (20, 50, 80)) * 1e3
+        return float(p20), float(p50), float(p80)
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> Any:
+    """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device."""
+    if name == "smollm2":
+        model: Any = load_smollm2(dtype=dtype)
+    elif name in SHAPES:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], eos_token_id=None, pad_token_id=0))
+        finally:
+            torch.set_default_dtype(before)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.eval().to(device)
+
+
+def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Prompts of these lengths, left-padded: real text for smollm2, random tokens for any other model."""
+    longest = max(lengths)
+    if name == "smollm2":
+        source = load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids[0]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        source = torch.randint(1000, model.config.vocab_size, (sum(lengths),), generator=generator)
+    input_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    taken = 0
+    for row, length in enumerate(lengths):
+        input_ids[row, longest - length :] = source[taken : taken + length]
+        mask[row, longest - length :] = 1
+        taken += length
+    return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _dynamic(model: Any, call: Callable[[], Run]) -> Summary:
+    started = time.perf_counter()
+    call()
+    setup = time.perf_counter() - started
+    return Summary(call(), setup, None)
+
+
+def _patched(model: Any, call: Callable[[], Run]) -> Summary:
+    with patched(model):
+        summary = _dynamic(model, call)
+        return Summary(summary.run, summary.setup_s, report(model).route)
+
+
+ENGINES: dict[str, tuple[Callable[[Any, Callable[[], Run]], Summary], dict[str, Any]]] = {
+    "dynamic": (_dynamic, {}),
+    "static-compile": (_dynamic, {"cache_implementation": "static"}),
+    "patched": (_patched, {}),
+}
+"""How an engine runs a case, and its settings for `generate()`. All are measured on their second call of the case."""
+
+
+def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str) -> Summary:
+    runner, settings = ENGINES[engine]
+    return runner(model, lambda: generate(model, inputs, new_tokens, **settings))
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second that the device reads, the median of summing a large tensor."""
+    elements = 1 << 30 if device == "cuda" else 1 << 26
+    data = torch.ones(elements, dtype=torch.float32, device=device)
+    times = []
+    for _ in range(7):
+        _synchronize(device)
+        started = time.perf_counter()
+        data.sum()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return data.nbytes / statistics.median(times)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_bytes(model: Any, lengths: list[int], new_tokens: int) -> int:
+    """Bytes that a decode step reads at least: the weights it uses, and K and V of the tokens so far (mean of the run).
+
+    The embedding table counts only where it is the output projection too; of its rows a step reads a few.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if embedding is not head:
+        weights -= embedding.nbytes
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embedding.element_size()
+    return weights + token * (sum(lengths) + len(lengths) * new_tokens // 2)
