@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pkv_hf.measure import Run, generate
 from pkv_hf.patch import patched
-from pkv_hf.report import report
+from pkv_hf.report import state_of
 from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -73,7 +73,7 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
         source = load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids[0]
     else:
         generator = torch.Generator().manual_seed(0)
-        source = torch.randint(1000, model.config.vocab_size, (sum(lengths),), generator=generator)
+        source = torch.randint(2, model.config.vocab_size, (sum(lengths),), generator=generator)
     input_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     taken = 0
@@ -94,7 +94,7 @@ def _dynamic(model: Any, call: Callable[[], Run]) -> Summary:
 def _patched(model: Any, call: Callable[[], Run]) -> Summary:
     with patched(model):
         summary = _dynamic(model, call)
-        return Summary(summary.run, summary.setup_s, report(model).route)
+        return Summary(summary.run, summary.setup_s, state_of(model).route)
 
 
 ENGINES: dict[str, tuple[Callable[[Any, Callable[[], Run]], Summary], dict[str, Any]]] = {

@@ -39,10 +39,17 @@ class Report:
 
 def report(model: nn.Module) -> Report:
     """Prints what a patched model does, and returns it as a `Report`. Raises ValueError for a model not patched."""
+    result = state_of(model)
+    print(result)
+    return result
+
+
+def state_of(model: nn.Module) -> Report:
+    """`report` without printing."""
     state: PatchState | None = getattr(unwrap(model), STATE, None)
     if state is None:
         raise ValueError(f"{type(model).__name__} is not patched: call pkv_hf.patch(model) first")
-    result = Report(
+    return Report(
         family=state.family,
         layers=state.layers,
         page_size=state.page_size,
@@ -51,5 +58,3 @@ def report(model: nn.Module) -> Report:
         rejected=dict(state.rejected),
         left=tuple(state.said),
     )
-    print(result)
-    return result

@@ -117,7 +117,7 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
     rows, q_len = tokens.shape[:2]
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
-    return Step(cache, q_len, starts, choose_route(state, cache, starts, q_len, weight))
+    return Step(cache, q_len, starts, choose_route(state, cache, starts, q_len, tokens.device, weight.dtype))
 
 
 def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:
@@ -150,16 +150,18 @@ def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patch
     return np.maximum(starts, pads)
 
 
-def choose_route(state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, weight: torch.Tensor) -> Route:
+def choose_route(
+    state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, device: torch.device, dtype: torch.dtype
+) -> Route:
     shape = StepShape(
-        device=weight.device,
-        dtype=weight.dtype,
-        kv_dtype=cache.kv_dtype or weight.dtype,
+        device=device,
+        dtype=dtype,
+        kv_dtype=cache.kv_dtype or dtype,
         q_len=q_len,
         group=state.group,
         head_dim=state.head_dim,
         ragged=bool((starts != starts[0]).any()),
-        autocast=torch.is_autocast_enabled(weight.device.type),
+        autocast=torch.is_autocast_enabled(device.type),
         named=state.route != "auto",
     )
     route, state.rejected = choose(state.route, shape)

@@ -1,0 +1,93 @@
+"""The command lines in scripts/, on small cases."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tiny import tiny
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's main() with arguments; returns its status and the lines that it printed."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status = script.main()
+        return status, capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_benchmark_generate_appends_a_record_for_every_case_and_engine(run, tmp_path):
+    tiny("llama").save_pretrained(tmp_path / "model")
+    out = tmp_path / "results" / "generate.jsonl"
+    arguments = ("--model", tmp_path / "model", "--lengths", "40", "30,7,12", "--new-tokens", 12, "--out", out)
+    for times in (1, 2):
+        status, lines = run("benchmark_generate", *arguments)
+        assert status == 0
+        assert json.loads(lines[-1])["records"] == 4
+        assert len(records(out)) == 4 * times  # added to, never replaced
+    cases = [(r["batch"], r["lengths"], r["engine"]) for r in records(out)[:4]]
+    ragged = (3, [30, 7, 12])
+    assert cases == [(1, [40], "dynamic"), (1, [40], "patched"), (*ragged, "dynamic"), (*ragged, "patched")]
+    for record in records(out):
+        assert record["tokens_match"] is True
+        assert record["step_ms_p20"] <= record["step_ms_p50"] <= record["step_ms_p80"]
+        assert record["percent_of_floor"] == pytest.approx(100 * record["floor_ms"] / record["step_ms_p50"])
+        assert {"gpu", "torch", "triton", "transformers", "commit", "date", "peak_gib", "setup_s"} <= set(record)
+
+
+def test_a_step_reads_its_weights_and_the_live_kv():
+    from pkv_hf.benchmark import step_bytes
+
+    model = tiny("llama-tied")
+    kv = 2 * 3 * 2 * 16 * 4
+    assert step_bytes(model, [40, 7], 10) == 4 * model.num_parameters() + kv * (47 + 10)
+    model = tiny("llama")  # the embedding is not the head: a step reads a few rows of it
+    assert step_bytes(model, [40], 10) == 4 * (model.num_parameters() - 128 * 64) + kv * (40 + 5)
+
+
+def test_check_kernels_passes_and_appends_a_record_for_every_route_and_dtype(run, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "kernels.jsonl"
+    status, lines = run("check_kernels", "--cases", 1, "--longest", 60, "--out", out)
+    assert status == 0
+    assert json.loads(lines[-1])["passed"] is True
+    assert len(records(out)) == 6
+
+
+def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from pkv_hf.kernels import check
+
+    right = check.run
+
+    def wrong(case, route, inputs, out):
+        right(case, route, inputs, out)
+        if route == "split":
+            out[0, 0, 0, 0] += 1
+
+    monkeypatch.setattr(check, "run", wrong)
+    status, lines = run("check_kernels", "--cases", 1, "--longest", 60, "--out", tmp_path / "kernels.jsonl")
+    assert status == 1
+    assert json.loads(lines[-1])["passed"] is False
+    assert any(line.startswith("FAILED split") for line in lines)
+
+
+def test_the_readme_shows_the_committed_results(run):
+    assert run("readme_tables", "--check")[0] == 0
