@@ -15,8 +15,8 @@ from pkv_hf.layer import PagedLayer
 MASK_ELEMENTS = 1 << 24
 """The largest boolean mask of a block of queries; bounds the memory of a long block over a long past."""
 
-LONG_ON_CPU = 4096
-"""From so many tokens on SDPA's CPU kernel, one thread a head, leaves memory bandwidth unused: matrix products win."""
+LONG_ON_CPU = 2048
+"""From so many tokens on SDPA's CPU kernel, one thread a head, leaves memory bandwidth unused: it is given parts."""
 
 
 def sdpa(
@@ -51,11 +51,28 @@ def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, H_kv, G, D]
     if q.is_cuda or not (q.dtype == k.dtype == torch.float32) or k.shape[2] < LONG_ON_CPU:
         return sdpa(grouped, k, v, scale).view_as(q)
-    out = torch.empty_like(grouped)
-    for row in range(len(q)):
-        weights = torch.bmm(k[row], grouped[row].transpose(1, 2) * scale).softmax(dim=1)  # [H_kv, S, G]
-        torch.bmm(weights.transpose(1, 2), v[row], out=out[row])
-    return out.view_as(q)
+    rows = [_in_parts(grouped[row], k[row], v[row], scale) for row in range(len(q))]
+    return torch.stack(rows).view_as(q)
+
+
+def _in_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Sequence splitting on the CPU: k and v `[H_kv, S, D]` in as many parts as threads, merged by log-sum-exp.
+
+    q is `[H_kv, G, D]`, as is what comes back.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    parts = min(torch.get_num_threads(), 8)
+    size = k.shape[1] // parts
+    even = parts * size
+
+    def cut(states: torch.Tensor) -> torch.Tensor:
+        return states[:, :even].unflatten(1, (parts, size)).transpose(0, 1)
+
+    out, lse = flash(q.expand(parts, *q.shape), cut(k), cut(v), 0.0, False, scale=scale)
+    if even < k.shape[1]:
+        rest = flash(q[None], k[None, :, even:], v[None, :, even:], 0.0, False, scale=scale)
+        out, lse = torch.cat([out, rest[0]]), torch.cat([lse, rest[1]])
+    return (lse.softmax(dim=0).unsqueeze(-1) * out).sum(dim=0)
 
 
 def attend_block(
