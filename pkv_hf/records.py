@@ -36,16 +36,18 @@ def environment() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it; PKV_HF_COMMIT where there is no repository."""
-    root = Path(__file__).parent.parent
+    """The checkout's commit, with "-dirty" where its code differs; PKV_HF_COMMIT where there is no repository."""
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", ":!benchmarks/results")  # records go there while we run
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("PKV_HF_COMMIT", "unknown")
-    return described.stdout.strip()
+    return f"{head}-dirty" if changed else head
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).parent.parent
+    return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
