@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -30,6 +31,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
     arguments = parser.parse_args()
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     rng = np.random.default_rng(seed)
     passed, results = True, {(route, dtype): [] for route in ROUTES for dtype in DTYPES}
