@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import next_power_of_2
+from pkv_hf.kernels.launch import check_pages, next_power_of_2
 
 RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
@@ -62,7 +62,7 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_pages
                        stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
                        D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
-    t = tl.program_id(0)
+    t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
     HALF: tl.constexpr = D // 2
@@ -101,7 +101,14 @@ def append(
     """Writes k and v `[rows, H_kv, q_len, head_dim]` into pages, as each row's last q_len positions before `ends`.
 
     Positions before `first_held` (int32 `[rows]`) are in the null page and are left out.
+
+    Raises ValueError for arguments that the kernel cannot take.
     """
+    check_pages(
+        k_pages, v_pages, {"k": k, "v": v}, {"block_table": block_table, "first_held": first_held, "ends": ends}
+    )
+    if k.shape != v.shape or k.shape[1] != k_pages.shape[1]:
+        raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
     rows, num_kv_heads, q_len, head_dim = k.shape
     append_kernel[(q_len, num_kv_heads, rows)](
         k, v, k_pages, v_pages, block_table, first_held, ends, q_len, *k.stride()[:3], *v.stride()[:3],
@@ -126,7 +133,23 @@ def rope_append(
 
     q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim,
     cos and sin `[1 or rows, q_len, head_dim]` in q's dtype. Returns the rotated q, contiguous.
+
+    Raises ValueError for arguments that the kernel cannot take.
     """
+    states = {"q": q, "k": k, "v": v}
+    check_pages(k_pages, v_pages, states, {"block_table": block_table, "first_held": first_held, "ends": ends})
+    if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
+        )
+    for name, angles in (("cos", cos), ("sin", sin)):
+        if len(angles) not in (1, len(q)) or angles.shape[1:] != q.shape[2:] or angles.stride() != cos.stride():
+            raise ValueError(
+                f"{name} is {list(angles.shape)} with strides {angles.stride()}: want {list(q.shape[2:])} for one row "
+                "or all, cos and sin alike"
+            )
+        if angles.dtype != q.dtype or angles.stride(2) != 1:
+            raise ValueError(f"{name} is {angles.dtype}, q {q.dtype}: want the same, with a contiguous head_dim")
     rows, num_heads, q_len, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)

@@ -23,15 +23,17 @@ def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: in
     """The tile of a launch that fits `shared_memory` bytes, None where the queries leave no room for any.
 
     `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
-    end the accumulator passes through the same memory.
+    end the accumulator passes through the same memory. sm_90 and sm_100, which alone have more than 164 KiB, multiply
+    64 rows and more of a half type asynchronously: the tile that is read stays, and the weights are elsewhere.
     """
     width = next_power_of_2(head_dim)
     block_m = padded_queries(query_rows)
+    asynchronous = itemsize == 2 and block_m >= 64 and shared_memory > 164 * 1024
     for tokens, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
         if width <= 64 and tokens == 64:
             tokens = 128
-        pipeline = 2 * (stages - 1) * tokens * width * itemsize
-        loop = pipeline + block_m * (width * itemsize + tokens * 4)
+        in_flight, weights = (stages, 0) if asynchronous else (stages - 1, block_m * tokens * 4)
+        loop = 2 * in_flight * tokens * width * itemsize + block_m * width * itemsize + weights
         if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
             return Tile(tokens, 4 if block_m * width <= 8192 else 8, stages)
     return None
@@ -72,29 +74,49 @@ def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:
     return tile
 
 
-def check(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
-    starts: torch.Tensor, ends: torch.Tensor,
-) -> None:  # fmt: skip
-    """Raises ValueError, naming the argument, for tensors that the kernels cannot take."""
-    if q.dtype not in DTYPES or not q.dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(
-            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}"
-        )
+def check_pages(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, states: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]
+) -> None:
+    """Raises ValueError, naming the argument, for tensors that the kernels cannot take.
+
+    `states` are queries, keys or values `[rows, heads, q_len, head_dim]`, `rows` the block table and the bounds.
+    """
     if k_pages.shape != v_pages.shape:
         raise ValueError(f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)} differ in shape")
-    num_kv_heads, page_size, head_dim = k_pages.shape[1:]
+    _, _, page_size, head_dim = k_pages.shape
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
         if pages.stride(3) != 1 or pages.stride(2) != head_dim:
             raise ValueError(f"{name} has strides {pages.stride()}: a head's tokens of one page must be contiguous")
-    if q.shape[3] != head_dim or q.stride(3) != 1:
-        raise ValueError(f"q is {list(q.shape)} with strides {q.stride()}: want a contiguous head_dim of {head_dim}")
     if head_dim % 16 or not 16 <= head_dim <= 256:
         raise ValueError(f"head_dim={head_dim} is not a multiple of 16 from 16 to 256")
     if page_size & (page_size - 1) or not 16 <= page_size <= 256:
         raise ValueError(f"page_size={page_size} is not a power of two from 16 to 256")
+    count = 0
+    for name, tensor in states.items():
+        count = count or len(tensor)
+        if len(tensor) != count or tensor.shape[3] != head_dim or tensor.stride(3) != 1:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {count} rows and a contiguous "
+                f"head_dim of {head_dim}"
+            )
+    for name, tensor in rows.items():
+        if tensor.dtype != torch.int32 or len(tensor) != count or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: want contiguous int32, {count} rows")
+    for name, tensor in (states | rows).items():
+        if tensor.device != k_pages.device:
+            raise ValueError(f"{name} is on {tensor.device}, the pages on {k_pages.device}: move one to the other")
+
+
+def check(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+    starts: torch.Tensor, ends: torch.Tensor,
+) -> None:  # fmt: skip
+    """Raises ValueError, naming the argument, for tensors that the decode kernels cannot take."""
+    if q.dtype not in DTYPES or not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(
+            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}"
+        )
+    check_pages(k_pages, v_pages, {"q": q}, {"block_table": block_table, "starts": starts, "ends": ends})
+    num_kv_heads = k_pages.shape[1]
     if q.shape[1] % num_kv_heads or q.shape[1] // num_kv_heads > 16:
         raise ValueError(f"{q.shape[1]} query heads over {num_kv_heads} KV heads: want a whole group of at most 16")
-    for name, tensor in (("block_table", block_table), ("starts", starts), ("ends", ends)):
-        if tensor.dtype != torch.int32 or len(tensor) != len(q) or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: want contiguous int32, {len(q)} rows")

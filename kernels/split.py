@@ -97,6 +97,8 @@ def decode_split(
     tile = tile_for(q, k_pages)
     if num_splits is None:
         num_splits = splits_for(items, -(-longest // tile.tokens) + 1, device_limits(q.device)[0])
+    if num_splits < 1:
+        raise ValueError(f"num_splits={num_splits}: want 1 or more, or None to have it chosen")
     block_m, block_d = padded_queries(q_len * group), next_power_of_2(head_dim)
     if out is None:
         out = torch.empty((rows, q_len, heads, head_dim), dtype=q.dtype, device=q.device)

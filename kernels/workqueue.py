@@ -199,6 +199,8 @@ def decode_workqueue(
     """
     check(q, k_pages, v_pages, block_table, starts, ends)
     rows, heads, q_len, head_dim = q.shape
+    if len(plan.row_tiles) != rows + 1:
+        raise ValueError(f"plan is of {len(plan.row_tiles) - 1} rows, q has {rows}: make a plan of these bounds")
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     group, items, tile = heads // num_kv_heads, rows * num_kv_heads, plan.tile
     block_m, block_d = padded_queries(q_len * group), next_power_of_2(head_dim)

@@ -72,12 +72,10 @@ print(json.dumps(used))
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_every_kernel_fits(target):
     half = "fp16" if target == 75 else "bf16"  # sm_75 has no bfloat16
-    cases = [
-        (128, 4, 1, half),
-        (256, 16, 1, "fp32"),
-        (64, 3, 8, half),
-        (96, 16, 8, "fp16"),
-    ]  # the last may have no tile
+    cases = [(128, 4, 1, half), (256, 16, 1, "fp32"), (64, 3, 8, half)]
+    wide = [(128, 16, 8, half), (256, 16, 8, half)]  # query blocks that a small shared memory has no tile for
+    must = len(cases) + (len(wide) if target in (80, 90, 100) else 0)
+    cases += wide
     arguments = json.dumps([target, SHARED_KIB[target] * 1024, cases])
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
@@ -85,6 +83,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * (len(cases) - 1) + 1
+    assert len(used) >= 7 * must + 1
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

@@ -198,3 +198,44 @@ def test_bad_arguments_are_named(route, change, named):
     inputs["k_pages"], inputs["v_pages"] = torch.zeros(13, 2, 16, 64), torch.zeros(13, 2, 16, 64)
     with pytest.raises(ValueError, match=named):
         run(case, route, {**inputs, **change}, torch.empty(3, 1, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"k": torch.zeros(3, 1, 2, 64), "v": torch.zeros(3, 1, 2, 64)}, "want both with 2 heads"),
+        ({"v": torch.zeros(3, 2, 2, 32)}, r"v is \[3, 2, 2, 32\]"),
+        ({"k": torch.zeros(2, 2, 2, 64)}, "k is|v is"),
+        ({"k": torch.zeros(3, 2, 64, 2).transpose(2, 3)}, "contiguous head_dim"),
+        ({"first_held": torch.zeros(3)}, "first_held is torch.float32"),
+        ({"block_table": torch.zeros(3, 3, dtype=torch.int32, device="meta")}, "block_table is on meta"),
+        ({"cos": torch.zeros(2, 2, 64)}, r"cos is \[2, 2, 64\]"),
+        ({"sin": torch.zeros(1, 2, 64, dtype=torch.float16)}, "sin is torch.float16"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_bad_arguments_of_append_are_named(change, named):
+    k_pages, v_pages, table, first_held, ends = (tensor.cpu() for tensor in pools(torch.float32, 64))
+    states = {name: torch.zeros(3, 2, 2, 64) for name in ("k", "v")}
+    angles = {name: torch.zeros(1, 2, 64) for name in ("cos", "sin")}
+    where = {"block_table": table, "first_held": first_held, "ends": ends}
+    with pytest.raises(ValueError, match=named):
+        rope_append(k_pages, v_pages, **{"q": torch.zeros(3, 4, 2, 64), **states, **angles, **where, **change})
+    if not change.keys() & {"cos", "sin"}:
+        with pytest.raises(ValueError, match=named):
+            append(k_pages, v_pages, **{**states, **where, **change})
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_small_float32_cases_are_judged_over_many_draws(route, monkeypatch):
+    from pkv_hf.kernels import check
+
+    drawn = []
+    draw = check._draw
+    monkeypatch.setattr(check, "_draw", lambda case, *rest: drawn.append(case.seed) or draw(case, *rest))
+    small = case_of(starts=(0,), ends=(40,), num_kv_heads=1, group=1)
+    assert check.measure(small, route, DEVICE).written
+    assert len(set(drawn)) == -(-check.JUDGED_PAIRS // 40)
+    drawn.clear()
+    check.measure(dataclasses.replace(small, dtype=torch.float16), route, DEVICE)
+    assert len(drawn) == 1
