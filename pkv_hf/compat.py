@@ -31,6 +31,13 @@ def layer_windows(config: PreTrainedConfig) -> list[int]:
 
     Raises ValueError where a layer keeps something else (recurrent states, an index, shared K and V).
     """
+    text_config = config.get_text_config(decoder=True)
+    if getattr(text_config, "attention_chunk_size", None) or "chunked_attention" in (
+        getattr(text_config, "layer_types", None) or ()
+    ):
+        raise ValueError(
+            f"{type(config).__name__} attends in chunks: pages hold full and sliding-window attention only"
+        )
     windows = []
     for layer_idx, layer in enumerate(DynamicCache(config=config).layers):
         if type(layer) is DynamicSlidingWindowLayer:

@@ -118,6 +118,10 @@ def served_layers(model: nn.Module) -> tuple[Any, Family, list[Any]]:
         raise UnsupportedModelError(
             f"no layer of {type(model).__name__} was patched: it has no {family.attention_class} modules"
         )
+    try:
+        compat.layer_windows(decoder.config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"no layer of {type(model).__name__} was patched: {error}") from error
     return decoder, family, attentions
 
 

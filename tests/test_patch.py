@@ -220,6 +220,20 @@ def test_models_that_cannot_be_served_are_named_with_the_reason():
     assert not hasattr(gpt2, "_pkv_hf_state")
 
 
+@pytest.mark.parametrize(
+    ("layer_types", "says"), [("chunked_attention", "attends in chunks"), ("linear_attention", "LinearAttentionLayer")]
+)
+def test_layers_that_are_not_full_or_sliding_attention_are_refused(layer_types, says):
+    model = tiny("qwen2")
+    model.config.layer_types = ["full_attention", layer_types, "full_attention"]
+    before = attributes(model)
+    with pytest.raises(pkv_hf.UnsupportedModelError, match=says):
+        pkv_hf.patch(model)
+    assert attributes(model) == before
+    with pytest.raises(ValueError, match=says):
+        PagedCache(model.config)
+
+
 def test_bad_settings_are_named_and_change_nothing():
     model = tiny("llama")
     before = attributes(model)
@@ -269,3 +283,24 @@ def test_the_report_reads_as_text(capsys):
     assert (report.family, report.layers, report.route) == ("qwen3", COMMON["num_hidden_layers"], "sdpa")
     for words in ("qwen3, 3 attention layers", "pages of 16", "last step: sdpa", "split: Triton kernels need a GPU"):
         assert words in printed
+
+
+def test_a_peft_model_is_unwrapped():
+    peft = pytest.importorskip("peft")
+    inputs = left_padded(30, 9)
+
+    def adapted():
+        torch.manual_seed(3)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        return peft.get_peft_model(tiny("llama"), config).eval()
+
+    expected = adapted().generate(**inputs, max_new_tokens=20)
+    assert not torch.equal(expected, tiny("llama").generate(**inputs, max_new_tokens=20))  # the adapter does something
+    model = adapted()
+    before = attributes(model)
+    pkv_hf.patch(model)
+    output = model.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert isinstance(output.past_key_values, PagedCache)
+    assert not left(model)
+    assert attributes(pkv_hf.unpatch(model)) == before
