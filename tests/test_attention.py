@@ -24,7 +24,7 @@ def filled(length: int, pads: tuple[int, ...], window: int = 0, reserve: int = 0
 
 @pytest.mark.parametrize("reserve", [0, 5000])
 @pytest.mark.parametrize("window", [0, 30, LONG_ON_CPU + 100])
-@pytest.mark.parametrize("pads", [(0,), (0, 0), (7, 40, 2000)])
+@pytest.mark.parametrize("pads", [(0,), (0, 0), (7, 40, 2000), (0, 2045)])
 @pytest.mark.parametrize("length", [2047, 2048, LONG_ON_CPU + 501])
 @pytest.mark.parametrize("q_len", [1, 5])
 def test_over_pages(q_len, length, pads, window, reserve):
