@@ -17,15 +17,21 @@ from pkv_hf.patch import patched
 from pkv_hf.report import state_of
 from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
     },
     "llama-3.2-1b": {
         "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
         "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 32.0},
     },
 }  # fmt: skip
 """Shapes of published models, built here with random weights."""

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from pkv_hf import demo
-from pkv_hf.errors import UsageError
+from pkv_hf.errors import UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
 
@@ -19,7 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         demo.main(arguments)
-    except UsageError as error:
+    except (UnsupportedModelError, UsageError) as error:
         print(f"pkv-hf {arguments.command}: {error}", file=sys.stderr)
         return 2
     return 0

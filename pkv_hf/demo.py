@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pkv_hf.errors import UsageError
 from pkv_hf.measure import Run, generate
-from pkv_hf.patch import patched
+from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.report import report
 from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 from pkv_hf.tables import mebibytes, table
@@ -46,6 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     model, tokenizer = _load(arguments.model)
     inputs = _prompt(arguments, text, model, tokenizer)
     new_tokens = arguments.new_tokens
+    unpatch(patch(model))  # a model that patch refuses is refused before anything is measured
     unpatched = _measured("transformers alone", model, inputs, new_tokens)
     with patched(model):
         run = _measured("patched", model, inputs, new_tokens)
@@ -108,6 +109,8 @@ def _text(arguments: argparse.Namespace) -> str:
     ):
         if value < least:
             raise UsageError(f"{option} is {value}: pass at least {least}")
+    if arguments.json and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
+        raise UsageError(f"--json {arguments.json} cannot be written: name a file in a folder that exists")
     if arguments.text_file is None:
         return pydoc_text()
     try:

@@ -49,7 +49,10 @@ def load_smollm2(cls: Any = LlamaForCausalLM, dtype: torch.dtype = torch.float32
 
 
 def pydoc_text() -> str:
-    """A text that every Python has: the topics of its `help()`, sorted by name (about 113,000 tokens)."""
+    """A text that every Python has: the topics of its `help()`, sorted by name, a blank line between two.
+
+    About 113,000 tokens. With Python 3.11, SmolLM2 in float32 has a perplexity of 10.83 on the first 4,096.
+    """
     from pydoc_data.topics import topics
 
-    return "\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))

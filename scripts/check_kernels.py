@@ -1,7 +1,7 @@
 """Checks the decode kernels against float64 on random cases, and appends one record a route to a results file.
 
 Every case poisons outputs, scratch and unread page slots with NaN. A route passes where its RMS error is at most twice
-that of torch's scaled_dot_product_attention in the same dtype, on every case.
+that of torch's scaled_dot_product_attention in the same dtype, on every case. Where a case fails, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def main() -> int:
         parser.error("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     rng = np.random.default_rng(seed)
-    passed, results = True, {(route, dtype): [] for route in ROUTES for dtype in DTYPES}
+    failures = 0
+    results: dict[tuple[str, torch.dtype], list[float]] = {(r, dtype): [] for r in ROUTES for dtype in DTYPES}
     for dtype in DTYPES:
         for _ in tqdm(range(arguments.cases), desc=str(dtype), file=sys.stderr):
             longest = int(2 ** rng.uniform(0, np.log2(arguments.longest)))
@@ -44,8 +45,11 @@ def main() -> int:
                 result = measure(case, route, arguments.device)
                 results[route, dtype].append(result.ratio)
                 if not result.written or not result.ratio <= BOUND:
-                    passed = False
+                    failures += 1
                     print(f"FAILED {route} {case} {result}")
+    if failures:
+        print(json.dumps({"passed": False, "seed": seed, "failures": failures}))
+        return 1
     records = []
     for (route, dtype), ratios in results.items():
         record = {
@@ -64,8 +68,8 @@ def main() -> int:
         records.append(record)
         print(f"{route:10} {record['dtype']:9} {len(ratios)} cases, error / sdpa's: "
               f"p50 {record['error_over_sdpa_p50']:.3f}, max {record['error_over_sdpa_max']:.3f}")  # fmt: skip
-    print(json.dumps({"passed": passed, "seed": seed, "worst": max(r["error_over_sdpa_max"] for r in records)}))
-    return 0 if passed else 1
+    print(json.dumps({"passed": True, "seed": seed, "worst": max(r["error_over_sdpa_max"] for r in records)}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+import transformers
 
 from pkv_hf import cli, demo
 from tiny import tiny
@@ -41,12 +42,27 @@ def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
         assert words in printed.out
 
 
+def test_a_model_that_patch_refuses_is_one_line_and_status_2(run, monkeypatch):
+    config = transformers.GPT2Config(
+        vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=None
+    )
+    encoded = type("Encoded", (), {"input_ids": torch.ones(1, 20, dtype=torch.long)})
+    loaded = transformers.GPT2LMHeadModel(config).eval(), lambda *_, **__: encoded
+    monkeypatch.setattr(demo, "_load", lambda name: loaded)
+    status, printed = run("--prompt-tokens", 20, "--new-tokens", 3)
+    assert status == 2
+    assert "model_type 'gpt2' is not one of" in printed.err.splitlines()[-1]
+    assert "Traceback" not in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--prompt-tokens", 0], "--prompt-tokens is 0"),
         (["--new-tokens", 2], "--new-tokens is 2"),
         (["--text-file", "missing.txt"], "missing.txt cannot be read"),
+        (["--json", "missing/result.json"], "--json missing/result.json cannot be written"),
+        (["--json", "."], "--json . cannot be written"),
         (["--model", "no/such-model"], "--model no/such-model cannot be loaded"),
         (["--prompt-tokens", 500], "exceed the model's 512 positions: pass at most --prompt-tokens 448"),
         (["--prompt-tokens", 300, "--text-file", __file__], "--prompt-tokens asks for 300"),

@@ -87,6 +87,7 @@ def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch)
     assert status == 1
     assert json.loads(lines[-1])["passed"] is False
     assert any(line.startswith("FAILED split") for line in lines)
+    assert not (tmp_path / "kernels.jsonl").exists()
 
 
 def test_the_readme_shows_the_committed_results(run):
