@@ -87,12 +87,14 @@ class Result:
 
 def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
     """Inputs of a case: pools full of NaN but for the live tokens, page tables by a random permutation."""
-    generator = torch.Generator().manual_seed(case.seed)
+    device = torch.device(device)
+    generator = torch.Generator(device).manual_seed(case.seed)
     rows, page_size = len(case.ends), case.page_size
     width = -(-max(case.ends) // page_size)
     pages = 1 + rows * width
     shape = (case.num_kv_heads, pages, page_size, case.head_dim)
-    permutation = torch.randperm(pages - 1, generator=generator).add(1).to(torch.int32).view(rows, width)
+    permutation = torch.randperm(pages - 1, generator=generator, device=device).cpu()
+    permutation = permutation.add(1).to(torch.int32).view(rows, width)
     table = torch.zeros_like(permutation)
     live = torch.zeros(pages * page_size, dtype=torch.bool)
     for row, (start, end) in enumerate(zip(case.starts, case.ends)):
@@ -104,12 +106,12 @@ def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
         live[table[row, positions // page_size].long() * page_size + positions % page_size] = True
     pools = []
     for _ in range(2):
-        pool = torch.randn(shape, generator=generator, dtype=torch.float32).to(device, case.dtype)
+        pool = torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype)
         pool.view(case.num_kv_heads, -1, case.head_dim)[:, ~live.to(device)] = float("nan")
         pool = pool.transpose(0, 1)
         pools.append(pool if case.head_major else pool.contiguous())
     heads = case.num_kv_heads * case.group
-    q = torch.randn((rows, case.q_len, heads, case.head_dim), generator=generator).to(device, case.dtype)
+    q = torch.randn((rows, case.q_len, heads, case.head_dim), generator=generator, device=device).to(case.dtype)
     bounds = [torch.tensor(values, dtype=torch.int32, device=device) for values in (case.starts, case.ends)]
     return {
         "q": q.transpose(1, 2),
