@@ -154,10 +154,12 @@ def rope_append(
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
     stride_cb = cos.stride(0) if len(cos) > 1 else 0
+    # fused multiply-adds would round once where transformers rounds twice
     rope_append_kernel[(q_len, num_heads + num_kv_heads, rows)](
         q, k, v, cos, sin, out, k_pages, v_pages, block_table, first_held, ends, q_len, num_heads, num_kv_heads,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
         *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
         D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -106,7 +106,7 @@ def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
         live[table[row, positions // page_size].long() * page_size + positions % page_size] = True
     pools = []
     for _ in range(2):
-        pool = torch.randn(shape, generator=generator, dtype=torch.float32, device=device).to(case.dtype)
+        pool = torch.randn(shape, generator=generator, dtype=case.dtype, device=device)
         pool.view(case.num_kv_heads, -1, case.head_dim)[:, ~live.to(device)] = float("nan")
         pool = pool.transpose(0, 1)
         pools.append(pool if case.head_major else pool.contiguous())
@@ -226,5 +226,5 @@ def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         theirs = functional.scaled_dot_product_attention(
             grouped, k, v, attn_mask=mask.repeat(case.group, 1), scale=case.head_dim**-0.5
         )
-        out[row, real] = theirs.view(case.num_kv_heads * case.group, -1, case.head_dim).transpose(0, 1)
+        out[row, real] = theirs.reshape(case.num_kv_heads * case.group, -1, case.head_dim).transpose(0, 1)
     return out

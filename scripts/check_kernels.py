@@ -7,20 +7,28 @@ that of torch's scaled_dot_product_attention in the same dtype, on every case. W
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import secrets
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from pkv_hf.kernels.check import DTYPES, ROUTES, measure, random_case
+from pkv_hf.kernels.check import DTYPES, ROUTES, Case, Result, measure, random_case
 from pkv_hf.records import append_record, environment
 
 BOUND = 2.0
+
+
+def results_of(task: tuple[Case, str]) -> tuple[Case, dict[str, Result]]:
+    case, device = task
+    return case, {route: measure(case, route, device) for route in ROUTES}
 
 
 def main() -> int:
@@ -28,6 +36,7 @@ def main() -> int:
     parser.add_argument("--cases", type=int, default=100, help="random cases a dtype")
     parser.add_argument("--longest", type=int, default=131_072, help="tokens of the longest row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1, help="processes; most of a case's time is its compilation")
     parser.add_argument("--seed", type=int, default=None, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
     arguments = parser.parse_args()
@@ -37,13 +46,19 @@ def main() -> int:
     rng = np.random.default_rng(seed)
     failures = 0
     results: dict[tuple[str, torch.dtype], list[float]] = {(r, dtype): [] for r in ROUTES for dtype in DTYPES}
-    for dtype in DTYPES:
-        for _ in tqdm(range(arguments.cases), desc=str(dtype), file=sys.stderr):
-            longest = int(2 ** rng.uniform(0, np.log2(arguments.longest)))
-            case = random_case(rng, longest, dtype)
-            for route in ROUTES:
-                result = measure(case, route, arguments.device)
-                results[route, dtype].append(result.ratio)
+    tasks = [
+        (random_case(rng, int(2 ** rng.uniform(0, np.log2(arguments.longest))), dtype), arguments.device)
+        for dtype in DTYPES
+        for _ in range(arguments.cases)
+    ]
+    with contextlib.ExitStack() as stack:
+        outcomes: Iterator[tuple[Case, dict[str, Result]]] = map(results_of, tasks)
+        if arguments.jobs > 1:
+            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(arguments.jobs))
+            outcomes = pool.imap_unordered(results_of, tasks)
+        for case, by_route in tqdm(outcomes, total=len(tasks), file=sys.stderr):
+            for route, result in by_route.items():
+                results[route, case.dtype].append(result.ratio)
                 if not result.written or not result.ratio <= BOUND:
                     failures += 1
                     print(f"FAILED {route} {case} {result}")
