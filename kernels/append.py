@@ -45,22 +45,27 @@ def _product(x, y):
 
 
 @triton.jit
-def _rotate(x_ptr, cos_ptr, sin_ptr, d, mask, HALF: tl.constexpr):
+def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, mask, eps, NORM: tl.constexpr, HALF: tl.constexpr):
     """x cos + rotate_half(x) sin for the elements d < HALF and HALF + d, every step rounded as transformers' is."""
-    low = tl.load(x_ptr + d, mask=mask)
-    high = tl.load(x_ptr + HALF + d, mask=mask)
+    low = tl.load(x_ptr + d, mask=mask, other=0.0)
+    high = tl.load(x_ptr + HALF + d, mask=mask, other=0.0)
+    if NORM:
+        a, b = low.to(tl.float32), high.to(tl.float32)
+        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
+        low = _product((a * scale).to(low.dtype), tl.load(norm_ptr + d, mask=mask)).to(low.dtype)
+        high = _product((b * scale).to(high.dtype), tl.load(norm_ptr + HALF + d, mask=mask)).to(high.dtype)
     a = _product(low, tl.load(cos_ptr + d, mask=mask)) - _product(high, tl.load(sin_ptr + d, mask=mask))
     b = _product(high, tl.load(cos_ptr + HALF + d, mask=mask)) + _product(low, tl.load(sin_ptr + HALF + d, mask=mask))
     return a.to(low.dtype), b.to(low.dtype)
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_pages_ptr, v_pages_ptr, table_ptr,
-                       first_ptr, ends_ptr, q_len, num_heads, num_kv_heads,
+def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_pages_ptr,
+                       v_pages_ptr, table_ptr, first_ptr, ends_ptr, q_len, num_heads, num_kv_heads, eps,
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                        stride_vb, stride_vh, stride_vt, stride_cb, stride_ct,
                        stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
-                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr):  # fmt: skip
+                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
@@ -71,7 +76,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_pages
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
-        a, b = _rotate(q_ptr + row * stride_qb + head * stride_qh + t * stride_qt, cos, sin, d, inside, HALF)
+        q = q_ptr + row * stride_qb + head * stride_qh + t * stride_qt
+        a, b = _rotate(q, q_norm_ptr, cos, sin, d, inside, eps, NORM, HALF)
         out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
         tl.store(out + d, a, mask=inside)
         tl.store(out + HALF + d, b, mask=inside)
@@ -79,7 +85,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_out_ptr, k_pages
         kv_head = head - num_heads
         page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
         mask = inside & write
-        a, b = _rotate(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt, cos, sin, d, mask, HALF)
+        k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
+        a, b = _rotate(k, k_norm_ptr, cos, sin, d, mask, eps, NORM, HALF)
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
         tl.store(at + d, a, mask=mask)
         tl.store(at + HALF + d, b, mask=mask)
@@ -128,11 +135,13 @@ def rope_append(
     block_table: torch.Tensor,
     first_held: torch.Tensor,
     ends: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
 ) -> torch.Tensor:
     """`append` with rotary embedding (Su et al. 2021, halves rotated as transformers does) of q and k before it.
 
     q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim,
-    cos and sin `[1 or rows, q_len, head_dim]` in q's dtype. Returns the rotated q, contiguous.
+    cos and sin `[1 or rows, q_len, head_dim]` in q's dtype. `norms` are the weights `[head_dim]`, in q's dtype, and the
+    epsilon of an RMSNorm of every head of q and of k before that. Returns the rotated q, contiguous.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
@@ -150,16 +159,20 @@ def rope_append(
             )
         if angles.dtype != q.dtype or angles.stride(2) != 1:
             raise ValueError(f"{name} is {angles.dtype}, q {q.dtype}: want the same, with a contiguous head_dim")
+    q_norm, k_norm, eps = (q, k, 0.0) if norms is None else norms
+    if q_norm.dtype != q.dtype or k_norm.dtype != q.dtype:
+        raise ValueError(f"norms are {q_norm.dtype} and {k_norm.dtype}, q {q.dtype}: want the same")
     rows, num_heads, q_len, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
     stride_cb = cos.stride(0) if len(cos) > 1 else 0
     # fused multiply-adds would round once where transformers rounds twice
     rope_append_kernel[(q_len, num_heads + num_kv_heads, rows)](
-        q, k, v, cos, sin, out, k_pages, v_pages, block_table, first_held, ends, q_len, num_heads, num_kv_heads,
+        q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, block_table, first_held, ends, q_len, num_heads,
+        num_kv_heads, eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
         *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
-        D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), num_warps=1,
-        enable_fp_fusion=False,
+        D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=norms is not None,
+        num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -99,12 +99,17 @@ def check_pages(
                 f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {count} rows and a contiguous "
                 f"head_dim of {head_dim}"
             )
-    for name, tensor in rows.items():
-        if tensor.dtype != torch.int32 or len(tensor) != count or tensor.stride(-1) != 1:
-            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: want contiguous int32, {count} rows")
+    check_rows(rows, count)
     for name, tensor in (states | rows).items():
         if tensor.device != k_pages.device:
             raise ValueError(f"{name} is on {tensor.device}, the pages on {k_pages.device}: move one to the other")
+
+
+def check_rows(rows: dict[str, torch.Tensor], count: int) -> None:
+    """Raises ValueError for what is not contiguous int32 of `count` rows."""
+    for name, tensor in rows.items():
+        if tensor.dtype != torch.int32 or len(tensor) != count or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: want contiguous int32, {count} rows")
 
 
 def check(

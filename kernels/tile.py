@@ -68,7 +68,10 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        if v.dtype == tl.float32:  # a tile is summed by itself: one long chain of additions loses float32's digits
+            acc += tl.dot(p, v, input_precision="ieee")
+        else:
+            acc = tl.dot(p.to(v.dtype), v, acc)
         m_i = m_new
     return m_i, l_i, acc
 

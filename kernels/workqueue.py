@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import Tile, check, device_limits, next_power_of_2, padded_queries, tile_for
+from pkv_hf.kernels.launch import Tile, check, check_rows, device_limits, next_power_of_2, padded_queries, tile_for
 from pkv_hf.kernels.merge import merge_states
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
 
@@ -164,7 +164,10 @@ def make_plan(
 
     q `[rows, H_q, q_len, head_dim]` and k_pages of any layer with the step's shapes; `programs` defaults to two for
     each multiprocessor.
+
+    Raises ValueError for bounds that are not int32, one a row.
     """
+    check_rows({"starts": starts, "ends": ends}, len(q))
     rows, num_kv_heads, q_len = q.shape[0], k_pages.shape[1], q.shape[2]
     tile = tile_for(q, k_pages)
     if programs is None:

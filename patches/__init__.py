@@ -1,5 +1,6 @@
 """Model families: a spec each, by transformers' `model_type`, and the decode forward that they share."""
 
+from pkv_hf.patches.decode import decode_forward
 from pkv_hf.patches.family import Family
 from pkv_hf.patches.forward import attention_forward
 from pkv_hf.patches.llama import LLAMA
@@ -8,4 +9,4 @@ from pkv_hf.patches.qwen import QWEN2, QWEN3
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-__all__ = ["FAMILIES", "Family", "attention_forward"]
+__all__ = ["FAMILIES", "Family", "attention_forward", "decode_forward"]

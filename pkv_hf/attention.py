@@ -48,9 +48,9 @@ def _takes_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
 
 def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """Attention of one query a row over all of k and v: a KV head's group of query heads is one block of queries."""
-    grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, H_kv, G, D]
+    grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, H_kv, G, D]
     if q.is_cuda or not (q.dtype == k.dtype == torch.float32) or k.shape[2] < LONG_ON_CPU:
-        return sdpa(grouped, k, v, scale).view_as(q)
+        return sdpa(grouped, k, v, scale).reshape(q.shape)
     rows = [_in_parts(grouped[row], k[row], v[row], scale) for row in range(len(q))]
     return torch.stack(rows).view_as(q)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -90,30 +90,36 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
     return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _dynamic(model: Any, call: Callable[[], Run]) -> Summary:
-    started = time.perf_counter()
-    call()
-    setup = time.perf_counter() - started
-    return Summary(call(), setup, None)
+@dataclass(frozen=True)
+class Engine:
+    """A way to run `generate()`: its settings for that, and for `patch` where it is a patched one."""
+
+    generate: dict[str, Any] = field(default_factory=dict)
+    patch: dict[str, Any] | None = None
 
 
-def _patched(model: Any, call: Callable[[], Run]) -> Summary:
-    with patched(model):
-        summary = _dynamic(model, call)
-        return Summary(summary.run, summary.setup_s, state_of(model).route)
-
-
-ENGINES: dict[str, tuple[Callable[[Any, Callable[[], Run]], Summary], dict[str, Any]]] = {
-    "dynamic": (_dynamic, {}),
-    "static-compile": (_dynamic, {"cache_implementation": "static"}),
-    "patched": (_patched, {}),
+ENGINES: dict[str, Engine] = {
+    "dynamic": Engine(),
+    "static-compile": Engine(generate={"cache_implementation": "static"}),
+    "patched": Engine(patch={}),
+    "patched-no-fuse": Engine(patch={"fuse": False}),
+    "patched-no-run-ahead": Engine(patch={"run_ahead": False}),
+    "patched-no-graphs": Engine(patch={"cuda_graphs": False}),
+    "patched-pages-only": Engine(patch={"cuda_graphs": False, "run_ahead": False, "fuse": False}),
 }
-"""How an engine runs a case, and its settings for `generate()`. All are measured on their second call of the case."""
+"""All are measured on their second call of a case."""
 
 
 def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str) -> Summary:
-    runner, settings = ENGINES[engine]
-    return runner(model, lambda: generate(model, inputs, new_tokens, **settings))
+    settings = ENGINES[engine]
+    with contextlib.ExitStack() as stack:
+        if settings.patch is not None:
+            stack.enter_context(patched(model, **settings.patch))
+        started = time.perf_counter()
+        generate(model, inputs, new_tokens, **settings.generate)
+        setup = time.perf_counter() - started
+        run = generate(model, inputs, new_tokens, **settings.generate)
+        return Summary(run, setup, None if settings.patch is None else state_of(model).route)
 
 
 def read_bandwidth(device: str) -> float:

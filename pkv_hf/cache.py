@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +36,13 @@ class CacheMemory:
     """Pages of the pools that nobody holds."""
     pages_shared: int
     """Pages held more than once, by several rows or by forks."""
+
+
+class DecodeSteps(dict[tuple, Any]):
+    """A cache's decode steps on static buffers, by shape. They hold its addresses: no copy may take them over."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeSteps:
+        return DecodeSteps()
 
 
 class PagedCache(Cache):
@@ -80,6 +87,7 @@ class PagedCache(Cache):
             for window in sorted(set(windows))
         }
         self.step: Step | None = None  # set while a patched model's forward serves this cache
+        self.decode_steps = DecodeSteps()
         layers = [PagedLayer(self.tables[window], i, kv_dtype) for i, window in enumerate(windows)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
@@ -170,6 +178,7 @@ class PagedCache(Cache):
         twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
         twin.tables = {window: table.fork(length) for window, table in self.tables.items()}
         twin.step = None
+        twin.decode_steps = DecodeSteps()
         layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:
             layer.length = length
@@ -205,3 +214,8 @@ class PagedCache(Cache):
     @property
     def batch_size(self) -> int:
         return self.rows or -1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first tokens were."""
+        return next(iter(self.tables.values())).pool.device

@@ -54,6 +54,14 @@ def layer_windows(config: PreTrainedConfig) -> list[int]:
     return windows
 
 
+def dynamic_rope(decoder: Any) -> str:
+    """Why a decoder's RoPE cannot be captured: its frequencies follow the length. Empty where they do not."""
+    kinds = getattr(decoder.rotary_emb, "rope_type", "default")
+    kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+    moving = sorted(kind for kind in kinds if "dynamic" in kind or kind == "longrope")
+    return f"rope_type {moving[0]!r} changes with the length" if moving else ""
+
+
 def register(name: str, attention: Callable, mask: Callable) -> None:
     """Registers an attention function and, without which it would lose the causal mask, its mask function."""
     AttentionInterface.register(name, attention)

@@ -15,14 +15,23 @@ from transformers import PreTrainedModel
 from pkv_hf import compat
 from pkv_hf.cache import PAGE_SIZES, PagedCache
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.patches import FAMILIES, Family, attention_forward
+from pkv_hf.loop import generate
+from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.routes import ROUTES
 from pkv_hf.serving import FORWARD, NAME, ORIGINAL, STATE, PatchState, attention, decoder_forward, mask
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
+def patch(
+    model: Model,
+    *,
+    route: str = "auto",
+    page_size: int = 16,
+    cuda_graphs: bool = True,
+    run_ahead: bool = True,
+    fuse: bool = True,
+) -> Model:
     """Makes `model.generate()` keep its KV cache in pages and decode from them. Returns the same model.
 
     Only this instance changes; its class, other instances and its weights do not. Patching again replaces the settings.
@@ -32,6 +41,9 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
         route: how decode attention runs: "split", "workqueue" (Triton), "sdpa" (torch), or "auto" for the first that
             serves the step. A route named here raises RouteError at the first step that it cannot serve.
         page_size: tokens a page of the caches that `generate()` makes, a power of two from 16 to 256.
+        cuda_graphs: capture decode steps on a GPU in a CUDA graph and replay it.
+        run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
+        fuse: run decode steps by the family's fused kernels; False runs transformers' layers, attention apart.
 
     Raises:
         ValueError: an unknown route or page size.
@@ -56,6 +68,16 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
         group=first.num_key_value_groups,
         head_dim=first.head_dim,
         implementation=decoder.config._attn_implementation,
+        model=inner,
+        fused_forward=decode_forward if fuse else None,
+        cuda_graphs=cuda_graphs,
+        settings={
+            "route": route,
+            "page_size": page_size,
+            "cuda_graphs": cuda_graphs,
+            "run_ahead": run_ahead,
+            "fuse": fuse,
+        },
     )
     config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
     config._attn_implementation_internal = NAME
@@ -66,6 +88,8 @@ def patch(model: Model, *, route: str = "auto", page_size: int = 16) -> Model:
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
     _replace(state, inner, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, inner))
+    if run_ahead and "generate" not in inner.__dict__:  # a checkpoint may bring a generate() of its own
+        _replace(state, inner, "generate", MethodType(generate, inner))
     _replace(state, inner, STATE, state)
     return model
 
@@ -76,6 +100,8 @@ def unpatch(model: Model) -> Model:
     if state is not None:
         while state.undo:
             state.undo.pop()()
+        for step in state.decode_steps:
+            step.drop()
     return model
 
 
@@ -90,7 +116,7 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
         if before is None:
             unpatch(model)
         else:
-            patch(model, route=before.route, page_size=before.page_size)
+            patch(model, **before.settings)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -80,6 +80,7 @@ class PagePool:
         self.num_layers = num_layers
         self.allocator = PageAllocator()
         self.storage: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.version = 0  # counts changes of `storage`: whoever keeps its addresses must look
         self.device = torch.device("cpu")
         self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
 
@@ -107,6 +108,7 @@ class PagePool:
     def add_layer(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Makes the pages of a layer for states like `key` and `value` (`[B, H_kv, q_len, head_dim]`)."""
         pages = self.allocator.capacity + 1
+        self.version += 1
         self.storage[layer_idx] = (
             self._allocate((key.shape[1], pages, self.page_size, key.shape[3]), dtype or key.dtype, key.device),
             self._allocate((value.shape[1], pages, self.page_size, value.shape[3]), dtype or value.dtype, value.device),
@@ -126,6 +128,7 @@ class PagePool:
         layers_here = self.num_layers if self.device.type == "cpu" else 1
         if capacity * self.layer_page_nbytes * layers_here > free_bytes(self.device) + self.nbytes:
             raise self._out_of_memory(capacity)
+        self.version += 1
         for layer_idx, (k, v) in self.storage.items():  # one at a time: old and new of one layer stand side by side
             self.storage[layer_idx] = (self._grown(k, capacity + 1), self._grown(v, capacity + 1))
         self.allocator.grow(capacity)

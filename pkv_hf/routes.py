@@ -23,6 +23,10 @@ MAX_DECODE_QUERIES = 8
 """Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
 
 
+Norms = tuple[torch.Tensor, torch.Tensor, float]
+"""The weights `[D]` of an RMSNorm of every head of q and of k, and its epsilon."""
+
+
 @dataclass(frozen=True)
 class Accepted:
     pass
@@ -56,7 +60,9 @@ class Bounds:
     starts: np.ndarray
     begin: int
     q_len: int
-    _mirrors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    horizon: int = 0
+    """Launches must do for rows that end up to here, as a captured step's must; 0 for this step's own end."""
+    mirrors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     plans: dict[tuple, object] = field(default_factory=dict)
 
     @property
@@ -65,10 +71,10 @@ class Bounds:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """starts and ends, int32 `[rows]`, on a device; made once a step for all layers there."""
-        if device not in self._mirrors:
+        if device not in self.mirrors:
             starts = torch.from_numpy(self.starts.astype(np.int32)).to(device, non_blocking=True)
-            self._mirrors[device] = (starts, torch.full_like(starts, self.end))
-        return self._mirrors[device]
+            self.mirrors[device] = (starts, torch.full_like(starts, self.end))
+        return self.mirrors[device]
 
 
 class Route(Protocol):
@@ -84,9 +90,12 @@ class Route(Protocol):
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds,
+        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """`append` with RoPE on q `[rows, H_q, q_len, D]` and on k before it; returns the rotated q."""
+        """`append` with RoPE on q `[rows, H_q, q_len, D]` and on k before it; returns the rotated q.
+
+        `norms`, where there are any, come before RoPE.
+        """
         ...
 
     def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
@@ -154,13 +163,13 @@ class _Triton:
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds,
+        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         from pkv_hf.kernels.append import rope_append
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
-        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, bounds.on(k.device)[1])
+        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, bounds.on(k.device)[1], norms)
 
 
 class Split(_Triton):
@@ -174,7 +183,7 @@ class Split(_Triton):
         table, _ = layer.table.on(q.device)
         starts, ends = bounds.on(q.device)
         window = layer.table.window
-        longest = bounds.end - int(bounds.starts.min())
+        longest = max(bounds.end, bounds.horizon) - int(bounds.starts.min())
         if window:
             longest = min(longest, window + bounds.q_len)
         return decode_split(q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
-from pkv_hf.routes import Route, StepShape, choose
+from pkv_hf.decode import CaptureError, DecodeStep, Forward
+from pkv_hf.routes import Bounds, Route, StepShape, choose
 from pkv_hf.step import Step, handle_of
+from pkv_hf.watch import Watch
 
 logger = logging.getLogger("pkv_hf")
 
@@ -44,12 +48,24 @@ class PatchState:
     head_dim: int
     implementation: str
     """The attention implementation that the model had."""
+    model: nn.Module
+    """The causal LM itself, out of any wrapper."""
+    fused_forward: Forward | None
+    """The family's decode forward, None where transformers' own layers were asked for."""
+    cuda_graphs: bool
+    settings: dict[str, Any]
+    """What `patch` was called with."""
     undo: list[Callable[[], None]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """Why calls were left to transformers, each reason once."""
     last_route: str | None = None
     rejected: dict[str, str] = field(default_factory=dict)
     """Why the last step's other routes were refused."""
+    watch: Watch | None = None
+    decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
+    """The steps on static buffers of all caches, for `report`."""
+    compiled: set[Hashable] = field(default_factory=set)
+    """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
 
     def say(self, reason: str) -> None:
         if reason not in self.said:
@@ -83,10 +99,97 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if str(reason):
             state.say(str(reason))
         return original_forward(self)(**kwargs)
-    # A 4-D mask is passed on as it is: this empty one keeps transformers from building the real one.
-    kwargs["attention_mask"] = torch.empty((len(step.bounds.starts), 1, 0, 0), dtype=torch.bool)
+    cache, bounds = step.cache, step.bounds
+    static = static_step(self, state, cache, step.route, bounds.q_len) if _plain(self, kwargs, step) else None
+    if static is not None:
+        hidden = run_static(state, static, cache, kwargs["input_ids"], kwargs.get("position_ids"), bounds.starts)
+        return BaseModelOutputWithPast(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[arg-type]
+    kwargs["attention_mask"] = no_mask(len(step.bounds.starts))
     with step:
         return original_forward(self)(**kwargs)
+
+
+def no_mask(rows: int) -> torch.Tensor:
+    """A 4-D mask is passed on as it is: this empty one keeps transformers from building the real one."""
+    return torch.empty((rows, 1, 0, 0), dtype=torch.bool)
+
+
+def _plain(decoder: Any, call: dict[str, Any], step: Step) -> bool:
+    """Whether a call is a decode step that asks for the last hidden states alone."""
+    config, positions = decoder.config, call.get("position_ids")
+    return (
+        step.fuses_rope
+        and call.get("input_ids") is not None
+        and not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        and call.get("return_dict", getattr(config, "return_dict", True)) is not False
+        and call.get("use_cache") is not False
+        and (positions is None or positions.ndim == 2)
+    )
+
+
+def static_step(
+    decoder: Any, state: PatchState, cache: PagedCache, route: Route, q_len: int, head: nn.Module | None = None
+) -> DecodeStep | None:
+    """The cache's step over static buffers for decode steps of a shape; None where transformers' layers have to run."""
+    captures = state.cuda_graphs and cache.device.type == "cuda"
+    if not route.fuses_rope or not (state.fused_forward or captures):
+        return None
+    if state.watch is None or not state.watch.unchanged():
+        state.watch = Watch([state.model])
+        for step in state.decode_steps:
+            step.drop()
+    reason = state.watch.reason or compat.dynamic_rope(decoder)
+    if reason:
+        state.say(f"the decoder's layers, attention stays on pages: {reason}")
+        return None
+    key = (state.watch, cache.rows, q_len, route.name, head is not None)
+    if key not in cache.decode_steps:
+        for stale in [key for key in cache.decode_steps if key[0] is not state.watch]:
+            del cache.decode_steps[stale]
+        cache.decode_steps[key] = DecodeStep(decoder, state.fused_forward or transformers_forward, head, route, q_len)
+        state.decode_steps.add(cache.decode_steps[key])
+    return cache.decode_steps[key]
+
+
+def run_static(
+    state: PatchState,
+    step: DecodeStep,
+    cache: PagedCache,
+    tokens: torch.Tensor,
+    positions: torch.Tensor | None,
+    starts: np.ndarray,
+) -> torch.Tensor:
+    """Runs a static step on tokens `[B, q_len]`, by its graph from the second run of its shape on.
+
+    The first run compiles and loads what a capture may not. The result is overwritten by the next run.
+    """
+    if positions is None and step.next_begin != cache.get_seq_length():
+        begin = cache.get_seq_length()
+        positions = torch.arange(begin, begin + step.q_len, device=step.device)[None]
+    shape = (cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
+    capture = state.cuda_graphs and step.device.type == "cuda" and shape in state.compiled
+    try:
+        output = step.run(cache, tokens, positions, starts, capture)
+    except CaptureError as error:
+        state.cuda_graphs = False
+        state.say(f"CUDA graphs, steps run without: {error}")
+        output = step.run(cache, tokens, positions, starts, capture=False)
+    state.compiled.add(shape)
+    return output
+
+
+def transformers_forward(
+    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+) -> torch.Tensor:
+    """A decode step through transformers' own layers."""
+    output = original_forward(decoder)(
+        input_ids=tokens,
+        position_ids=positions,
+        attention_mask=no_mask(len(tokens)),
+        past_key_values=step.cache,
+        use_cache=True,
+    )
+    return output.last_hidden_state if head is None else head(output.last_hidden_state)
 
 
 def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
@@ -117,7 +220,8 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
     rows, q_len = tokens.shape[:2]
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
-    return Step(cache, q_len, starts, choose_route(state, cache, starts, q_len, tokens.device, weight.dtype))
+    route = choose_route(state, cache, starts, q_len, tokens.device, weight.dtype)
+    return Step(cache, Bounds(starts, cache.get_seq_length(), q_len), route)
 
 
 def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from pkv_hf.attention import over_pages, prefill
 from pkv_hf.cache import PagedCache
-from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route
+from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Norms, Route
 
 
 class Step:
     """Appends each layer's new K and V to the pages and attends over them by the step's route.
 
-    Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was. `starts` are the
-    first real positions of the rows (int64 `[rows]`).
+    Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was.
     """
 
-    def __init__(self, cache: PagedCache, q_len: int, starts: np.ndarray, route: Route) -> None:
+    def __init__(self, cache: PagedCache, bounds: Bounds, route: Route) -> None:
         self.cache = cache
-        self.bounds = Bounds(starts, cache.get_seq_length(), q_len)
+        self.bounds = bounds
         self.route = route
 
     def __enter__(self) -> Step:
@@ -55,13 +53,12 @@ class Step:
 
     def rope_decode(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        layer_idx: int, scale: float,
+        layer_idx: int, scale: float, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`update` and `attend` with RoPE in the append: q, k, v as projected, cos and sin `[1 or rows, q_len, D]`."""
         layer = self.cache.layers[layer_idx]
-        return self.route.decode(
-            layer, self.route.rope_append(layer, q, k, v, cos, sin, self.bounds), scale, self.bounds
-        )
+        q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
+        return self.route.decode(layer, q, scale, self.bounds)
 
 
 def handle_of(key: torch.Tensor) -> tuple[Step, int] | None:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from pkv_hf.pool import NULL_PAGE, PagePool
+from pkv_hf.pool import GROWTH, NULL_PAGE, PagePool
+
+
+@dataclass
+class Mirror:
+    """A device's copy of a table, as of `version`."""
+
+    pages: torch.Tensor
+    first_held: torch.Tensor
+    version: int = -1
 
 
 class BlockTable:
@@ -28,7 +39,8 @@ class BlockTable:
         self.keep_past = False  # keep pages behind the window, so that `crop` can go back to them
         self._offsets: list[int | None] | None = None
         self._first_held: list[int] | None = None
-        self._mirrors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._version = 0  # counts changes of the host copy
+        self._mirrors: dict[torch.device, Mirror] = {}
 
     @property
     def rows(self) -> int:
@@ -57,7 +69,7 @@ class BlockTable:
 
     def _changed(self) -> None:
         self._offsets = self._first_held = None
-        self._mirrors.clear()
+        self._version += 1
 
     def _pages_to(self, position: int) -> int:
         return -(-position // self.page_size)
@@ -191,11 +203,24 @@ class BlockTable:
             self.release()
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table, int32 `[rows, max_pages]`, and `first_held`, int32 `[rows]`, on a device."""
-        if device not in self._mirrors:
-            pages, held = torch.from_numpy(self.pages.copy()), torch.tensor(self.first_held(), dtype=torch.int32)
-            self._mirrors[device] = (pages.to(device), held.to(device))
-        return self._mirrors[device]
+        """The table, int32 `[rows, max_pages or more]`, and `first_held`, int32 `[rows]`, on a device.
+
+        The tensors stay where they are while they are large enough, and are brought up to date on the current stream.
+        """
+        rows, width = self.pages.shape
+        mirror = self._mirrors.get(device)
+        if mirror is None or len(mirror.pages) != rows or mirror.pages.shape[1] < width:
+            capacity = max(self._pages_to(self.reserve), width if mirror is None else int(width * GROWTH) + 1)
+            pages = torch.zeros((rows, capacity), dtype=torch.int32, device=device)
+            mirror = Mirror(pages, torch.zeros(rows, dtype=torch.int32, device=device))
+            self._mirrors[device] = mirror
+        if mirror.version != self._version:
+            mirror.version = self._version
+            table = np.zeros(mirror.pages.shape, dtype=np.int32)
+            table[:, :width] = self.pages
+            _upload(mirror.pages, table)
+            _upload(mirror.first_held, np.array(self.first_held(), dtype=np.int32))
+        return mirror.pages, mirror.first_held
 
     def first_held(self) -> list[int]:
         """The first position of every row whose page is not the null page."""
@@ -228,3 +253,9 @@ class BlockTable:
         if last - first != len(held) - 1 or (np.diff(pages[first : last + 1]) != 1).any():
             return None
         return int(pages[first] - first) * self.page_size
+
+
+def _upload(target: torch.Tensor, source: np.ndarray) -> None:
+    """Copies to a device without waiting. torch reuses the pinned buffer once the copy has run."""
+    host = torch.from_numpy(source)
+    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)

@@ -1,0 +1,61 @@
+"""The small operations of a decoder layer, each in one launch: RMSNorm with the residual, and SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pkv_hf.kernels.launch import next_power_of_2
+
+
+@triton.jit
+def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps,
+                    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * width
+    d = tl.arange(0, BLOCK)
+    mask = d < width
+    x = tl.load(x_ptr + row + d, mask=mask, other=0.0)
+    if RESIDUAL:
+        x = (x.to(tl.float32) + tl.load(residual_ptr + row + d, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + row + d, x, mask=mask)
+    wide = x.to(tl.float32)
+    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype)
+    weight = tl.load(weight_ptr + d, mask=mask)
+    tl.store(out_ptr + row + d, (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype), mask=mask)
+
+
+@triton.jit
+def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < count
+    gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (silu * up).to(gate.dtype), mask=mask)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm (Zhang & Sennrich 2019) of x, or of x + residual, over the last dimension; rounds as transformers does.
+
+    x and residual `[..., width]`, contiguous, in the dtype of weight `[width]`. Returns the norm and what was normed.
+    """
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    total = x if residual is None else torch.empty_like(x)
+    rms_norm_kernel[(x.numel() // width,)](
+        x, x if residual is None else residual, weight, total, out, width, eps,
+        RESIDUAL=residual is not None, BLOCK=next_power_of_2(width), num_warps=8 if width > 2048 else 4,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return out, total
+
+
+def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up for contiguous tensors of one shape and dtype; rounds as transformers does."""
+    out = torch.empty_like(gate)
+    silu_mul_kernel[(-(-gate.numel() // 1024),)](gate, up, out, gate.numel(), BLOCK=1024, num_warps=4)
+    return out

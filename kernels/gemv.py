@@ -1,0 +1,235 @@
+"""Linear layers on few rows: weights read once at the speed of memory, several in one launch, epilogues fused.
+
+A decode step multiplies 1 to `MAX_ROWS` rows by every weight of the model, so it takes the time that reading them
+takes. One row is a product of vectors; more rows go through the tensor cores, padded to 16. Sums are float32; outputs
+are rounded where transformers rounds them, but the norm, which scales the sum instead of every input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+MAX_ROWS = 16
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a launch cuts its weights: outputs and inputs of a block, and how its loop is compiled."""
+
+    outputs: int
+    inputs: int
+    num_warps: int
+    num_stages: int
+
+
+def choose_block(rows: int, gated: bool) -> Block:
+    if rows == 1:
+        return Block(8 if gated else 16, 512, 4, 1)
+    return Block(16 if gated else 32, 128, 4, 4)
+
+
+@triton.jit
+def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
+              NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
+              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """x W^T for outputs first, ... of one weight, or of two; [BLOCK_M, BLOCK_N] float32 each."""
+    m = tl.arange(0, BLOCK_M)
+    n = first + tl.arange(0, BLOCK_N)
+    k0 = tl.arange(0, BLOCK_K)
+    w_at = n.to(tl.int64)[:, None] * inputs
+    w_mask = (n < outputs)[:, None]
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    if ONE_ROW:
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        acc2 = acc
+        square = tl.zeros([BLOCK_K], tl.float32)
+        for begin in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+            k = begin + k0
+            inside = k < inputs
+            mask = w_mask if EVEN else w_mask & inside[None, :]
+            w = tl.load(w_ptr + w_at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            if NORM:
+                square += x * x
+                x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            acc += w.to(tl.float32) * x[None, :]
+            if GATED:
+                w2 = tl.load(w2_ptr + w_at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+                acc2 += w2.to(tl.float32) * x[None, :]
+        squares += tl.sum(square, 0)
+        y = tl.sum(acc, 1)[None, :]
+        y2 = tl.sum(acc2, 1)[None, :] if GATED else y
+    else:
+        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        y2 = y
+        x_mask = (m < rows)[:, None]
+        for begin in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+            k = begin + k0
+            inside = k < inputs
+            mask = w_mask if EVEN else w_mask & inside[None, :]
+            w = tl.load(w_ptr + w_at + k[None, :], mask=mask, other=0.0)
+            x = tl.load(x_ptr + m[:, None] * inputs + k[None, :], mask=x_mask & inside[None, :], other=0.0)
+            if NORM:
+                wide = x.to(tl.float32)
+                squares += tl.sum(wide * wide, 1)
+                x = (wide * tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
+            y = tl.dot(x, tl.trans(w), y)
+            if GATED:
+                w2 = tl.load(w2_ptr + w_at + k[None, :], mask=mask, other=0.0)
+                y2 = tl.dot(x, tl.trans(w2), y2)
+    if NORM:
+        scale = tl.rsqrt(squares / inputs + eps)[:, None]
+        y *= scale
+        y2 *= scale
+    return y, y2
+
+
+@triton.jit
+def _round(y, out_ptr):
+    return y.to(out_ptr.dtype.element_ty).to(tl.float32)
+
+
+RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c"]
+"""Arguments that Triton must not specialise on: rows change without a new compilation."""
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, norm_ptr, residual_ptr, out_ptr,
+                  rows, outputs_a, outputs_b, outputs_c, inputs, eps,
+                  WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
+                  EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """One to three weights side by side: out [rows, outputs_a + outputs_b + outputs_c]."""
+    block = tl.program_id(0)
+    w_ptr = a_ptr
+    bias_ptr = bias_a_ptr
+    outputs = outputs_a
+    column = outputs_a * 0
+    width = outputs_a
+    if WEIGHTS > 1:
+        blocks_a = tl.cdiv(outputs_a, BLOCK_N)
+        blocks_b = tl.cdiv(outputs_b, BLOCK_N)
+        width = outputs_a + outputs_b + outputs_c
+        if block >= blocks_a + blocks_b:
+            w_ptr = c_ptr
+            bias_ptr = bias_c_ptr
+            outputs = outputs_c
+            column = outputs_a + outputs_b
+            block -= blocks_a + blocks_b
+        elif block >= blocks_a:
+            w_ptr = b_ptr
+            bias_ptr = bias_b_ptr
+            outputs = outputs_b
+            column = outputs_a
+            block -= blocks_a
+    y, _ = _products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, eps,
+                     NORM, False, ONE_ROW, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+    m = tl.arange(0, BLOCK_M)
+    n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if BIAS:
+        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+    at = m.to(tl.int64)[:, None] * width + (column + n)[None, :]
+    mask = (m < rows)[:, None] & (n < outputs)[None, :]
+    if RESIDUAL:
+        y = _round(y, out_ptr) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "outputs"])
+def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
+                  NORM: tl.constexpr, EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """silu(x G^T) * (x U^T)."""
+    first = tl.program_id(0) * BLOCK_N
+    gate, up = _products(x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, eps,
+                         NORM, True, ONE_ROW, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+    gate = _round(gate, out_ptr)
+    y = _round(gate / (1.0 + tl.exp(-gate)), out_ptr) * _round(up, out_ptr)
+    m = tl.arange(0, BLOCK_M)
+    n = first + tl.arange(0, BLOCK_N)
+    mask = (m < rows)[:, None] & (n < outputs)[None, :]
+    at = m.to(tl.int64)[:, None] * outputs + n[None, :]
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor | None]) -> None:
+    if x.dtype not in DTYPES or x.ndim != 2 or not 1 <= len(x) <= MAX_ROWS or not x.is_contiguous():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: want contiguous [1 to {MAX_ROWS}, inputs] in fp16 or bf16")
+    for name, weight in weights.items():
+        if weight.dtype != x.dtype or weight.shape[1] != x.shape[1] or not weight.is_contiguous():
+            raise ValueError(f"{name} is {weight.dtype} {list(weight.shape)}: want contiguous [outputs, {x.shape[1]}]")
+    for name, vector in vectors.items():
+        if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
+            raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
+
+
+def linear(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None] = (None, None, None),
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    residual: torch.Tensor | None = None,
+    block: Block | None = None,
+) -> torch.Tensor:
+    """residual + norm(x) W^T + bias of one weight, or of three side by side in one launch.
+
+    x `[rows, inputs]`, 1 to 16 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none; `norm`
+    is the weight `[inputs]` of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product; residual
+    `[rows, outputs]`, with one weight. Returns `[rows, sum of outputs]`.
+
+    Raises ValueError for arguments that the kernel cannot take.
+    """
+    rows, inputs = x.shape
+    _check(x, {f"weights[{i}]": weight for i, weight in enumerate(weights)}, {"norm": norm, "residual": residual})
+    if len(weights) not in (1, 3) or (residual is not None and len(weights) > 1):
+        raise ValueError(f"{len(weights)} weights: want one, or three without a residual")
+    block = block or choose_block(rows, False)
+    outputs = [len(weight) for weight in weights]
+    out = torch.empty((rows, sum(outputs)), dtype=x.dtype, device=x.device)
+    a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
+    bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
+    linear_kernel[(sum(-(-count // block.outputs) for count in outputs),)](
+        x, a, b, c, bias_a, bias_b, bias_c, x if norm is None else norm, x if residual is None else residual, out,
+        rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
+        WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None, NORM=norm is not None,
+        EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs,
+        BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=block.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def swiglu(
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    up: torch.Tensor,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    block: Block | None = None,
+) -> torch.Tensor:
+    """silu(norm(x) G^T) * (norm(x) U^T) (Shazeer 2020) in one launch; x, norm and eps as `linear` has them.
+
+    gate and up `[outputs, inputs]`. Returns `[rows, outputs]`.
+
+    Raises ValueError for arguments that the kernel cannot take.
+    """
+    _check(x, {"gate": gate, "up": up}, {"norm": norm})
+    if gate.shape != up.shape:
+        raise ValueError(f"gate is {list(gate.shape)} and up {list(up.shape)}: want the same")
+    rows, inputs = x.shape
+    block = block or choose_block(rows, True)
+    out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
+    swiglu_kernel[(-(-len(gate) // block.outputs),)](
+        x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps,
+        NORM=norm is not None, EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16,
+        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=block.num_warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,125 @@
+"""A decode step through the layers that the families share, in as few launches as their modules allow.
+
+A layer of plain half-precision weights is seven launches: norm and q, k, v; q/k norm, RoPE and append; attention and
+its merge; output projection and residual; norm, gate, up and SwiGLU; down projection and residual. Modules that are
+something else (adapters, quantised weights) are called as they are, between fused norms.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkv_hf.step import Step
+
+
+def decode_forward(
+    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+) -> torch.Tensor:
+    """Hidden states `[B, q_len, hidden]` of tokens at positions, both int64 `[B, q_len]`; with `head` its logits."""
+    from pkv_hf.kernels.elementwise import rms_norm
+
+    hidden = decoder.embed_tokens(tokens)
+    cos, sin = decoder.rotary_emb(hidden, position_ids=positions)
+    shape = hidden.shape
+    stream = Stream(hidden.view(-1, shape[-1]))
+    for layer in decoder.layers:
+        _attention(layer, stream, cos, sin, step, shape[:2])
+        _mlp(layer.post_attention_layernorm, layer.mlp, stream)
+    norm = decoder.norm
+    if head is not None and stream.pending is None and gemv_takes(head, stream.hidden):
+        logits = _linear(stream.hidden, [head], norm=norm)
+        return logits.view(*shape[:2], -1)
+    normed, _ = rms_norm(stream.hidden, norm.weight, norm.variance_epsilon, stream.pending)
+    normed = normed.view(shape)
+    return normed if head is None else head(normed)
+
+
+class Stream:
+    """The residual stream `[B * q_len, hidden]`, and what is still to be added to it."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.hidden = hidden
+        self.pending: torch.Tensor | None = None
+
+    def settle(self) -> torch.Tensor:
+        if self.pending is not None:
+            self.hidden, self.pending = self.hidden + self.pending, None
+        return self.hidden
+
+    def norm(self, norm: Any) -> torch.Tensor:
+        from pkv_hf.kernels.elementwise import rms_norm
+
+        normed, self.hidden = rms_norm(self.hidden, norm.weight, norm.variance_epsilon, self.pending)
+        self.pending = None
+        return normed
+
+    def add(self, linear: nn.Module, x: torch.Tensor) -> None:
+        """Adds a projection of x."""
+        if gemv_takes(linear, x):
+            self.hidden = _linear(x, [linear], residual=self.settle())
+        else:
+            self.settle()
+            self.pending = linear(x)
+
+
+def gemv_takes(module: Any, x: torch.Tensor) -> bool:
+    """Whether a module is a plain linear layer whose product with x our kernel computes."""
+    from pkv_hf.kernels.gemv import DTYPES, MAX_ROWS
+
+    return (
+        type(module) is nn.Linear
+        and module.weight.dtype == x.dtype
+        and x.dtype in DTYPES
+        and len(x) <= MAX_ROWS
+        and module.weight.is_contiguous()
+    )
+
+
+def _linear(
+    x: torch.Tensor, modules: list[Any], norm: Any = None, residual: torch.Tensor | None = None
+) -> torch.Tensor:
+    from pkv_hf.kernels.gemv import linear
+
+    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    if norm is None:
+        return linear(x, weights, biases, residual=residual)
+    return linear(x, weights, biases, norm=norm.weight, eps=norm.variance_epsilon, residual=residual)
+
+
+def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor, step: Step, shape: torch.Size) -> None:
+    attention = layer.self_attn
+    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
+    alike = len({module.bias is None for module in modules if type(module) is nn.Linear}) == 1
+    if alike and all(gemv_takes(module, stream.hidden) for module in modules):
+        together = _linear(stream.settle(), modules, norm=layer.input_layernorm)
+        states = together.split([len(module.weight) for module in modules], dim=1)
+    else:
+        normed = stream.norm(layer.input_layernorm)
+        states = tuple(module(normed) for module in modules)
+    q, k, v = (state.view(*shape, -1, attention.head_dim).transpose(1, 2) for state in states)
+    norms = None
+    if hasattr(attention, "q_norm"):
+        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+    out = step.rope_decode(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
+    stream.add(attention.o_proj, out.view(len(stream.hidden), -1))
+
+
+def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
+    from pkv_hf.kernels.elementwise import silu_mul
+    from pkv_hf.kernels.gemv import swiglu
+
+    gate, up = mlp.gate_proj, mlp.up_proj
+    plain = all(gemv_takes(module, stream.hidden) and module.bias is None for module in (gate, up))
+    if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
+        normed = stream.norm(norm)
+        stream.pending = mlp(normed)
+        return
+    if plain and gate.weight.shape == up.weight.shape:
+        x = swiglu(stream.settle(), gate.weight, up.weight, norm=norm.weight, eps=norm.variance_epsilon)
+    else:
+        normed = stream.norm(norm)
+        x = silu_mul(gate(normed), up(normed))
+    stream.add(mlp.down_proj, x)

@@ -1,0 +1,154 @@
+"""One decode step of a cache over buffers that stay where they are: run as it is, or captured once and replayed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pkv_hf.cache import PagedCache
+from pkv_hf.routes import Bounds, Route
+from pkv_hf.step import Step
+
+Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
+"""decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
+
+
+class CaptureError(RuntimeError):
+    """A forward cannot be captured in a CUDA graph."""
+
+
+class DecodeStep:
+    """Decodes `q_len` tokens a row by a forward over static buffers, with a CUDA graph where `captures` says so.
+
+    A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
+    launches were sized for. Positions and ends advance on the device, at the end of every step; the host writes them
+    only where its own count differs, as after a crop. Belongs to one cache, which it does not hold.
+    """
+
+    def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int) -> None:
+        self.decoder = decoder
+        self.forward = forward
+        self.head = head
+        self.route = route
+        self.q_len = q_len
+        self.device = next(decoder.parameters()).device
+        self.horizon = 0
+        self.nbytes = 0
+        """Memory that the graph keeps for itself."""
+        self.captures = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: torch.Tensor | None = None
+        self._addresses: tuple[Any, ...] = ()
+        self._starts: np.ndarray | None = None
+        self._end = -1  # what `ends` and `positions` on the device stand at
+
+    def _make_buffers(self, rows: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((rows, self.q_len), dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.starts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.ends = torch.zeros_like(self.starts)
+
+    def run(
+        self, cache: PagedCache, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, capture: bool
+    ) -> torch.Tensor:
+        """Appends tokens (int64 `[B, q_len]`) to the cache; returns what `forward` does, in a buffer of the graph.
+
+        `positions` are `[1 or B, q_len]`; None continues from the step before. `starts` are the first real positions.
+
+        Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
+        """
+        begin = cache.get_seq_length()
+        end = begin + self.q_len
+        # torch forbids to write outside of inference mode what was made inside
+        with torch.inference_mode(False), torch.no_grad():
+            if self._starts is None:
+                self._make_buffers(len(starts), self.device)
+            try:
+                self._place(cache, begin, end)
+                if self._starts is None or not np.array_equal(starts, self._starts):
+                    self._starts = starts
+                    self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
+                    self._graph = None  # sizes of launches depend on the shortest padding
+                if end != self._end:
+                    assert positions is not None, "positions continue only where the cache does"
+                    self.ends.fill_(end)
+                if positions is not None:
+                    self.positions.copy_(positions)
+                self.tokens.copy_(tokens)
+                if not capture:
+                    output = self._body(cache, begin)
+                else:
+                    if self._graph is None:
+                        self._capture(cache, begin)
+                    assert self._graph is not None
+                    assert self._output is not None
+                    self._graph.replay()
+                    output = self._output
+            except BaseException:
+                cache.truncate(begin)
+                self._end = -1
+                raise
+            for layer in cache.layers:
+                layer.length = end
+            self._end = end + self.q_len
+            return output
+
+    @property
+    def next_begin(self) -> int:
+        """The position that positions on the device stand at."""
+        return self._end - self.q_len
+
+    def _place(self, cache: PagedCache, begin: int, end: int) -> None:
+        """Makes pages for positions [begin, end), and forgets a graph of addresses or sizes that have changed."""
+        if end > self.horizon:
+            self.horizon = max(1 << (end - 1).bit_length(), *(table.reserve for table in cache.tables.values()))
+            self._graph = None
+        addresses: list[Any] = []
+        for table in cache.tables.values():
+            table.prepare(begin, end)
+            addresses.append(table.pool.version)
+            addresses += (tensor.data_ptr() for tensor in table.on(self.device))
+        if tuple(addresses) != self._addresses:
+            self._addresses = tuple(addresses)
+            self._graph = None
+
+    def _body(self, cache: PagedCache, begin: int) -> torch.Tensor:
+        assert self._starts is not None
+        mirrors = {self.device: (self.starts, self.ends)}
+        bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
+        with Step(cache, bounds, self.route) as step:
+            output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
+        self.ends.add_(self.q_len)
+        self.positions.add_(self.q_len)
+        return output
+
+    def drop(self) -> None:
+        """Gives up the graph and its memory."""
+        self._graph = self._output = None
+        self.nbytes = 0
+
+    def _capture(self, cache: PagedCache, begin: int) -> None:
+        device = self.device
+        self.drop()
+        held = torch.cuda.memory_reserved(device)
+        graph = torch.cuda.CUDAGraph()
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._output = self._body(cache, begin)
+                graph.capture_end()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # a capture that failed says so a second time
+                    graph.capture_end()
+                raise CaptureError(str(error)) from error
+        current.wait_stream(stream)
+        self._graph = graph
+        self.captures += 1
+        self.nbytes = max(torch.cuda.memory_reserved(device) - held, 0)

@@ -1,0 +1,64 @@
+"""Notices that a module is not what it was: what a captured graph has baked in must not have changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+class Watch:
+    """What a forward of some modules rests on, at the time it is made.
+
+    That is: which module is where, where every weight and buffer is stored (their values may change in place), hooks,
+    and, of modules that are neither torch's nor transformers', every plain setting (PEFT's active adapters, their
+    scaling, whether they are disabled or merged).
+    """
+
+    def __init__(self, roots: list[nn.Module]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
+        stores = [store for m in modules for store in (m._parameters, m._buffers)]
+        self._tensors = [
+            (store, name, tensor.data_ptr()) for store in stores for name, tensor in store.items() if tensor is not None
+        ]
+        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
+        self._settings = [(m, _settings(m)) for m in foreign]
+        devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
+        self._hooked = any(self._hooks)
+        self.reason = ""
+        """Why a forward of these modules may not be captured or replaced; empty where it may."""
+        if self._hooked:
+            self.reason = "modules have forward hooks"
+        elif any(hasattr(m, "_hf_hook") for m in modules):
+            self.reason = "modules have accelerate's hooks (offloading, or layers on several devices)"
+        elif len(devices) > 1:
+            self.reason = f"weights are on {len(devices)} devices"
+
+    def unchanged(self) -> bool:
+        return (
+            all(store.get(name) is child for store, name, child in self._children)
+            and all(_address(store.get(name)) == address for store, name, address in self._tensors)
+            and any(self._hooks) == self._hooked
+            and all(_settings(module) == settings for module, settings in self._settings)
+        )
+
+
+def _address(tensor: Any) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _settings(module: nn.Module) -> dict[str, str]:
+    """The plain values of a module's attributes, and of containers of plain values."""
+    return {name: repr(value) for name, value in module.__dict__.items() if _plain(value)}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_plain(key) and _plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple, set)):
+        return all(_plain(item) for item in value)
+    return isinstance(value, PLAIN)
