@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.launch import check_pages, next_power_of_2
+from pkv_hf.kernels.pdl import begin, options
 
 RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
@@ -25,7 +26,8 @@ def _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE: tl.con
 def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, table_ptr, first_ptr, ends_ptr, q_len,
                   stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
                   stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
-                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
     t = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -65,8 +67,10 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                        stride_vb, stride_vh, stride_vt, stride_cb, stride_ct,
                        stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
-                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
+                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
+    begin(PDL)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -121,6 +125,7 @@ def append(
         k, v, k_pages, v_pages, block_table, first_held, ends, q_len, *k.stride()[:3], *v.stride()[:3],
         *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
         D=head_dim, PAGE=k_pages.shape[2], BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+        **options(k.device),
     )  # fmt: skip
 
 
@@ -173,6 +178,6 @@ def rope_append(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
         *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
         D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=norms is not None,
-        num_warps=1, enable_fp_fusion=False,
+        num_warps=1, enable_fp_fusion=False, **options(q.device),
     )  # fmt: skip
     return out

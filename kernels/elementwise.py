@@ -7,11 +7,13 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.launch import next_power_of_2
+from pkv_hf.kernels.pdl import begin, options
 
 
 @triton.jit
 def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps,
-                    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
@@ -26,7 +28,8 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, ep
 
 
 @triton.jit
-def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr):
+def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    begin(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
@@ -49,7 +52,7 @@ def rms_norm(
     rms_norm_kernel[(x.numel() // width,)](
         x, x if residual is None else residual, weight, total, out, width, eps,
         RESIDUAL=residual is not None, BLOCK=next_power_of_2(width), num_warps=8 if width > 2048 else 4,
-        enable_fp_fusion=False,
+        enable_fp_fusion=False, **options(x.device),
     )  # fmt: skip
     return out, total
 
@@ -57,5 +60,6 @@ def rms_norm(
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for contiguous tensors of one shape and dtype; rounds as transformers does."""
     out = torch.empty_like(gate)
-    silu_mul_kernel[(-(-gate.numel() // 1024),)](gate, up, out, gate.numel(), BLOCK=1024, num_warps=4)
+    grid = (-(-gate.numel() // 1024),)
+    silu_mul_kernel[grid](gate, up, out, gate.numel(), BLOCK=1024, num_warps=4, **options(gate.device))
     return out

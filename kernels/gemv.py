@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pkv_hf.kernels.pdl import begin, options
+
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -26,67 +28,123 @@ class Block:
     inputs: int
     num_warps: int
     num_stages: int
+    swap: bool = False
 
 
 def choose_block(rows: int, gated: bool) -> Block:
     if rows == 1:
-        return Block(8 if gated else 16, 512, 4, 1)
-    return Block(16 if gated else 32, 128, 4, 4)
+        return Block(8 if gated else 16, 512, 4, 0)
+    return Block(32, 128, 4, 4, True)
 
 
 @triton.jit
-def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-              NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
-              BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """x W^T for outputs first, ... of one weight, or of two; [BLOCK_M, BLOCK_N] float32 each."""
-    m = tl.arange(0, BLOCK_M)
+def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
+             NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """x W^T for outputs first, ... of one weight, or of two; [1, BLOCK_N] float32 each."""
     n = first + tl.arange(0, BLOCK_N)
     k0 = tl.arange(0, BLOCK_K)
-    w_at = n.to(tl.int64)[:, None] * inputs
+    w_at = n.to(tl.int64)[:, None] * inputs + k0[None, :]
     w_mask = (n < outputs)[:, None]
-    squares = tl.zeros([BLOCK_M], tl.float32)
-    if ONE_ROW:
-        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        acc2 = acc
-        square = tl.zeros([BLOCK_K], tl.float32)
-        for begin in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-            k = begin + k0
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    acc2 = acc
+    square = tl.zeros([BLOCK_K], tl.float32)
+    if STAGES == 0:
+        mask = w_mask if EVEN else w_mask & (k0 < inputs)[None, :]
+        w = tl.load(w_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        w2 = w
+        if GATED:
+            w2 = tl.load(w2_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
+        begin(PDL)
+        for at in range(0, inputs, BLOCK_K):
+            if EVEN:
+                mask = w_mask & (at + BLOCK_K < inputs)
+            else:
+                mask = w_mask & (at + BLOCK_K + k0 < inputs)[None, :]
+            ahead = tl.load(w_ptr + w_at + at + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + at + k0, mask=at + k0 < inputs, other=0.0).to(tl.float32)
+            if NORM:
+                square += x * x
+                x *= tl.load(norm_ptr + at + k0, mask=at + k0 < inputs, other=0.0).to(tl.float32)
+            if GATED:
+                ahead2 = tl.load(w2_ptr + w_at + at + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
+                acc2 += w2.to(tl.float32) * x[None, :]
+                w2 = ahead2
+            acc += w.to(tl.float32) * x[None, :]
+            w = ahead
+    else:
+        begin(PDL)
+        for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+            k = at + k0
             inside = k < inputs
             mask = w_mask if EVEN else w_mask & inside[None, :]
-            w = tl.load(w_ptr + w_at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
             x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
             if NORM:
                 square += x * x
                 x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
             acc += w.to(tl.float32) * x[None, :]
             if GATED:
-                w2 = tl.load(w2_ptr + w_at + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+                w2 = tl.load(w2_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
                 acc2 += w2.to(tl.float32) * x[None, :]
-        squares += tl.sum(square, 0)
-        y = tl.sum(acc, 1)[None, :]
-        y2 = tl.sum(acc2, 1)[None, :] if GATED else y
-    else:
-        y = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        y2 = y
-        x_mask = (m < rows)[:, None]
-        for begin in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-            k = begin + k0
-            inside = k < inputs
-            mask = w_mask if EVEN else w_mask & inside[None, :]
-            w = tl.load(w_ptr + w_at + k[None, :], mask=mask, other=0.0)
-            x = tl.load(x_ptr + m[:, None] * inputs + k[None, :], mask=x_mask & inside[None, :], other=0.0)
-            if NORM:
-                wide = x.to(tl.float32)
-                squares += tl.sum(wide * wide, 1)
-                x = (wide * tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)[None, :]).to(x.dtype)
-            y = tl.dot(x, tl.trans(w), y)
-            if GATED:
-                w2 = tl.load(w2_ptr + w_at + k[None, :], mask=mask, other=0.0)
-                y2 = tl.dot(x, tl.trans(w2), y2)
+    y = tl.sum(acc, 1)[None, :]
+    y2 = tl.sum(acc2, 1)[None, :] if GATED else y
     if NORM:
-        scale = tl.rsqrt(squares / inputs + eps)[:, None]
+        scale = tl.rsqrt(tl.sum(square, 0) / inputs + eps)
         y *= scale
         y2 *= scale
+    return y, y2
+
+
+@triton.jit
+def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
+          GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+          STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+    """As `_one_row`, for rows padded to 16; [16, BLOCK_N] float32 each."""
+    m = tl.arange(0, 16)
+    n = first + tl.arange(0, BLOCK_N)
+    k0 = tl.arange(0, BLOCK_K)
+    w_at = n.to(tl.int64)[:, None] * inputs + k0[None, :]
+    w_mask = (n < outputs)[:, None]
+    x_at = m[:, None] * inputs + k0[None, :]
+    x_mask = (m < rows)[:, None]
+    if SWAP:
+        y = tl.zeros([BLOCK_N, 16], tl.float32)
+    else:
+        y = tl.zeros([16, BLOCK_N], tl.float32)
+    y2 = y
+    begin(PDL)
+    for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+        inside = (at + k0 < inputs)[None, :]
+        w = tl.load(w_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
+        x = tl.load(x_ptr + x_at + at, mask=x_mask if EVEN else x_mask & inside, other=0.0)
+        if SWAP:
+            y = tl.dot(w, tl.trans(x), y)
+        else:
+            y = tl.dot(x, tl.trans(w), y)
+        if GATED:
+            w2 = tl.load(w2_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
+            if SWAP:
+                y2 = tl.dot(w2, tl.trans(x), y2)
+            else:
+                y2 = tl.dot(x, tl.trans(w2), y2)
+    if SWAP:
+        y = tl.trans(y)
+        y2 = tl.trans(y2)
+    return y, y2
+
+
+@triton.jit
+def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
+              NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+              SWAP: tl.constexpr):  # fmt: skip
+    if ONE_ROW:
+        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
+                         NORM, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
+    else:
+        y, y2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
+                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
     return y, y2
 
 
@@ -104,7 +162,7 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
                   rows, outputs_a, outputs_b, outputs_c, inputs, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
                   EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
     """One to three weights side by side: out [rows, outputs_a + outputs_b + outputs_c]."""
     block = tl.program_id(0)
     w_ptr = a_ptr
@@ -129,7 +187,7 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             column = outputs_a
             block -= blocks_a
     y, _ = _products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, eps,
-                     NORM, False, ONE_ROW, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+                     NORM, False, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
@@ -144,11 +202,11 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
                   NORM: tl.constexpr, EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
     """silu(x G^T) * (x U^T)."""
     first = tl.program_id(0) * BLOCK_N
     gate, up = _products(x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-                         NORM, True, ONE_ROW, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+                         NORM, True, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
     gate = _round(gate, out_ptr)
     y = _round(gate / (1.0 + tl.exp(-gate)), out_ptr) * _round(up, out_ptr)
     m = tl.arange(0, BLOCK_M)
@@ -201,7 +259,7 @@ def linear(
         rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
         WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None, NORM=norm is not None,
         EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs,
-        BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=block.num_warps,
+        BLOCK_K=block.inputs, STAGES=block.num_stages, SWAP=block.swap, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     return out
 
@@ -230,6 +288,6 @@ def swiglu(
     swiglu_kernel[(-(-len(gate) // block.outputs),)](
         x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps,
         NORM=norm is not None, EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16,
-        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=block.num_warps,
+        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, SWAP=block.swap, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     return out

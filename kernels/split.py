@@ -10,6 +10,7 @@ import triton.language as tl
 
 from pkv_hf.kernels.launch import check, device_limits, next_power_of_2, padded_queries, tile_for
 from pkv_hf.kernels.merge import merge_states
+from pkv_hf.kernels.pdl import begin, options
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
 
 RUNTIME = ["num_kv_heads", "q_len", "window", "num_splits", "stride_tb"]
@@ -21,7 +22,9 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
                  num_kv_heads, q_len, window, num_splits, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh,
                  stride_vp, stride_vh, stride_tb, stride_ob, stride_ot, stride_oh,
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
-                 BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr):  # fmt: skip
+                 BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
     item = tl.program_id(0)
     split = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)
@@ -29,8 +32,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
     start = tl.load(starts_ptr + row)
     end = tl.load(ends_ptr + row)
     first, tiles = tile_range(start, end, q_len, window, TOKENS)
-    begin = split * tiles // num_splits
-    count = (split + 1) * tiles // num_splits - begin
+    skipped = split * tiles // num_splits
+    count = (split + 1) * tiles // num_splits - skipped
     slot = item * num_splits + split
     if count == 0 and not DIRECT:
         m = tl.arange(0, BLOCK_M)
@@ -44,7 +47,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
     q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
     m_i, l_i, acc = attend_tiles(
         q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + row * stride_tb, start, end, q_len,
-        window, first + begin, count, scale_log2, stride_kp, stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
+        window, first + skipped, count, scale_log2, stride_kp, stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
     )  # fmt: skip
     if DIRECT:
         store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, D, BLOCK_M, BLOCK_D)
@@ -55,7 +58,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
 @triton.jit(do_not_specialize=["num_kv_heads", "num_splits"])
 def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stride_ob, stride_ot, stride_oh,
                         G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
-                        PARTS: tl.constexpr):  # fmt: skip
+                        PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)
@@ -112,11 +116,11 @@ def decode_split(
         num_kv_heads, q_len, window, num_splits, *q.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2],
         block_table.stride(0), *out.stride()[:3],
         G=group, D=head_dim, PAGE=page_size, TOKENS=tile.tokens, BLOCK_M=block_m, BLOCK_D=block_d,
-        STAGES=tile.num_stages, DIRECT=direct, num_warps=tile.num_warps,
+        STAGES=tile.num_stages, DIRECT=direct, num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip
     if not direct:
         merge_splits_kernel[(items, q_len * group)](
             ml, acc, out, num_kv_heads, num_splits, *out.stride()[:3],
-            G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d, PARTS=32, num_warps=4,
+            G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d, PARTS=32, num_warps=4, **options(q.device),
         )  # fmt: skip
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from pkv_hf.kernels.launch import Tile, check, check_rows, device_limits, next_power_of_2, padded_queries, tile_for
 from pkv_hf.kernels.merge import merge_states
+from pkv_hf.kernels.pdl import begin, options
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
 
 PROGRAMS_PER_SM = 2
@@ -49,19 +50,20 @@ def _tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.constexpr)
 
 @triton.jit(do_not_specialize=["rows", "q_len", "window", "num_kv_heads", "programs"])
 def plan_kernel(starts_ptr, ends_ptr, row_tiles_ptr, first_items_ptr, rows, q_len, window, num_kv_heads, programs,
-                TOKENS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+                TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Every program finds its own first item: it counts the rows whose tiles end at or before its first tile."""
+    begin(PDL)
     program = tl.program_id(0)
     total = tl.zeros([], tl.int32)
-    for begin in range(0, rows, BLOCK):
-        total += tl.sum(_tiles(starts_ptr, ends_ptr, begin + tl.arange(0, BLOCK), rows, q_len, window, TOKENS), 0)
+    for block_row in range(0, rows, BLOCK):
+        total += tl.sum(_tiles(starts_ptr, ends_ptr, block_row + tl.arange(0, BLOCK), rows, q_len, window, TOKENS), 0)
     programs = tl.maximum(tl.minimum(programs, total * num_kv_heads), 1)
     first = program.to(tl.int64) * total * num_kv_heads // programs
     before = tl.zeros([], tl.int32)
     row = tl.zeros([], tl.int32)
     row_begin = tl.zeros([], tl.int64)
-    for begin in range(0, rows, BLOCK):
-        block = begin + tl.arange(0, BLOCK)
+    for block_row in range(0, rows, BLOCK):
+        block = block_row + tl.arange(0, BLOCK)
         tiles = _tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS)
         up_to = before + tl.cumsum(tiles, 0)
         if program == 0:
@@ -91,7 +93,8 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
                      stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_tb,
                      stride_ob, stride_ot, stride_oh,
                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    begin(PDL)
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(row_tiles_ptr + rows).to(tl.int64) * num_kv_heads
     programs = tl.maximum(tl.minimum(programs, total), 1)
@@ -105,8 +108,8 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
         kv_head = (item % num_kv_heads).to(tl.int64)
         before = tl.load(row_tiles_ptr + row)
         tiles = tl.load(row_tiles_ptr + row + 1) - before
-        begin = (tile - (before.to(tl.int64) * num_kv_heads + kv_head * tiles)).to(tl.int32)
-        count = tl.minimum(tiles - begin, (last - tile).to(tl.int32))
+        skipped = (tile - (before.to(tl.int64) * num_kv_heads + kv_head * tiles)).to(tl.int32)
+        count = tl.minimum(tiles - skipped, (last - tile).to(tl.int32))
         if count > 0:
             start = tl.load(starts_ptr + row)
             end = tl.load(ends_ptr + row)
@@ -114,7 +117,7 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
             q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
             m_i, l_i, acc = attend_tiles(
                 q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + row * stride_tb, start, end,
-                q_len, window, first + begin, count, scale_log2, stride_kp, stride_vp,
+                q_len, window, first + skipped, count, scale_log2, stride_kp, stride_vp,
                 G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
             )  # fmt: skip
             if count == tiles:
@@ -130,8 +133,9 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
 @triton.jit(do_not_specialize=["rows", "num_kv_heads", "programs"])
 def merge_items_kernel(row_tiles_ptr, ml_ptr, acc_ptr, out_ptr, rows, num_kv_heads, programs,
                        stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_D: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+                       BLOCK_D: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up what the programs left of an item; an item that one program wrote whole is left alone."""
+    begin(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)
@@ -139,13 +143,13 @@ def merge_items_kernel(row_tiles_ptr, ml_ptr, acc_ptr, out_ptr, rows, num_kv_hea
     total = tl.load(row_tiles_ptr + rows).to(tl.int64) * num_kv_heads
     before = tl.load(row_tiles_ptr + row).to(tl.int64)
     tiles = tl.load(row_tiles_ptr + row + 1).to(tl.int64) - before
-    begin = before * num_kv_heads + kv_head * tiles
+    begin_tile = before * num_kv_heads + kv_head * tiles
     first = tl.zeros([], tl.int64)
     count = tl.zeros([], tl.int32)
     programs = tl.minimum(programs, total)
     if tiles > 0:  # program of tile t: the largest c with c * total // programs <= t
-        first = ((begin + 1) * programs - 1) // total
-        count = (((begin + tiles) * programs - 1) // total - first + 1).to(tl.int32)
+        first = ((begin_tile + 1) * programs - 1) // total
+        count = (((begin_tile + tiles) * programs - 1) // total - first + 1).to(tl.int32)
     if count != 1:
         out = out_ptr + row * stride_ob + (m_row // G) * stride_ot + (kv_head * G + m_row % G) * stride_oh
         merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, D, BLOCK_M, BLOCK_D, PARTS)
@@ -176,7 +180,7 @@ def make_plan(
     first_items = torch.empty(programs, dtype=torch.int32, device=q.device)
     plan_kernel[(programs,)](
         starts, ends, row_tiles, first_items, rows, q_len, window, num_kv_heads, programs,
-        TOKENS=tile.tokens, BLOCK=64, num_warps=1,
+        TOKENS=tile.tokens, BLOCK=64, num_warps=1, **options(q.device),
     )  # fmt: skip
     return Plan(row_tiles, first_items, tile, window)
 
@@ -217,10 +221,10 @@ def decode_workqueue(
         scale * math.log2(math.e), rows, num_kv_heads, q_len, plan.window, plan.programs, *q.stride()[:3],
         *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0), *out.stride()[:3],
         G=group, D=head_dim, PAGE=page_size, TOKENS=tile.tokens, BLOCK_M=block_m, BLOCK_D=block_d,
-        STAGES=tile.num_stages, num_warps=tile.num_warps,
+        STAGES=tile.num_stages, num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip
     merge_items_kernel[(items, q_len * group)](
         plan.row_tiles, ml, acc, out, rows, num_kv_heads, plan.programs, *out.stride()[:3],
-        G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d, PARTS=32, num_warps=4,
+        G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d, PARTS=32, num_warps=4, **options(q.device),
     )  # fmt: skip
     return out

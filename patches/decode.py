@@ -19,8 +19,6 @@ def decode_forward(
     decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
 ) -> torch.Tensor:
     """Hidden states `[B, q_len, hidden]` of tokens at positions, both int64 `[B, q_len]`; with `head` its logits."""
-    from pkv_hf.kernels.elementwise import rms_norm
-
     hidden = decoder.embed_tokens(tokens)
     cos, sin = decoder.rotary_emb(hidden, position_ids=positions)
     shape = hidden.shape
@@ -28,12 +26,9 @@ def decode_forward(
     for layer in decoder.layers:
         _attention(layer, stream, cos, sin, step, shape[:2])
         _mlp(layer.post_attention_layernorm, layer.mlp, stream)
-    norm = decoder.norm
-    if head is not None and stream.pending is None and gemv_takes(head, stream.hidden):
-        logits = _linear(stream.hidden, [head], norm=norm)
-        return logits.view(*shape[:2], -1)
-    normed, _ = rms_norm(stream.hidden, norm.weight, norm.variance_epsilon, stream.pending)
-    normed = normed.view(shape)
+    if head is not None and gemv_takes(head, stream.hidden):
+        return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
+    normed = stream.norm(decoder.norm).view(shape)
     return normed if head is None else head(normed)
 
 
@@ -49,6 +44,10 @@ class Stream:
             self.hidden, self.pending = self.hidden + self.pending, None
         return self.hidden
 
+    def normed(self, norm: Any) -> tuple[torch.Tensor, Any]:
+        """x and a norm that is still to be taken of it: one row's norm goes with the product, more are normed first."""
+        return (self.settle(), norm) if len(self.hidden) == 1 else (self.norm(norm), None)
+
     def norm(self, norm: Any) -> torch.Tensor:
         from pkv_hf.kernels.elementwise import rms_norm
 
@@ -59,7 +58,7 @@ class Stream:
     def add(self, linear: nn.Module, x: torch.Tensor) -> None:
         """Adds a projection of x."""
         if gemv_takes(linear, x):
-            self.hidden = _linear(x, [linear], residual=self.settle())
+            self.hidden = _linear(x, None, [linear], residual=self.settle())
         else:
             self.settle()
             self.pending = linear(x)
@@ -78,15 +77,15 @@ def gemv_takes(module: Any, x: torch.Tensor) -> bool:
     )
 
 
-def _linear(
-    x: torch.Tensor, modules: list[Any], norm: Any = None, residual: torch.Tensor | None = None
-) -> torch.Tensor:
+def _linear(x: torch.Tensor, norm: Any, modules: list[Any], residual: torch.Tensor | None = None) -> torch.Tensor:
     from pkv_hf.kernels.gemv import linear
 
     weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-    if norm is None:
-        return linear(x, weights, biases, residual=residual)
-    return linear(x, weights, biases, norm=norm.weight, eps=norm.variance_epsilon, residual=residual)
+    return linear(x, weights, biases, residual=residual, **_settings(norm))
+
+
+def _settings(norm: Any) -> dict[str, Any]:
+    return {} if norm is None else {"norm": norm.weight, "eps": norm.variance_epsilon}
 
 
 def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor, step: Step, shape: torch.Size) -> None:
@@ -94,7 +93,7 @@ def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor,
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
     alike = len({module.bias is None for module in modules if type(module) is nn.Linear}) == 1
     if alike and all(gemv_takes(module, stream.hidden) for module in modules):
-        together = _linear(stream.settle(), modules, norm=layer.input_layernorm)
+        together = _linear(*stream.normed(layer.input_layernorm), modules)
         states = together.split([len(module.weight) for module in modules], dim=1)
     else:
         normed = stream.norm(layer.input_layernorm)
@@ -118,7 +117,8 @@ def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
         stream.pending = mlp(normed)
         return
     if plain and gate.weight.shape == up.weight.shape:
-        x = swiglu(stream.settle(), gate.weight, up.weight, norm=norm.weight, eps=norm.variance_epsilon)
+        x, norm = stream.normed(norm)
+        x = swiglu(x, gate.weight, up.weight, **_settings(norm))
     else:
         normed = stream.norm(norm)
         x = silu_mul(gate(normed), up(normed))

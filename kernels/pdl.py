@@ -1,0 +1,34 @@
+"""Programmatic dependent launch (sm_90 and newer): a kernel is set up while the one before it still runs.
+
+Every kernel of a decode step calls `begin` before it touches what another kernel wrote or reads; what it does before
+that, such as loading weights, overlaps with the kernel before.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def begin(PDL: tl.constexpr):
+    """Lets the next kernel be set up, then waits for the one before to have finished."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@functools.cache
+def _overlaps(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] >= 9
+
+
+def options(device: torch.device) -> dict[str, bool]:
+    """The arguments of a launch on a device."""
+    if device.type != "cuda":
+        return {"PDL": False}
+    overlaps = _overlaps(device.index if device.index is not None else torch.cuda.current_device())
+    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
