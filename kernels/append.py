@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.launch import check_pages, next_power_of_2
-from pkv_hf.kernels.pdl import begin, options
+from pkv_hf.kernels.pdl import options, release, wait
 
 RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
@@ -27,7 +27,8 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, table_ptr, first_ptr, 
                   stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
                   stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
                   D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     t = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -70,7 +71,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
                        D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
                        PDL: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)

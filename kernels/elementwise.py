@@ -7,13 +7,14 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.launch import next_power_of_2
-from pkv_hf.kernels.pdl import begin, options
+from pkv_hf.kernels.pdl import options, release, wait
 
 
 @triton.jit
 def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps,
                     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     row = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
@@ -29,7 +30,8 @@ def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, ep
 
 @triton.jit
 def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     gate = tl.load(gate_ptr + at, mask=mask, other=0.0)

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.pdl import begin, options
+from pkv_hf.kernels.launch import device_limits
+from pkv_hf.kernels.pdl import options, release, wait
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
@@ -26,21 +27,27 @@ class Block:
 
     outputs: int
     inputs: int
-    num_warps: int
     num_stages: int
-    swap: bool = False
 
 
-def choose_block(rows: int, gated: bool) -> Block:
+def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
+    """The block of a launch over `weights` weights at a time (two for SwiGLU) that fits `shared_memory` bytes.
+
+    One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
+    """
     if rows == 1:
-        return Block(8 if gated else 16, 512, 4, 0)
-    return Block(32, 128, 4, 4, True)
+        return Block(4, 2048 if inputs >= 4096 else 1024, 1)
+    wide, narrow = Block(64, 256, 3), Block(32, 256, 4)
+    for block in (wide if outputs > 4096 else narrow, Block(32, 128, 3), Block(16, 64, 3)):
+        if block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 + 4096 <= shared_memory:
+            break
+    return block
 
 
 @triton.jit
 def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
              NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+             BLOCK_K: tl.constexpr):  # fmt: skip
     """x W^T for outputs first, ... of one weight, or of two; [1, BLOCK_N] float32 each."""
     n = first + tl.arange(0, BLOCK_N)
     k0 = tl.arange(0, BLOCK_K)
@@ -49,44 +56,18 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc2 = acc
     square = tl.zeros([BLOCK_K], tl.float32)
-    if STAGES == 0:
-        mask = w_mask if EVEN else w_mask & (k0 < inputs)[None, :]
-        w = tl.load(w_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
-        w2 = w
+    for at in range(0, inputs, BLOCK_K):
+        inside = at + k0 < inputs
+        mask = w_mask if EVEN else w_mask & inside[None, :]
+        w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        x = tl.load(x_ptr + at + k0, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            square += x * x
+            x *= tl.load(norm_ptr + at + k0, mask=inside, other=0.0).to(tl.float32)
+        acc += w.to(tl.float32) * x[None, :]
         if GATED:
-            w2 = tl.load(w2_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
-        begin(PDL)
-        for at in range(0, inputs, BLOCK_K):
-            if EVEN:
-                mask = w_mask & (at + BLOCK_K < inputs)
-            else:
-                mask = w_mask & (at + BLOCK_K + k0 < inputs)[None, :]
-            ahead = tl.load(w_ptr + w_at + at + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + at + k0, mask=at + k0 < inputs, other=0.0).to(tl.float32)
-            if NORM:
-                square += x * x
-                x *= tl.load(norm_ptr + at + k0, mask=at + k0 < inputs, other=0.0).to(tl.float32)
-            if GATED:
-                ahead2 = tl.load(w2_ptr + w_at + at + BLOCK_K, mask=mask, other=0.0, eviction_policy="evict_first")
-                acc2 += w2.to(tl.float32) * x[None, :]
-                w2 = ahead2
-            acc += w.to(tl.float32) * x[None, :]
-            w = ahead
-    else:
-        begin(PDL)
-        for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-            k = at + k0
-            inside = k < inputs
-            mask = w_mask if EVEN else w_mask & inside[None, :]
-            w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            if NORM:
-                square += x * x
-                x *= tl.load(norm_ptr + k, mask=inside, other=0.0).to(tl.float32)
-            acc += w.to(tl.float32) * x[None, :]
-            if GATED:
-                w2 = tl.load(w2_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
-                acc2 += w2.to(tl.float32) * x[None, :]
+            w2 = tl.load(w2_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
+            acc2 += w2.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)[None, :]
     y2 = tl.sum(acc2, 1)[None, :] if GATED else y
     if NORM:
@@ -99,7 +80,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
 @triton.jit
 def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
           GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+          STAGES: tl.constexpr):  # fmt: skip
     """As `_one_row`, for rows padded to 16; [16, BLOCK_N] float32 each."""
     m = tl.arange(0, 16)
     n = first + tl.arange(0, BLOCK_N)
@@ -108,43 +89,29 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
     w_mask = (n < outputs)[:, None]
     x_at = m[:, None] * inputs + k0[None, :]
     x_mask = (m < rows)[:, None]
-    if SWAP:
-        y = tl.zeros([BLOCK_N, 16], tl.float32)
-    else:
-        y = tl.zeros([16, BLOCK_N], tl.float32)
+    y = tl.zeros([BLOCK_N, 16], tl.float32)
     y2 = y
-    begin(PDL)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = (at + k0 < inputs)[None, :]
         w = tl.load(w_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
-        x = tl.load(x_ptr + x_at + at, mask=x_mask if EVEN else x_mask & inside, other=0.0)
-        if SWAP:
-            y = tl.dot(w, tl.trans(x), y)
-        else:
-            y = tl.dot(x, tl.trans(w), y)
+        x = tl.trans(tl.load(x_ptr + x_at + at, mask=x_mask if EVEN else x_mask & inside, other=0.0))
+        y = tl.dot(w, x, y)
         if GATED:
             w2 = tl.load(w2_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
-            if SWAP:
-                y2 = tl.dot(w2, tl.trans(x), y2)
-            else:
-                y2 = tl.dot(x, tl.trans(w2), y2)
-    if SWAP:
-        y = tl.trans(y)
-        y2 = tl.trans(y2)
-    return y, y2
+            y2 = tl.dot(w2, x, y2)
+    return tl.trans(y), tl.trans(y2)
 
 
 @triton.jit
 def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
               NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-              SWAP: tl.constexpr):  # fmt: skip
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     if ONE_ROW:
         y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-                         NORM, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
+                         NORM, GATED, EVEN, BLOCK_N, BLOCK_K)  # fmt: skip
     else:
         y, y2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
-                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
+                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
     return y, y2
 
 
@@ -162,8 +129,9 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
                   rows, outputs_a, outputs_b, outputs_c, inputs, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
                   EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One to three weights side by side: out [rows, outputs_a + outputs_b + outputs_c]."""
+    wait(PDL)
     block = tl.program_id(0)
     w_ptr = a_ptr
     bias_ptr = bias_a_ptr
@@ -187,7 +155,8 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             column = outputs_a
             block -= blocks_a
     y, _ = _products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, eps,
-                     NORM, False, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
+                     NORM, False, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+    release(PDL)
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
@@ -202,11 +171,13 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
                   NORM: tl.constexpr, EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """silu(x G^T) * (x U^T)."""
+    wait(PDL)
     first = tl.program_id(0) * BLOCK_N
     gate, up = _products(x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-                         NORM, True, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL, SWAP)  # fmt: skip
+                         NORM, True, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+    release(PDL)
     gate = _round(gate, out_ptr)
     y = _round(gate / (1.0 + tl.exp(-gate)), out_ptr) * _round(up, out_ptr)
     m = tl.arange(0, BLOCK_M)
@@ -217,6 +188,8 @@ def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inp
 
 
 def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor | None]) -> None:
+    if vectors["norm"] is not None and len(x) > 1:
+        raise ValueError(f"norm with {len(x)} rows: norm them first, only one row's norm goes with the product")
     if x.dtype not in DTYPES or x.ndim != 2 or not 1 <= len(x) <= MAX_ROWS or not x.is_contiguous():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: want contiguous [1 to {MAX_ROWS}, inputs] in fp16 or bf16")
     for name, weight in weights.items():
@@ -235,12 +208,11 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     residual: torch.Tensor | None = None,
-    block: Block | None = None,
 ) -> torch.Tensor:
     """residual + norm(x) W^T + bias of one weight, or of three side by side in one launch.
 
     x `[rows, inputs]`, 1 to 16 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none; `norm`
-    is the weight `[inputs]` of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product; residual
+    is the weight `[inputs]` of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, for one row; residual
     `[rows, outputs]`, with one weight. Returns `[rows, sum of outputs]`.
 
     Raises ValueError for arguments that the kernel cannot take.
@@ -249,8 +221,8 @@ def linear(
     _check(x, {f"weights[{i}]": weight for i, weight in enumerate(weights)}, {"norm": norm, "residual": residual})
     if len(weights) not in (1, 3) or (residual is not None and len(weights) > 1):
         raise ValueError(f"{len(weights)} weights: want one, or three without a residual")
-    block = block or choose_block(rows, False)
     outputs = [len(weight) for weight in weights]
+    block = choose_block(rows, inputs, sum(outputs), 1, device_limits(x.device)[1])
     out = torch.empty((rows, sum(outputs)), dtype=x.dtype, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
@@ -259,7 +231,7 @@ def linear(
         rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
         WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None, NORM=norm is not None,
         EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs,
-        BLOCK_K=block.inputs, STAGES=block.num_stages, SWAP=block.swap, num_warps=block.num_warps, **options(x.device),
+        BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=4, **options(x.device),
     )  # fmt: skip
     return out
 
@@ -271,7 +243,6 @@ def swiglu(
     *,
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
-    block: Block | None = None,
 ) -> torch.Tensor:
     """silu(norm(x) G^T) * (norm(x) U^T) (Shazeer 2020) in one launch; x, norm and eps as `linear` has them.
 
@@ -283,11 +254,11 @@ def swiglu(
     if gate.shape != up.shape:
         raise ValueError(f"gate is {list(gate.shape)} and up {list(up.shape)}: want the same")
     rows, inputs = x.shape
-    block = block or choose_block(rows, True)
+    block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1])
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     swiglu_kernel[(-(-len(gate) // block.outputs),)](
         x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps,
         NORM=norm is not None, EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16,
-        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, SWAP=block.swap, num_warps=block.num_warps, **options(x.device),
+        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=4, **options(x.device),
     )  # fmt: skip
     return out

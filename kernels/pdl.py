@@ -1,7 +1,8 @@
 """Programmatic dependent launch (sm_90 and newer): a kernel is set up while the one before it still runs.
 
-Every kernel of a decode step calls `begin` before it touches what another kernel wrote or reads; what it does before
-that, such as loading weights, overlaps with the kernel before.
+Every kernel of a decode step calls `wait` before it touches what another kernel wrote or reads, and `release` where the
+next one may be set up: small kernels at once, those that fill the device when their loop is done, since a kernel that
+waits holds registers and shared memory.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import triton.language as tl
 
 
 @triton.jit
-def begin(PDL: tl.constexpr):
-    """Lets the next kernel be set up, then waits for the one before to have finished."""
+def wait(PDL: tl.constexpr):
+    """Waits for the kernel before to have finished."""
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def release(PDL: tl.constexpr):
+    """Lets the next kernel be set up."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 @functools.cache

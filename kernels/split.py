@@ -10,7 +10,7 @@ import triton.language as tl
 
 from pkv_hf.kernels.launch import check, device_limits, next_power_of_2, padded_queries, tile_for
 from pkv_hf.kernels.merge import merge_states
-from pkv_hf.kernels.pdl import begin, options
+from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
 
 RUNTIME = ["num_kv_heads", "q_len", "window", "num_splits", "stride_tb"]
@@ -24,7 +24,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
-    begin(PDL)
+    wait(PDL)
     item = tl.program_id(0)
     split = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)
@@ -49,6 +49,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
         q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + row * stride_tb, start, end, q_len,
         window, first + skipped, count, scale_log2, stride_kp, stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
     )  # fmt: skip
+    release(PDL)
     if DIRECT:
         store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, D, BLOCK_M, BLOCK_D)
     else:
@@ -59,7 +60,8 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
 def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stride_ob, stride_ot, stride_oh,
                         G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                         PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from pkv_hf.kernels.launch import Tile, check, check_rows, device_limits, next_power_of_2, padded_queries, tile_for
 from pkv_hf.kernels.merge import merge_states
-from pkv_hf.kernels.pdl import begin, options
+from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
 
 PROGRAMS_PER_SM = 2
@@ -52,7 +52,8 @@ def _tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.constexpr)
 def plan_kernel(starts_ptr, ends_ptr, row_tiles_ptr, first_items_ptr, rows, q_len, window, num_kv_heads, programs,
                 TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Every program finds its own first item: it counts the rows whose tiles end at or before its first tile."""
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     program = tl.program_id(0)
     total = tl.zeros([], tl.int32)
     for block_row in range(0, rows, BLOCK):
@@ -94,7 +95,7 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
                      stride_ob, stride_ot, stride_oh,
                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    begin(PDL)
+    wait(PDL)
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(row_tiles_ptr + rows).to(tl.int64) * num_kv_heads
     programs = tl.maximum(tl.minimum(programs, total), 1)
@@ -135,7 +136,8 @@ def merge_items_kernel(row_tiles_ptr, ml_ptr, acc_ptr, out_ptr, rows, num_kv_hea
                        stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_D: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up what the programs left of an item; an item that one program wrote whole is left alone."""
-    begin(PDL)
+    release(PDL)
+    wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)
