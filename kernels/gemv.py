@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -28,15 +29,20 @@ class Block:
     outputs: int
     inputs: int
     num_stages: int
+    ahead: bool = False
+    """Load a block of weights before the one in hand is used, the first before the kernel before this one is done."""
 
 
 def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
     """The block of a launch over `weights` weights at a time (two for SwiGLU) that fits `shared_memory` bytes.
 
     One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
+    Small weights are mostly ramp-up, which `ahead` hides.
     """
+    if rows == 1 and weights * outputs <= 8192:
+        return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
     if rows == 1:
-        return Block(4, 2048 if inputs >= 4096 else 1024, 1)
+        return Block(4, 1024, 3)
     wide, narrow = Block(64, 256, 3), Block(32, 256, 4)
     for block in (wide if outputs > 4096 else narrow, Block(32, 128, 3), Block(16, 64, 3)):
         if block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 + 4096 <= shared_memory:
@@ -47,7 +53,7 @@ def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memo
 @triton.jit
 def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
              NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr):  # fmt: skip
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x W^T for outputs first, ... of one weight, or of two; [1, BLOCK_N] float32 each."""
     n = first + tl.arange(0, BLOCK_N)
     k0 = tl.arange(0, BLOCK_K)
@@ -56,10 +62,20 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     acc2 = acc
     square = tl.zeros([BLOCK_K], tl.float32)
-    for at in range(0, inputs, BLOCK_K):
+    release(PDL)
+    if AHEAD:
+        mask = w_mask if EVEN else w_mask & (k0 < inputs)[None, :]
+        after = tl.load(w_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    wait(PDL)
+    for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = at + k0 < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
-        w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
+        if AHEAD:
+            w = after
+            more = at + BLOCK_K < inputs if EVEN else (at + BLOCK_K + k0 < inputs)[None, :]
+            after = tl.load(w_ptr + w_at + at + BLOCK_K, mask=w_mask & more, other=0.0, eviction_policy="evict_first")
+        else:
+            w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
         x = tl.load(x_ptr + at + k0, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             square += x * x
@@ -80,7 +96,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
 @triton.jit
 def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
           GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          STAGES: tl.constexpr):  # fmt: skip
+          STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As `_one_row`, for rows padded to 16; [16, BLOCK_N] float32 each."""
     m = tl.arange(0, 16)
     n = first + tl.arange(0, BLOCK_N)
@@ -91,6 +107,7 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
     x_mask = (m < rows)[:, None]
     y = tl.zeros([BLOCK_N, 16], tl.float32)
     y2 = y
+    wait(PDL)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = (at + k0 < inputs)[None, :]
         w = tl.load(w_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
@@ -99,19 +116,21 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
         if GATED:
             w2 = tl.load(w2_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
             y2 = tl.dot(w2, x, y2)
+    release(PDL)
     return tl.trans(y), tl.trans(y2)
 
 
 @triton.jit
 def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
               NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+              PDL: tl.constexpr):  # fmt: skip
     if ONE_ROW:
         y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-                         NORM, GATED, EVEN, BLOCK_N, BLOCK_K)  # fmt: skip
+                         NORM, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     else:
         y, y2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
-                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
+                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
     return y, y2
 
 
@@ -129,9 +148,8 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
                   rows, outputs_a, outputs_b, outputs_c, inputs, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
                   EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One to three weights side by side: out [rows, outputs_a + outputs_b + outputs_c]."""
-    wait(PDL)
     block = tl.program_id(0)
     w_ptr = a_ptr
     bias_ptr = bias_a_ptr
@@ -155,8 +173,7 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             column = outputs_a
             block -= blocks_a
     y, _ = _products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, eps,
-                     NORM, False, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
-    release(PDL)
+                     NORM, False, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
@@ -171,13 +188,12 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
 @triton.jit(do_not_specialize=["rows", "outputs"])
 def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
                   NORM: tl.constexpr, EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
-                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """silu(x G^T) * (x U^T)."""
-    wait(PDL)
     first = tl.program_id(0) * BLOCK_N
     gate, up = _products(x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-                         NORM, True, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES)  # fmt: skip
-    release(PDL)
+                         NORM, True, ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     gate = _round(gate, out_ptr)
     y = _round(gate / (1.0 + tl.exp(-gate)), out_ptr) * _round(up, out_ptr)
     m = tl.arange(0, BLOCK_M)
@@ -198,6 +214,23 @@ def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str,
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
             raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
+
+
+def _meta(x: torch.Tensor, norm: torch.Tensor | None, block: Block) -> dict[str, Any]:
+    """The constants that both kernels are compiled for."""
+    rows, inputs = x.shape
+    return {
+        "NORM": norm is not None,
+        "EVEN": inputs % block.inputs == 0,
+        "ONE_ROW": rows == 1,
+        "BLOCK_M": 1 if rows == 1 else 16,
+        "BLOCK_N": block.outputs,
+        "BLOCK_K": block.inputs,
+        "STAGES": block.num_stages,
+        "AHEAD": block.ahead,
+        "num_warps": 4,
+        **options(x.device),
+    }
 
 
 def linear(
@@ -229,9 +262,8 @@ def linear(
     linear_kernel[(sum(-(-count // block.outputs) for count in outputs),)](
         x, a, b, c, bias_a, bias_b, bias_c, x if norm is None else norm, x if residual is None else residual, out,
         rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
-        WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None, NORM=norm is not None,
-        EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs,
-        BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=4, **options(x.device),
+        WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None,
+        **_meta(x, norm, block),
     )  # fmt: skip
     return out
 
@@ -258,7 +290,6 @@ def swiglu(
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     swiglu_kernel[(-(-len(gate) // block.outputs),)](
         x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps,
-        NORM=norm is not None, EVEN=inputs % block.inputs == 0, ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16,
-        BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, num_warps=4, **options(x.device),
+        **_meta(x, norm, block),
     )  # fmt: skip
     return out

@@ -60,7 +60,6 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
 def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stride_ob, stride_ot, stride_oh,
                         G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
                         PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
     wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
@@ -72,7 +71,7 @@ def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stri
 
 def splits_for(items: int, tiles: int, processors: int) -> int:
     """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
-    return max(1, min(tiles, -(-2 * processors // items)))
+    return max(1, min(tiles, 2 * processors // items))
 
 
 def decode_split(

@@ -94,7 +94,8 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
                      stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_tb,
                      stride_ob, stride_ot, stride_oh,
                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
     wait(PDL)
     program = tl.program_id(0).to(tl.int64)
     total = tl.load(row_tiles_ptr + rows).to(tl.int64) * num_kv_heads
@@ -136,7 +137,6 @@ def merge_items_kernel(row_tiles_ptr, ml_ptr, acc_ptr, out_ptr, rows, num_kv_hea
                        stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_D: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up what the programs left of an item; an item that one program wrote whole is left alone."""
-    release(PDL)
     wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)

@@ -19,7 +19,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, split, workqueue
+from pkv_hf.kernels import append, elementwise, gemv, split, workqueue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -27,19 +27,19 @@ POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_p
             "first_items_ptr": "i32", "ml_ptr": "fp32", "acc_ptr": "fp32"}
 
 def compiled(target, kernel, dtype, constants, warps, **alike):
-    signature = {}
+    constants, signature = {**constants, "PDL": target.arch >= 90}, {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + POINTERS.get(name, dtype)
         else:
-            signature[name] = "fp32" if name == "scale_log2" else "i32"
+            signature[name] = "fp32" if name in ("scale_log2", "eps") else "i32"
     signature.update(alike)
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    # as at run time: pointers are aligned, and strides but for the block table's are multiples of head_dim
+    # as at run time: pointers are aligned; strides but for the block table's, and widths, are multiples of 16
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params
-               if p.name.endswith("_ptr") or p.name.startswith("stride_") and not p.do_not_specialize}
+               if p.name.endswith("_ptr") or p.name.startswith(("stride_", "inputs")) and not p.do_not_specialize}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": warps}).metadata.shared
 
@@ -63,7 +63,23 @@ for head_dim, group, q_len, dtype in cases:
     width = dict(D=head_dim, PAGE=16)
     used[f"append {case}"] = compiled(gpu, append.append_kernel, dtype, dict(**width, BLOCK_D=block_d), 1)
     used[f"rope_append {case}"] = compiled(
-        gpu, append.rope_append_kernel, dtype, dict(**width, BLOCK_HALF=next_power_of_2(head_dim // 2)), 1)
+        gpu, append.rope_append_kernel, dtype, dict(**width, BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=True), 1)
+half = next(dtype for *_, dtype in cases if dtype != "fp32")
+for rows in (1, 16):
+    for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
+        block = gemv.choose_block(rows, inputs, 6144 if weights == 3 else 4096, 1, shared)
+        common = dict(ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs, BLOCK_K=block.inputs,
+                      STAGES=block.num_stages, AHEAD=block.ahead, EVEN=True, NORM=rows == 1)
+        used[f"linear {rows} {weights}"] = compiled(
+            gpu, gemv.linear_kernel, half, dict(**common, WEIGHTS=weights, BIAS=True, RESIDUAL=residual), 4)
+    for outputs in (1536, 14336):
+        block = gemv.choose_block(rows, 4096, outputs, 2, shared)
+        common.update(BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, AHEAD=block.ahead)
+        used[f"swiglu {rows} {outputs}"] = compiled(gpu, gemv.swiglu_kernel, half, common, 4)
+for dtype in (half, "fp32"):
+    used[f"rms_norm {dtype}"] = compiled(
+        gpu, elementwise.rms_norm_kernel, dtype, dict(RESIDUAL=True, BLOCK=8192), 8)
+    used[f"silu_mul {dtype}"] = compiled(gpu, elementwise.silu_mul_kernel, dtype, dict(BLOCK=1024), 4)
 used["plan"] = compiled(gpu, workqueue.plan_kernel, "i32", dict(TOKENS=64, BLOCK=64), 1)
 print(json.dumps(used))
 """
@@ -83,6 +99,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + 1
+    assert len(used) >= 7 * must + 13
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
