@@ -99,6 +99,10 @@ class DecodeStep:
             return output
 
     @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    @property
     def next_begin(self) -> int:
         """The position that positions on the device stand at."""
         return self._end - self.q_len

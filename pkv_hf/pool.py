@@ -149,7 +149,8 @@ class PagePool:
 
     def _allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         try:
-            tensor = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+                tensor = torch.empty(shape, dtype=dtype, device=device)
         except RuntimeError as error:  # torch.OutOfMemoryError is one; the CPU allocator raises a plain one
             raise self._out_of_memory(shape[1]) from error
         tensor[:, NULL_PAGE] = 0

@@ -23,6 +23,10 @@ class Report:
     """The route of the last step, None before the first."""
     rejected: dict[str, str]
     """Why the last step's other candidates were refused, by route."""
+    graphs: int
+    """CUDA graphs that live caches hold."""
+    graph_bytes: int
+    """Memory that those keep for themselves."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -31,6 +35,7 @@ class Report:
             f"family    {self.family}, {self.layers} attention layers patched",
             f"cache     PagedCache, pages of {self.page_size} tokens",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
+            f"graphs    {self.graphs}, {self.graph_bytes / 2**20:,.1f} MiB",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
@@ -56,5 +61,7 @@ def state_of(model: nn.Module) -> Report:
         asked=state.route,
         route=state.last_route,
         rejected=dict(state.rejected),
+        graphs=sum(step.captured for step in state.decode_steps),
+        graph_bytes=sum(step.nbytes for step in state.decode_steps),
         left=tuple(state.said),
     )

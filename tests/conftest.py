@@ -33,3 +33,10 @@ def pydoc_ids():
     from pkv_hf.smollm2 import load_tokenizer, pydoc_text
 
     return load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer():
+    from pkv_hf.smollm2 import load_tokenizer
+
+    return load_tokenizer()

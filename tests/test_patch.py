@@ -304,3 +304,15 @@ def test_a_peft_model_is_unwrapped():
     assert isinstance(output.past_key_values, PagedCache)
     assert not left(model)
     assert attributes(pkv_hf.unpatch(model)) == before
+
+
+def test_a_chat_begun_in_inference_mode_goes_on_outside():
+    model, inputs = tiny("llama"), left_padded(20)
+    expected = model.generate(**inputs, max_new_tokens=16, do_sample=False)
+    with pkv_hf.patched(model):
+        with torch.inference_mode():
+            first = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+        ids = first.sequences.clone()
+        assert torch.equal(
+            model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=8, do_sample=False), expected
+        )

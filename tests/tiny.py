@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import transformers
 
+import pkv_hf
+
 COMMON = {
     "vocab_size": 128,
     "hidden_size": 64,
@@ -31,7 +33,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 def tiny(name: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
     """A model by its name in `FAMILIES`, fp32, in eval mode, with weights large enough for sharp attention."""
     family, settings = FAMILIES[name]
-    config = getattr(transformers, f"{family}Config")(**COMMON, **settings, **overrides)
+    config = getattr(transformers, f"{family}Config")(**{**COMMON, **settings, **overrides})
     torch.manual_seed(seed)
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     with torch.no_grad():
@@ -51,3 +53,18 @@ def left_padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
         input_ids[row, : longest - length] = COMMON["pad_token_id"]
         mask[row, : longest - length] = 0
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def decode_logits(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], steps: int = 3) -> torch.Tensor:
+    """Logits `[steps, B, vocab]`, float64, of a fixed continuation, a token at a time, after the prompt."""
+    cache = pkv_hf.PagedCache(model.config)
+    mask = inputs["attention_mask"]
+    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    logits = []
+    for step in range(steps):
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        positions = mask.sum(dim=1, keepdim=True) - 1
+        token = torch.full_like(mask[:, :1], 5 + step)
+        out = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        logits.append(out.logits[:, -1].double())
+    return torch.stack(logits)

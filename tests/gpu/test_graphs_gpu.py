@@ -1,0 +1,196 @@
+"""CUDA graphs, the run-ahead loop and the fused layers on a GPU: transformers' tokens in every combination."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pkv_hf
+from pkv_hf.kernels.check import rms
+from tiny import FAMILIES, decode_logits, left_padded, tiny
+
+pytestmark = pytest.mark.gpu
+
+COMBINATIONS = [
+    {"cuda_graphs": graphs, "run_ahead": ahead, "fuse": fuse}
+    for graphs in (True, False)
+    for ahead in (True, False)
+    for fuse in (True, False)
+]
+
+
+def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
+
+
+def generate(model, inputs, **settings):
+    return model.generate(**inputs, **{"max_new_tokens": 40, "do_sample": False, **settings})
+
+
+@pytest.mark.parametrize("lengths", [(50,), (60, 53, 27, 1)])
+@pytest.mark.parametrize("family", ["llama", "qwen2-windows", "qwen3"])
+def test_every_combination_gives_the_same_tokens(family, lengths):
+    model, inputs = tiny(family).cuda(), on_gpu(*lengths)
+    expected = generate(model, inputs)
+    for settings in COMBINATIONS:
+        with pkv_hf.patched(model, **settings):
+            for _ in range(2):  # the first call compiles and runs a step without its graph
+                assert torch.equal(generate(model, inputs), expected), settings
+            assert not pkv_hf.report(model).left
+
+
+@pytest.mark.parametrize("settings", COMBINATIONS[:3], ids=str)
+def test_sampling_from_a_seed(settings):
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    results = []
+    for patch in (False, True):
+        if patch:
+            pkv_hf.patch(model, **settings)
+        torch.manual_seed(1)
+        tokens = generate(model, inputs, do_sample=True, top_p=0.9)
+        ends = [int(tokens[0, 25]), int(tokens[1, 30])]
+        torch.manual_seed(1)
+        results.append((generate(model, inputs, do_sample=True, top_p=0.9, eos_token_id=ends), torch.rand(2).cuda()))
+    for expected, ours in zip(*results):
+        assert torch.equal(ours, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(20,), (20, 9, 3)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_through_graphs_is_as_exact_as_transformers(family, lengths):
+    inputs = on_gpu(*lengths)
+    model = tiny(family).cuda().to(torch.bfloat16)
+    exact = decode_logits(copy.deepcopy(model).double(), inputs, 6)
+    theirs = decode_logits(model, inputs, 6)
+    with pkv_hf.patched(model):
+        ours = decode_logits(model, inputs, 6)
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@torch.no_grad()
+def test_bfloat16_on_real_weights(smollm2, pydoc_ids):
+    inputs = {"input_ids": pydoc_ids[:, :2000].cuda()}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    model = copy.deepcopy(smollm2).to("cuda", torch.bfloat16)
+    exact = decode_logits(copy.deepcopy(model).double(), inputs, 8)
+    theirs = decode_logits(model, inputs, 8)
+    with pkv_hf.patched(model):
+        ours = decode_logits(model, inputs, 8)
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+def test_growing_lengths_compile_nothing():
+    from triton import knobs
+
+    model, compiled = pkv_hf.patch(tiny("mistral").cuda()), []
+    for lengths in ((20,), (20, 9)):
+        generate(model, on_gpu(*lengths))
+    before, knobs.runtime.jit_post_compile_hook = (
+        knobs.runtime.jit_post_compile_hook,
+        lambda **call: compiled.append(call),
+    )
+    try:
+        for lengths in ((16,), (33,), (140,), (17, 16), (64, 100)):
+            generate(model, on_gpu(*lengths), max_new_tokens=200)
+    finally:
+        knobs.runtime.jit_post_compile_hook = before
+    assert not compiled
+
+
+def test_one_capture_serves_a_generation():
+    model = pkv_hf.patch(tiny("llama").cuda())
+    for _ in range(2):
+        result = generate(model, on_gpu(20, 9), max_new_tokens=100, return_dict_in_generate=True)
+    report = pkv_hf.report(model)
+    assert report.graphs == 1
+    assert report.graph_bytes > 0
+    (step,) = result.past_key_values.decode_steps.values()
+    assert step.captures == 1
+    del result, step
+    gc.collect()
+    assert pkv_hf.report(model).graphs == 0
+
+
+def test_a_cache_that_grows_is_captured_anew():
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    expected = generate(model, inputs, max_new_tokens=200)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            cache = pkv_hf.PagedCache(model.config)
+            assert torch.equal(generate(model, inputs, max_new_tokens=200, past_key_values=cache), expected)
+        (step,) = cache.decode_steps.values()
+        assert 1 < step.captures < 30
+
+
+def test_speculation_crops_and_goes_on():
+    model, inputs = tiny("llama").cuda(), on_gpu(16)
+    inputs["input_ids"][0, 8:] = inputs["input_ids"][0, :8]
+    expected = generate(model, inputs, prompt_lookup_num_tokens=4)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=4), expected)
+
+
+def test_beams_reorder_under_graphs():
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    expected = generate(model, inputs, num_beams=3)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs, num_beams=3), expected)
+
+
+@pytest.mark.parametrize("change", ["data", "in place", "module"])
+def test_changed_weights_are_seen_in_the_middle_of_a_chat(change):
+    turns = []
+    for patch in (False, True):
+        model, inputs = tiny("llama").cuda(), on_gpu(20)
+        if patch:
+            pkv_hf.patch(model)
+            generate(model, inputs)
+        first = generate(model, inputs, return_dict_in_generate=True)
+        down = model.model.layers[1].mlp.down_proj
+        changed = down.weight.detach().flip(0) * 2
+        if change == "data":
+            down.weight.data = changed
+        elif change == "in place":
+            down.weight.data.copy_(changed)
+        else:
+            model.model.layers[1].mlp.down_proj = torch.nn.Linear(96, 64, bias=False, device="cuda")
+            model.model.layers[1].mlp.down_proj.weight.data.copy_(changed)
+        ids = torch.cat([first.sequences, first.sequences[:, :3]], dim=1)
+        turns.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False))
+    assert torch.equal(*turns)
+
+
+def test_adapters_are_switched_under_graphs():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(tiny("llama").cuda(), settings).eval(), on_gpu(20, 9)
+    expected = generate(model, inputs)
+    with model.disable_adapter():
+        bare = generate(model, inputs)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs), expected)
+            with model.disable_adapter():
+                assert torch.equal(generate(model, inputs), bare)
+
+
+def test_inference_mode_and_back():
+    model, inputs = tiny("llama").cuda(), on_gpu(20)
+    ids = inputs["input_ids"]
+    expected = generate(model, inputs, max_new_tokens=60)
+    with pkv_hf.patched(model):
+        with torch.inference_mode():
+            for _ in range(2):
+                first = generate(model, inputs, max_new_tokens=30, return_dict_in_generate=True)
+        ids = first.sequences.clone()
+        rest = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False)
+    assert torch.equal(rest, expected)

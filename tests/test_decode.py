@@ -1,0 +1,140 @@
+"""Decode steps over static buffers through the fused layers, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pkv_hf
+from pkv_hf.kernels.check import rms
+from pkv_hf.watch import Watch
+from tiny import FAMILIES, decode_logits, left_padded, tiny
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(20,), (20, 9, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
+    inputs = left_padded(*lengths)
+    model = tiny(family).to(dtype)
+    exact = decode_logits(copy.deepcopy(model).double(), inputs)
+    theirs = decode_logits(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        ours = decode_logits(model, inputs)
+    assert not torch.equal(ours, theirs), "the fused layers did not run"
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+def generate(model, inputs, **settings):
+    return model.generate(**inputs, **{"max_new_tokens": 6, "do_sample": False, **settings})
+
+
+@pytest.mark.parametrize("route", ["split", "workqueue"])
+def test_speculative_steps_of_several_tokens(route):
+    model, inputs = tiny("llama"), left_padded(16)
+    inputs["input_ids"][0, 8:] = inputs["input_ids"][0, :8]  # something to look up
+    expected = generate(model, inputs, prompt_lookup_num_tokens=4)
+    with pkv_hf.patched(model, route=route):
+        assert torch.equal(generate(model, inputs, prompt_lookup_num_tokens=4), expected)
+
+
+def test_hooks_keep_running_at_every_step():
+    model, inputs, calls = tiny("llama"), left_padded(9), []
+    handle = model.model.layers[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    with pkv_hf.patched(model, route="split"):
+        generate(model, inputs)
+        assert len(calls) == 6
+        assert any("hooks" in reason for reason in pkv_hf.report(model).left)
+        handle.remove()
+        generate(model, inputs)
+        assert len(calls) == 6
+
+
+def test_rope_that_follows_the_length_runs_transformers_layers():
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    model, inputs = tiny("llama", rope_parameters=rope, max_position_embeddings=12), left_padded(9)
+    expected = generate(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs), expected)
+        assert any("rope_type 'dynamic'" in reason for reason in pkv_hf.report(model).left)
+
+
+def test_a_cache_is_copied_without_its_static_steps():
+    model, inputs = tiny("llama"), left_padded(9)
+    with pkv_hf.patched(model, route="split"):
+        first = generate(model, inputs, return_dict_in_generate=True)
+        twin = copy.deepcopy(first.past_key_values)
+        assert first.past_key_values.decode_steps
+        assert not twin.decode_steps
+        ids = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
+        one = model.generate(ids, past_key_values=twin, max_new_tokens=4, do_sample=False)
+        other = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+    assert torch.equal(one, other)
+
+
+def test_adapters_go_through_their_own_forward():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["q_proj", "gate_proj", "down_proj"], init_lora_weights=False)
+    model, inputs = peft.get_peft_model(tiny("llama"), settings).eval(), left_padded(9, 5)
+    expected = generate(model, inputs)
+    with model.disable_adapter():
+        bare = generate(model, inputs)
+    assert not torch.equal(expected, bare)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs), expected)
+        with model.disable_adapter():
+            assert torch.equal(generate(model, inputs), bare)
+        assert torch.equal(generate(model, inputs), expected)
+
+
+class TestWatch:
+    def test_nothing_changed(self):
+        model = tiny("llama")
+        watch = Watch([model])
+        model(**left_padded(9))
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2)  # in place: a graph reads the new values
+        assert watch.unchanged()
+        assert not watch.reason
+
+    @pytest.mark.parametrize("change", ["data", "parameter", "module", "dtype", "hook", "buffer"])
+    def test_changes(self, change):
+        model = tiny("llama")
+        layer = model.model.layers[0]
+        watch = Watch([model])
+        if change == "data":
+            layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.clone()
+        elif change == "parameter":
+            layer.input_layernorm.weight = torch.nn.Parameter(torch.ones(64))
+        elif change == "module":
+            layer.mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
+        elif change == "dtype":
+            model.to(torch.bfloat16)
+        elif change == "hook":
+            layer.register_forward_pre_hook(lambda *_: None)
+        else:
+            model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+        assert not watch.unchanged()
+
+    def test_adapters(self):
+        peft = pytest.importorskip("peft")
+        model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
+        watch = Watch([model.get_base_model()])
+        assert watch.unchanged()
+        with model.disable_adapter():
+            assert not watch.unchanged()
+        assert watch.unchanged()
+        model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] *= 2
+        assert not watch.unchanged()
+        watch = Watch([model.get_base_model()])
+        model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+        assert not watch.unchanged()
+        watch = Watch([model.get_base_model()])
+        model.merge_adapter()
+        assert not watch.unchanged()
