@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pkv_hf.cache import PagedCache
-from pkv_hf.serving import original_forward
+from pkv_hf.state import original_forward
 
 
 def attention_forward(

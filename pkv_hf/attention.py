@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.layer import PagedLayer
+from pkv_hf.packing import Packing
 
 MASK_ELEMENTS = 1 << 24
 """The largest boolean mask of a block of queries; bounds the memory of a long block over a long past."""
@@ -117,6 +118,16 @@ def prefill(
     for row, start in enumerate(starts.tolist()):
         part = (slice(row, row + 1), slice(None), slice(start, None))
         out[part] = attend_block(q[part], k[part], v[part], scale, start, start, window)
+    return out
+
+
+def packed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, packing: Packing, window: int
+) -> torch.Tensor:
+    """`prefill` of packed rows: q `[1, H_q, tokens, D]`, k and v `[1, H_kv, tokens, D]`; returns q's shape."""
+    out = torch.empty_like(q)
+    for segment in packing.segments():
+        out[:, :, segment] = attend_block(q[:, :, segment], k[:, :, segment], v[:, :, segment], scale, 0, 0, window)
     return out
 
 

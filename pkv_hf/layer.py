@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from pkv_hf.packing import Packing
 from pkv_hf.table import BlockTable
 
 
@@ -95,15 +96,26 @@ class PagedLayer(CacheLayerMixin):
         """Appends states `[B, H_kv, q_len, head_dim]` to the pages, without building anything dense."""
         begin, end = self.length, self.prepare(key_states, value_states)
         for states, storage in zip((key_states, value_states), self.table.pool.storage[self.layer_idx]):
-            write_tokens(storage, self.table, begin, end, states.detach())
+            write_tokens(storage, self.table, begin, end, list(states.detach()))
         self.length = end
 
-    def prepare(self, key_states: torch.Tensor, value_states: torch.Tensor) -> int:
-        """Makes pages for the next `key_states.shape[2]` tokens and returns the position where they end.
+    def write_packed(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: Packing) -> None:
+        """Writes the first tokens of all rows, states `[1, H_kv, packing.tokens, head_dim]` without their padding."""
+        self.prepare(key_states, value_states, len(packing.starts), packing.length)
+        for states, storage in zip((key_states, value_states), self.table.pool.storage[self.layer_idx]):
+            rows = [states[0, :, segment].detach() for segment in packing.segments()]
+            write_tokens(storage, self.table, 0, packing.length, rows)
+        self.length = packing.length
 
-        Raises ValueError where the batch differs from the rows that the cache holds.
+    def prepare(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int | None = None, q_len: int | None = None
+    ) -> int:
+        """Makes pages for the next `q_len` tokens of `rows` rows, by default as many as the states have.
+
+        Returns the position where they end. Raises ValueError where the batch differs from the rows that the cache
+        holds.
         """
-        rows, _, q_len, _ = key_states.shape
+        rows, q_len = rows or len(key_states), q_len or key_states.shape[2]
         if not self.table.rows:
             self.table.start(rows)
         if rows != self.table.rows:
@@ -148,12 +160,15 @@ class PagedLayer(CacheLayerMixin):
         raise NotImplementedError("a PagedCache is not offloaded: use cache_implementation='offloaded' instead")
 
 
-def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int, states: torch.Tensor) -> None:
-    """Writes states `[B, H_kv, end - begin, head_dim]` at positions [begin, end), but not those in null pages."""
+def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int, states: list[torch.Tensor]) -> None:
+    """Writes a row's states `[H_kv, tokens, head_dim]` at its last positions before `end`, from `begin` on at most.
+
+    Positions in null pages are left out.
+    """
     flat = storage.view(storage.shape[0], -1, storage.shape[3])
     for row, (held, offset) in enumerate(zip(table.first_held(), table.offsets())):
-        first = max(begin, held)
-        tokens = states[row, :, first - begin :]
+        first = max(begin, held, end - states[row].shape[1])
+        tokens = states[row][:, first - end :]
         if offset is not None:
             flat[:, first + offset : end + offset] = tokens
         elif first < end:

@@ -18,7 +18,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
-from pkv_hf.serving import STATE, NotServed, PatchState, choose_route, row_starts, run_static, static_step
+from pkv_hf.serving import choose_route, row_starts, run_static, static_step
+from pkv_hf.state import STATE, NotServed, PatchState
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

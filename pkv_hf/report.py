@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from pkv_hf.patch import unwrap
-from pkv_hf.serving import STATE, PatchState
+from pkv_hf.state import STATE, PatchState
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-import weakref
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,75 +12,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
-from pkv_hf.decode import CaptureError, DecodeStep, Forward
+from pkv_hf.decode import CaptureError, DecodeStep
+from pkv_hf.packing import Packing
 from pkv_hf.routes import Bounds, Route, StepShape, choose
+from pkv_hf.state import NAME, STATE, NotServed, PatchState, original_forward, original_implementation
 from pkv_hf.step import Step, handle_of
 from pkv_hf.watch import Watch
-
-logger = logging.getLogger("pkv_hf")
-
-NAME = "pkv_hf"
-"""The name of our attention and mask functions in transformers' registries."""
-
-ORIGINAL = "pkv_hf_original"
-"""The attribute of a patched decoder's own configuration that holds the one it was made from."""
-
-STATE = "_pkv_hf_state"
-"""The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
-
-FORWARD = "_pkv_hf_forward"
-"""The attribute of a module with a replaced `forward`: the bound one that was there, None for the class's own."""
-
-
-@dataclass
-class PatchState:
-    """What one patched model was asked for and what it has done. What steps need is on their caches, not here."""
-
-    route: str
-    page_size: int
-    family: str
-    layers: int
-    group: int
-    head_dim: int
-    implementation: str
-    """The attention implementation that the model had."""
-    model: nn.Module
-    """The causal LM itself, out of any wrapper."""
-    fused_forward: Forward | None
-    """The family's decode forward, None where transformers' own layers were asked for."""
-    cuda_graphs: bool
-    settings: dict[str, Any]
-    """What `patch` was called with."""
-    undo: list[Callable[[], None]] = field(default_factory=list)
-    said: list[str] = field(default_factory=list)
-    """Why calls were left to transformers, each reason once."""
-    last_route: str | None = None
-    rejected: dict[str, str] = field(default_factory=dict)
-    """Why the last step's other routes were refused."""
-    watch: Watch | None = None
-    decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
-    """The steps on static buffers of all caches, for `report`."""
-    compiled: set[Hashable] = field(default_factory=set)
-    """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
-
-    def say(self, reason: str) -> None:
-        if reason not in self.said:
-            self.said.append(reason)
-            logger.warning("pkv_hf: left to transformers' own path: %s", reason)
-
-
-class NotServed(Exception):
-    """A call that pages cannot serve exactly. Its message is the reason, empty where there is nothing to say."""
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The forward that a module had before it was patched."""
-    return getattr(module, FORWARD) or type(module).forward.__get__(module)
-
-
-def original_implementation(config: Any) -> str:
-    """The attention implementation that a patched decoder's model has, as its user set it."""
-    return getattr(config, ORIGINAL)._attn_implementation
 
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -100,13 +33,34 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             state.say(str(reason))
         return original_forward(self)(**kwargs)
     cache, bounds = step.cache, step.bounds
-    static = static_step(self, state, cache, step.route, bounds.q_len) if _plain(self, kwargs, step) else None
+    static = None
+    if step.fuses_rope and kwargs.get("input_ids") is not None and _last_hidden_alone(self, kwargs):
+        static = static_step(self, state, cache, step.route, bounds.q_len)
     if static is not None:
         hidden = run_static(state, static, cache, kwargs["input_ids"], kwargs.get("position_ids"), bounds.starts)
         return BaseModelOutputWithPast(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[arg-type]
+    if not bounds.begin and bounds.starts.any() and _last_hidden_alone(self, kwargs):
+        return packed_prefill(self, step, kwargs)
     kwargs["attention_mask"] = no_mask(len(step.bounds.starts))
     with step:
         return original_forward(self)(**kwargs)
+
+
+def packed_prefill(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelOutputWithPast:
+    """The first forward of left-padded rows, over their real tokens alone."""
+    packing = Packing(step.bounds.starts, step.bounds.q_len)
+    tokens = next(call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None)
+    positions = call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(packing.length, device=tokens.device)[None]
+    positions = positions.expand(len(packing.starts), -1)
+    for name, tensor in (("input_ids", call.get("input_ids")), ("inputs_embeds", call.get("inputs_embeds"))):
+        call[name] = None if tensor is None else packing.pack(tensor)
+    call.update(position_ids=packing.pack(positions), attention_mask=no_mask(1))
+    with Step(step.cache, step.bounds, step.route, packing):
+        output = original_forward(decoder)(**call)
+    output.last_hidden_state = packing.unpack(output.last_hidden_state)
+    return output
 
 
 def no_mask(rows: int) -> torch.Tensor:
@@ -114,13 +68,11 @@ def no_mask(rows: int) -> torch.Tensor:
     return torch.empty((rows, 1, 0, 0), dtype=torch.bool)
 
 
-def _plain(decoder: Any, call: dict[str, Any], step: Step) -> bool:
-    """Whether a call is a decode step that asks for the last hidden states alone."""
+def _last_hidden_alone(decoder: Any, call: dict[str, Any]) -> bool:
+    """Whether a call asks for the last hidden states and nothing else."""
     config, positions = decoder.config, call.get("position_ids")
     return (
-        step.fuses_rope
-        and call.get("input_ids") is not None
-        and not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
         and call.get("return_dict", getattr(config, "return_dict", True)) is not False
         and call.get("use_cache") is not False
         and (positions is None or positions.ndim == 2)

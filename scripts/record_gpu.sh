@@ -3,9 +3,16 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}
-python3 -m pytest -q -n 12 tests/gpu tests/test_kernels.py
+eight=8192,8192,8192,8192,8192,8192,8192,8192
+ragged=16384,8192,4096,12000,2048,6000,1000,2904
+generate() { python3 scripts/benchmark_generate.py --out "$out/generate.jsonl" "$@"; }
+
+python3 -m pytest -q -n 12 tests/gpu tests/test_kernels.py tests/test_linear.py tests/test_decode.py
 python3 scripts/check_kernels.py --cases 50 --longest 131072 --jobs 12 --out "$out/kernels.jsonl"
-python3 scripts/benchmark_generate.py --model smollm2 --dtype float32 --lengths 1024 4096 7900 1024,1024,1024,1024 \
-  7000,900,3000,120 --out "$out/generate.jsonl"
-python3 scripts/benchmark_generate.py --model llama-3.1-8b --dtype bfloat16 --lengths 1024 8192 32768 \
-  8192,8192,8192,8192,8192,8192,8192,8192 --engines static-compile patched --out "$out/generate.jsonl"
+generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120
+ablation="patched patched-no-fuse patched-no-run-ahead patched-no-graphs patched-pages-only"
+generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 "$eight" --engines $ablation
+generate --model llama-3.1-8b --dtype bfloat16 --lengths 512 32768 100000 "$ragged"
+generate --model llama-3.2-1b --dtype bfloat16 --lengths 8192 --engines static-compile patched
+generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 32768 512 --engines static-compile
+python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"

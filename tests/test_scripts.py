@@ -90,5 +90,25 @@ def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch)
     assert not (tmp_path / "kernels.jsonl").exists()
 
 
+def test_plots_are_drawn_for_every_model_and_gpu(run, tmp_path):
+    committed = records(SCRIPTS.parent / "benchmarks" / "results" / "generate.jsonl")
+    status, lines = run("plot_results", "--out", tmp_path)
+    assert status == 0
+    files = json.loads(lines[-1])["plots"]
+    assert len(files) == len({(r["model"], r["dtype"], r["gpu"]) for r in committed})
+    assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_every_engine_runs(run, tmp_path):
+    from pkv_hf.benchmark import ENGINES
+
+    tiny("llama").save_pretrained(tmp_path / "model")
+    engines = [engine for engine in ENGINES if engine != "static-compile"]  # which needs a compiler and minutes
+    arguments = ("--model", tmp_path / "model", "--lengths", "20", "--new-tokens", 8, "--engines", "dynamic-cold")
+    status, lines = run("benchmark_generate", *arguments, *engines, "--out", tmp_path / "generate.jsonl")
+    assert status == 0
+    assert set(json.loads(lines[-1])["step_ms_p50"]) == {"dynamic-cold", *engines}
+
+
 def test_the_readme_shows_the_committed_results(run):
     assert run("readme_tables", "--check")[0] == 0

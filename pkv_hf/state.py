@@ -1,0 +1,79 @@
+"""A patched model's state, and the names under which its modules hold it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from pkv_hf.decode import DecodeStep, Forward
+from pkv_hf.watch import Watch
+
+logger = logging.getLogger("pkv_hf")
+
+NAME = "pkv_hf"
+"""The name of our attention and mask functions in transformers' registries."""
+
+ORIGINAL = "pkv_hf_original"
+"""The attribute of a patched decoder's own configuration that holds the one it was made from."""
+
+STATE = "_pkv_hf_state"
+"""The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
+
+FORWARD = "_pkv_hf_forward"
+"""The attribute of a module with a replaced `forward`: the bound one that was there, None for the class's own."""
+
+
+@dataclass
+class PatchState:
+    """What one patched model was asked for and what it has done. What steps need is on their caches, not here."""
+
+    route: str
+    page_size: int
+    family: str
+    layers: int
+    group: int
+    head_dim: int
+    implementation: str
+    """The attention implementation that the model had."""
+    model: nn.Module
+    """The causal LM itself, out of any wrapper."""
+    fused_forward: Forward | None
+    """The family's decode forward, None where transformers' own layers were asked for."""
+    cuda_graphs: bool
+    settings: dict[str, Any]
+    """What `patch` was called with."""
+    undo: list[Callable[[], None]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
+    """Why calls were left to transformers, each reason once."""
+    last_route: str | None = None
+    rejected: dict[str, str] = field(default_factory=dict)
+    """Why the last step's other routes were refused."""
+    watch: Watch | None = None
+    decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
+    """The steps on static buffers of all caches, for `report`."""
+    compiled: set[Hashable] = field(default_factory=set)
+    """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
+
+    def say(self, reason: str) -> None:
+        if reason not in self.said:
+            self.said.append(reason)
+            logger.warning("pkv_hf: left to transformers' own path: %s", reason)
+
+
+class NotServed(Exception):
+    """A call that pages cannot serve exactly. Its message is the reason, empty where there is nothing to say."""
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The forward that a module had before it was patched."""
+    return getattr(module, FORWARD) or type(module).forward.__get__(module)
+
+
+def original_implementation(config: Any) -> str:
+    """The attention implementation that a patched decoder's model has, as its user set it."""
+    return getattr(config, ORIGINAL)._attn_implementation

@@ -1,0 +1,129 @@
+"""The linear layers of a decode step on 1 to 16 rows: our kernels beside cuBLAS, on weights too large to stay in cache.
+
+A case is what one launch of ours covers: q, k and v side by side, gate and up with SwiGLU, an output or down projection
+with its residual, the head. For cuBLAS it is the same products alone, without norm, SwiGLU or residual. Every case is
+first compared with torch. Times are of CUDA-graph replays, GB/s count the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from pkv_hf.benchmark import SHAPES, read_bandwidth
+from pkv_hf.kernels.gemv import linear, swiglu
+from pkv_hf.records import append_record, environment
+from pkv_hf.tables import table
+
+BYTES = 300 << 20
+"""Weights of a case are repeated to so many bytes, which no cache holds."""
+
+
+def cases(shape: dict) -> dict[str, tuple[int, tuple[int, ...]]]:
+    hidden, intermediate = shape["hidden_size"], shape["intermediate_size"]
+    head_dim = shape.get("head_dim", hidden // shape["num_attention_heads"])
+    heads, kv = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
+    return {
+        "qkv": (hidden, (heads, kv, kv)),
+        "output": (heads, (hidden,)),
+        "gate-up": (hidden, (intermediate, intermediate)),
+        "down": (intermediate, (hidden,)),
+        "head": (hidden, (shape["vocab_size"],)),
+    }
+
+
+def ours(name: str, x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
+    if name == "gate-up":
+        return swiglu(x, *weights)
+    return linear(x, weights, residual=residual if name in ("output", "down") else None)
+
+
+def products(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [functional.linear(x, weight) for weight in weights]
+
+
+def expected(name: str, x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
+    exact = products(x.double(), [weight.double() for weight in weights])
+    if name == "gate-up":
+        return functional.silu(exact[0]) * exact[1]
+    return exact[0] + residual if name in ("output", "down") else torch.cat(exact, dim=1)
+
+
+def times_us(calls: list[Callable[[], object]], samples: int = 15) -> np.ndarray:
+    """Microseconds of a call, by replays of a graph of all of them: p20, p50, p80."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(samples):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / len(calls) * 1e3)
+    return np.percentile(times[2:], (20, 50, 80))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/linear.jsonl"))
+    arguments = parser.parse_args()
+    bandwidth = read_bandwidth("cuda") / 1e9
+    records = []
+    for shape in arguments.shapes:
+        for name, (inputs, outputs) in cases(SHAPES[shape]).items():
+            nbytes = sum(outputs) * inputs * 2
+            sets = [
+                [torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16) * inputs**-0.5 for count in outputs]
+                for _ in range(max(2, -(-BYTES // nbytes)))
+            ]
+            for rows in arguments.rows:
+                x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
+                residual = torch.randn(rows, outputs[0], device="cuda", dtype=torch.bfloat16)
+                exact = expected(name, x, sets[0], residual)
+                error = (ours(name, x, sets[0], residual) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+                if not error < 2**-8:
+                    print(f"error: {shape} {name} on {rows} rows is off by {float(error):.2g}")
+                    return 1
+                engines: dict[str, list[Callable[[], object]]] = {
+                    "cublas": [functools.partial(products, x, weights) for weights in sets],
+                    "pkv_hf": [functools.partial(ours, name, x, weights, residual) for weights in sets],
+                }
+                for engine, calls in engines.items():
+                    p20, p50, p80 = times_us(calls)
+                    record = {
+                        "bench": "linear", "shape": shape, "dtype": "bfloat16", "case": name, "rows": rows,
+                        "engine": engine, "us_p20": p20, "us_p50": p50, "us_p80": p80, "gb_s": nbytes / p50 / 1e3,
+                        "percent_of_floor": 100 * nbytes / p50 / 1e3 / bandwidth, "relative_error": float(error),
+                        "read_gb_s": bandwidth, **environment(),
+                    }  # fmt: skip
+                    append_record(arguments.out, record)
+                    records.append(record)
+            del sets
+    header = ("shape", "case", "rows", "engine", "us", "GB/s", "of floor")
+    rows_of_table = [
+        (r["shape"], r["case"], r["rows"], r["engine"], f"{r['us_p50']:.1f}", f"{r['gb_s']:,.0f}",
+         f"{r['percent_of_floor']:.0f} %")
+        for r in records
+    ]  # fmt: skip
+    print(table(header, rows_of_table), end="\n\n")
+    print(json.dumps({"records": len(records), "read_gb_s": bandwidth}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
