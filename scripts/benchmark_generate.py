@@ -100,8 +100,8 @@ def main() -> int:
     rows = [
         (f"{r['batch']} x {max(r['lengths']):,}", r["engine"], f"{r['step_ms_p20']:.2f}", f"{r['step_ms_p50']:.2f}",
          f"{r['step_ms_p80']:.2f}", f"{r['floor_ms']:.2f}", f"{r['percent_of_floor']:.0f} %",
-         f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}", f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}", f"{r['kv_bytes'] / 2**20:,.1f}",
-         r["tokens_match"])
+         f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}", f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}",
+         f"{r['kv_bytes'] / 2**20:,.1f}", r["tokens_match"])
         for r in records
     ]  # fmt: skip
     print(table(header, rows), end="\n\n")

@@ -7,7 +7,7 @@ eight=8192,8192,8192,8192,8192,8192,8192,8192
 ragged=16384,8192,4096,12000,2048,6000,1000,2904
 generate() { python3 scripts/benchmark_generate.py --out "$out/generate.jsonl" "$@"; }
 
-python3 -m pytest -q -n 12 tests/gpu tests/test_kernels.py tests/test_linear.py tests/test_decode.py
+python3 -m pytest -q -n 12 tests/gpu tests/test_kernels.py tests/test_linear.py
 python3 scripts/check_kernels.py --cases 50 --longest 131072 --jobs 12 --out "$out/kernels.jsonl"
 generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120
 ablation="patched patched-no-fuse patched-no-run-ahead patched-no-graphs patched-pages-only"
