@@ -9,10 +9,10 @@ generate() { python3 scripts/benchmark_generate.py --out "$out/generate.jsonl" "
 
 python3 -m pytest -q -n 12 tests/gpu tests/test_kernels.py tests/test_linear.py
 python3 scripts/check_kernels.py --cases 50 --longest 131072 --jobs 12 --out "$out/kernels.jsonl"
-generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120
-ablation="patched patched-no-fuse patched-no-run-ahead patched-no-graphs patched-pages-only"
-generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 "$eight" --engines $ablation
-generate --model llama-3.1-8b --dtype bfloat16 --lengths 512 32768 100000 "$ragged"
-generate --model llama-3.2-1b --dtype bfloat16 --lengths 8192 --engines static-compile patched
-generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 32768 512 --engines static-compile
+generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120 --new-tokens 48
+generate --model llama-3.1-8b --dtype bfloat16 --lengths "$eight" "$ragged" 512 32768 100000 --new-tokens 48
+generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 --new-tokens 48 \
+  --engines dynamic-cold patched patched-no-fuse patched-no-run-ahead patched-no-graphs patched-pages-only
+generate --model llama-3.2-1b --dtype bfloat16 --lengths 8192 --new-tokens 48 --engines static-compile patched
 python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"
+generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 32768 512 --new-tokens 48 --engines static-compile
