@@ -22,6 +22,15 @@ MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
 
 
+def outruns_cublas(x: torch.Tensor, outputs: int) -> bool:
+    """Whether products of x `[rows, inputs]` with `outputs` outputs are better ours (benchmarks/results/linear.jsonl).
+
+    Those of one row always are; those of more rows where every multiprocessor has a block of 16 outputs. Of narrower
+    layers cuBLAS cuts the inputs too.
+    """
+    return len(x) == 1 or outputs >= 16 * device_limits(x.device)[0]
+
+
 @dataclass(frozen=True)
 class Block:
     """How a launch cuts its weights: outputs and inputs of a block, and how its loop is compiled."""

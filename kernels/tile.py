@@ -27,6 +27,14 @@ def load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt,
 
 
 @triton.jit
+def _add(total, part, lost):
+    """total + part, and what rounding that sum loses, given what was lost before."""
+    part -= lost
+    after = total + part
+    return after, (after - total) - part
+
+
+@triton.jit
 def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale_log2,
                  stride_kp, stride_vp,
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
@@ -34,11 +42,16 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
     """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
 
     k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Returns (m, l, acc), fp32:
-    the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no token.
+    the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no token. float32 sums
+    are compensated (Kahan 1965): over a thousand tiles their own rounding would outweigh all else.
     """
+    COMPENSATED: tl.constexpr = q.dtype == tl.float32
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if COMPENSATED:
+        l_lost = l_i
+        lost = acc
     d = tl.arange(0, BLOCK_D)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
     lowest = start
@@ -66,11 +79,13 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m_i - m_safe)
         v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
-        l_i = l_i * alpha + tl.sum(p, 1)
+        l_i = l_i * alpha
         acc = acc * alpha[:, None]
-        if v.dtype == tl.float32:  # a tile is summed by itself: one long chain of additions loses float32's digits
-            acc += tl.dot(p, v, input_precision="ieee")
+        if COMPENSATED:
+            l_i, l_lost = _add(l_i, tl.sum(p, 1), l_lost * alpha)
+            acc, lost = _add(acc, tl.dot(p, v, input_precision="ieee"), lost * alpha[:, None])
         else:
+            l_i += tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc)
         m_i = m_new
     return m_i, l_i, acc

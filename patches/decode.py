@@ -26,7 +26,7 @@ def decode_forward(
     for layer in decoder.layers:
         _attention(layer, stream, cos, sin, step, shape[:2])
         _mlp(layer.post_attention_layernorm, layer.mlp, stream)
-    if head is not None and gemv_takes(head, stream.hidden):
+    if head is not None and gemv_takes([head], stream.hidden):
         return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
     normed = stream.norm(decoder.norm).view(shape)
     return normed if head is None else head(normed)
@@ -57,23 +57,24 @@ class Stream:
 
     def add(self, linear: nn.Module, x: torch.Tensor) -> None:
         """Adds a projection of x."""
-        if gemv_takes(linear, x):
+        if gemv_takes([linear], x):
             self.hidden = _linear(x, None, [linear], residual=self.settle())
         else:
             self.settle()
             self.pending = linear(x)
 
 
-def gemv_takes(module: Any, x: torch.Tensor) -> bool:
-    """Whether a module is a plain linear layer whose product with x our kernel computes."""
-    from pkv_hf.kernels.gemv import DTYPES, MAX_ROWS
+def gemv_takes(modules: list[Any], x: torch.Tensor) -> bool:
+    """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours."""
+    from pkv_hf.kernels.gemv import DTYPES, MAX_ROWS, outruns_cublas
 
     return (
-        type(module) is nn.Linear
-        and module.weight.dtype == x.dtype
-        and x.dtype in DTYPES
+        x.dtype in DTYPES
         and len(x) <= MAX_ROWS
-        and module.weight.is_contiguous()
+        and all(type(module) is nn.Linear for module in modules)
+        and all(module.weight.dtype == x.dtype and module.weight.is_contiguous() for module in modules)
+        and len({module.bias is None for module in modules}) == 1
+        and outruns_cublas(x, sum(len(module.weight) for module in modules))
     )
 
 
@@ -91,8 +92,7 @@ def _settings(norm: Any) -> dict[str, Any]:
 def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor, step: Step, shape: torch.Size) -> None:
     attention = layer.self_attn
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    alike = len({module.bias is None for module in modules if type(module) is nn.Linear}) == 1
-    if alike and all(gemv_takes(module, stream.hidden) for module in modules):
+    if gemv_takes(modules, stream.hidden):
         together = _linear(*stream.normed(layer.input_layernorm), modules)
         states = together.split([len(module.weight) for module in modules], dim=1)
     else:
@@ -111,12 +111,11 @@ def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
     from pkv_hf.kernels.gemv import swiglu
 
     gate, up = mlp.gate_proj, mlp.up_proj
-    plain = all(gemv_takes(module, stream.hidden) and module.bias is None for module in (gate, up))
     if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
         normed = stream.norm(norm)
         stream.pending = mlp(normed)
         return
-    if plain and gate.weight.shape == up.weight.shape:
+    if gemv_takes([gate, up], stream.hidden) and gate.bias is None and gate.weight.shape == up.weight.shape:
         x, norm = stream.normed(norm)
         x = swiglu(x, gate.weight, up.weight, **_settings(norm))
     else:

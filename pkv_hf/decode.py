@@ -36,7 +36,8 @@ class DecodeStep:
         self.head = head
         self.route = route
         self.q_len = q_len
-        self.device = next(decoder.parameters()).device
+        weight = next(decoder.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         self.horizon = 0
         self.nbytes = 0
         """Memory that the graph keeps for itself."""
@@ -77,6 +78,7 @@ class DecodeStep:
                 if end != self._end:
                     assert positions is not None, "positions continue only where the cache does"
                     self.ends.fill_(end)
+                    self._end = end
                 if positions is not None:
                     self.positions.copy_(positions)
                 self.tokens.copy_(tokens)
@@ -91,7 +93,6 @@ class DecodeStep:
                     output = self._output
             except BaseException:
                 cache.truncate(begin)
-                self._end = -1
                 raise
             for layer in cache.layers:
                 layer.length = end
@@ -144,8 +145,8 @@ class DecodeStep:
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
             try:
+                graph.capture_begin(capture_error_mode="thread_local")
                 self._output = self._body(cache, begin)
                 graph.capture_end()
             except RuntimeError as error:

@@ -33,11 +33,9 @@ def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
     """Whether a call of generate() is greedy decoding or sampling that needs nothing of the host at each step."""
-    asked = {**call.get("kwargs", {})}
-    host = ("assistant_model", "synced_gpus", "stopping_criteria", "negative_prompt_ids")
-    if any(call.get(name) for name in host[:3]) or call.get(host[3]) is not None:
+    if any(call.get(name) for name in ("assistant_model", "synced_gpus", "stopping_criteria")):
         return False
-    config, _ = model._prepare_generation_config(call.get("generation_config"), **asked)
+    config, _ = model._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
     return (
         config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         and not config.stop_strings

@@ -35,7 +35,9 @@ class Report:
             f"family    {self.family}, {self.layers} attention layers patched",
             f"cache     PagedCache, pages of {self.page_size} tokens",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
-            f"graphs    {self.graphs}, {self.graph_bytes / 2**20:,.1f} MiB",
+            f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
+            if self.graphs
+            else "graphs    none",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]

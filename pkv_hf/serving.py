@@ -83,8 +83,7 @@ def static_step(
     decoder: Any, state: PatchState, cache: PagedCache, route: Route, q_len: int, head: nn.Module | None = None
 ) -> DecodeStep | None:
     """The cache's step over static buffers for decode steps of a shape; None where transformers' layers have to run."""
-    captures = state.cuda_graphs and cache.device.type == "cuda"
-    if not route.fuses_rope or not (state.fused_forward or captures):
+    if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
         return None
     if state.watch is None or not state.watch.unchanged():
         state.watch = Watch([state.model])
@@ -103,6 +102,10 @@ def static_step(
     return cache.decode_steps[key]
 
 
+def captures(state: PatchState, device: torch.device) -> bool:
+    return state.cuda_graphs and device.type == "cuda"
+
+
 def run_static(
     state: PatchState,
     step: DecodeStep,
@@ -118,13 +121,13 @@ def run_static(
     if positions is None and step.next_begin != cache.get_seq_length():
         begin = cache.get_seq_length()
         positions = torch.arange(begin, begin + step.q_len, device=step.device)[None]
-    shape = (cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
-    capture = state.cuda_graphs and step.device.type == "cuda" and shape in state.compiled
+    shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
+    capture = captures(state, step.device) and shape in state.compiled
     try:
         output = step.run(cache, tokens, positions, starts, capture)
     except CaptureError as error:
         state.cuda_graphs = False
-        state.say(f"CUDA graphs, steps run without: {error}")
+        state.say(f"CUDA graphs, decode steps run without: {error}")
         output = step.run(cache, tokens, positions, starts, capture=False)
     state.compiled.add(shape)
     return output

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -36,6 +37,12 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine
     return benchmark.Summary(run, time.perf_counter() - started, None)
 
 
+def kernels_are_cached() -> bool:
+    """Whether an earlier process has left compiled kernels in Triton's cache."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    return folder.is_dir() and any(folder.iterdir())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help=f"smollm2, {', '.join(benchmark.SHAPES)}, hub id or folder")
@@ -54,6 +61,7 @@ def main() -> int:
     if arguments.new_tokens <= benchmark.WARM_STEPS + 1:
         parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {benchmark.WARM_STEPS + 1}")
     transformers.utils.logging.set_verbosity_error()
+    compiled_before = kernels_are_cached()
     bandwidth = benchmark.read_bandwidth(arguments.device)
     model = benchmark.load(arguments.model, DTYPES[arguments.dtype], arguments.device)
     records = []
@@ -89,6 +97,7 @@ def main() -> int:
                 "peak_gib": summary.run.peak_bytes / 2**30,
                 "kv_bytes": summary.run.kv_bytes,
                 "setup_s": summary.setup_s,
+                "triton_cache": "warm" if compiled_before else "empty",
                 "tokens_match": match,
                 "read_gb_s": bandwidth / 1e9,
                 **environment(),

@@ -34,29 +34,79 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 def measured_on(records: list[dict[str, Any]]) -> str:
     places = {(r["gpu"], r["torch"], r["transformers"], r["commit"]) for r in records}
     return "".join(
-        f"\nMeasured on: GPU {gpu}; torch {torch}, transformers {transformers}, commit {commit}.\n"
+        f"\nMeasured on: {gpu}; torch {torch}, transformers {transformers}, commit {commit}.\n"
         for gpu, torch, transformers, commit in sorted(places)
     )
 
 
-def generate_table() -> str:
+ABLATED = {"model": "llama-3.1-8b", "lengths": [8192]}
+ABLATION = {
+    "dynamic-cold": "transformers, first call",
+    "dynamic": "transformers, second call",
+    "patched-pages-only": "pages and attention kernels alone",
+    "patched-no-graphs": "all but CUDA graphs",
+    "patched-no-fuse": "all but fused layers",
+    "patched-no-run-ahead": "all but the run-ahead loop",
+    "patched": "all",
+}
+
+
+def generate_records(on_gpu: bool) -> list[dict[str, Any]]:
     records = newest("generate.jsonl", ("model", "dtype", "lengths", "engine", "gpu"))
+    return [r for r in records if r["gpu"].startswith("none") != on_gpu]
+
+
+def generate_table(on_gpu: bool) -> str:
+    records = [r for r in generate_records(on_gpu) if r["engine"] in ("dynamic", "static-compile", "patched")]
     rows = []
     for r in records:
         alike = [b for b in records if all(b[key] == r[key] for key in ("model", "dtype", "lengths", "gpu"))]
         base = next(b for b in alike if b["engine"] == "dynamic")
+        lengths = r["lengths"]
+        size = (
+            f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} rows, {sum(lengths):,}"
+        )
         rows.append([
-            f"{r['model']} {r['dtype']}, {r['batch']} x {max(r['lengths']):,}",
+            f"{r['model']} {r['dtype']}, {size}",
             r["engine"] + (f" ({r['route']})" if r["route"] else ""),
-            f"{r['step_ms_p50']:.1f} ({r['step_ms_p20']:.1f} to {r['step_ms_p80']:.1f})",
+            f"{r['step_ms_p50']:.2f} ({r['step_ms_p20']:.2f} to {r['step_ms_p80']:.2f})",
             f"{base['step_ms_p50'] / r['step_ms_p50']:.2f}x",
             f"{r['percent_of_floor']:.0f} %",
             f"{r['first_token_ms'] / 1e3:.2f} s",
-            f"{r['kv_bytes'] / 2**20:,.1f} MiB",
+            f"{r['peak_gib']:.1f} GiB",
+            f"{r['kv_bytes'] / 2**20:,.0f} MiB",
             "yes" if r["tokens_match"] else "no",
         ])  # fmt: skip
-    header = ["case", "engine", "step ms, p50 (p20 to p80)", "speed", "of the memory floor", "first token", "KV cache",
-              "same tokens"]  # fmt: skip
+    header = ["case", "engine", "step ms, p50 (p20 to p80)", "speed", "of the memory floor", "first token",
+              "peak memory", "KV cache", "same tokens"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
+def ablation_table() -> str:
+    found = {r["engine"]: r for r in generate_records(True) if all(r[key] == value for key, value in ABLATED.items())}
+    rows = [
+        [
+            words,
+            f"{found[e]['step_ms_p50']:.2f}",
+            f"{found[e]['percent_of_floor']:.0f} %",
+            f"{found[e]['setup_s']:.1f} s",
+        ]
+        for e, words in ABLATION.items()
+    ]
+    return markdown(["8B shape, bf16, 1 x 8,192", "step ms, p50", "of the memory floor", "first call"], rows)
+
+
+def linear_table() -> str:
+    records = newest("linear.jsonl", ("shape", "case", "rows", "engine", "gpu"))
+    times = {(r["shape"], r["case"], r["rows"], r["engine"]): r["us_p50"] for r in records}
+    counts = sorted({r["rows"] for r in records})
+    rows = [
+        [f"{shape}, {case}", *(
+            f"{times[shape, case, count, 'cublas']:.1f} / {times[shape, case, count, 'pkv_hf']:.1f}" for count in counts
+        )]
+        for shape, case in dict.fromkeys((r["shape"], r["case"]) for r in records)
+    ]  # fmt: skip
+    header = ["us, cuBLAS / ours", *(f"{count} row{'s' * (count > 1)}" for count in counts)]
     return markdown(header, rows) + measured_on(records)
 
 
@@ -83,7 +133,14 @@ def demo_output() -> str:
     return f"```\n{(RESULTS / 'demo.txt').read_text()}```\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"generate": generate_table, "kernels": kernels_table, "demo": demo_output}
+TABLES: dict[str, Callable[[], str]] = {
+    "generate-gpu": lambda: generate_table(True),
+    "generate-cpu": lambda: generate_table(False),
+    "ablation": ablation_table,
+    "linear": linear_table,
+    "kernels": kernels_table,
+    "demo": demo_output,
+}
 
 
 def main() -> int:

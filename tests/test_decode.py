@@ -93,6 +93,23 @@ def test_adapters_go_through_their_own_forward():
         assert torch.equal(generate(model, inputs), expected)
 
 
+def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
+    from pkv_hf import serving
+    from pkv_hf.decode import CaptureError, DecodeStep
+
+    def fails(*_):
+        raise CaptureError("out of memory")
+
+    model, inputs = tiny("llama"), left_padded(20, 9)
+    expected = generate(model, inputs)
+    monkeypatch.setattr(serving, "captures", lambda state, _: state.cuda_graphs)
+    monkeypatch.setattr(DecodeStep, "_capture", fails)
+    for run_ahead in (True, False):
+        with pkv_hf.patched(model, route="split", run_ahead=run_ahead):
+            assert torch.equal(generate(model, inputs), expected)
+            assert pkv_hf.report(model).left == ("CUDA graphs, decode steps run without: out of memory",)
+
+
 class TestWatch:
     def test_nothing_changed(self):
         model = tiny("llama")
