@@ -216,6 +216,12 @@ class PagedCache(Cache):
         return self.rows or -1
 
     @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the K and the V pages, which differ where autocast made them; empty before the first tokens."""
+        storage = next(iter(self.tables.values())).pool.storage
+        return {pages.dtype for pages in next(iter(storage.values()))} if storage else set()
+
+    @property
     def device(self) -> torch.device:
         """Where the first tokens were."""
         return next(iter(self.tables.values())).pool.device

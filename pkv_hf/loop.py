@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
-from pkv_hf.serving import choose_route, row_starts, run_static, static_step
+from pkv_hf.serving import choose_route, plan, run_static, static_step
 from pkv_hf.state import STATE, NotServed, PatchState
 
 
@@ -35,6 +36,8 @@ def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
     """Whether a call of generate() is greedy decoding or sampling that needs nothing of the host at each step."""
     if any(call.get(name) for name in ("assistant_model", "synced_gpus", "stopping_criteria")):
         return False
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # sharded models take their steps together: transformers' loop waits for the slowest
     config, _ = model._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
     return (
         config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -58,7 +61,7 @@ def run_ahead(
     """transformers' `_sample`, for `custom_generate`: same arguments, same result."""
     state: PatchState = getattr(model, STATE)
     cache = model_kwargs.get("past_key_values")
-    if not isinstance(cache, PagedCache) or model.training or not _accelerated(model, state, cache, input_ids):
+    if not isinstance(cache, PagedCache) or model.training or not _accelerated(model, state, cache):
         return type(model)._sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
         )
@@ -112,11 +115,9 @@ def run_ahead(
     return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **kept)  # type: ignore[arg-type]
 
 
-def _accelerated(model: Any, state: PatchState, cache: PagedCache, input_ids: torch.Tensor) -> bool:
+def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
     """Whether decode steps go by Triton kernels, for which queueing ahead is worth it."""
-    weight = next(model.parameters())
-    starts = cache.pads if cache.rows else row_starts(None, cache, len(input_ids), 1, state)
-    return choose_route(state, cache, starts, 1, weight.device, weight.dtype).fuses_rope
+    return choose_route(state, cache, np.zeros(1), 1, model.device, model.dtype).fuses_rope
 
 
 class _Forward:
@@ -125,13 +126,14 @@ class _Forward:
     def __init__(self, model: Any, state: PatchState, cache: PagedCache, model_kwargs: dict[str, Any]) -> None:
         self.model, self.state, self.cache, self.model_kwargs = model, state, cache, model_kwargs
         self.static: DecodeStep | None = None
+        decoder, head = model.base_model, model.get_output_embeddings()
+        next_tokens = torch.empty((cache.rows, 1), dtype=torch.long, device=model.device)
         try:
-            self.starts = row_starts(model_kwargs.get("attention_mask"), cache, cache.rows, 1, state)
+            step = plan(decoder, state, {**model_kwargs, "input_ids": next_tokens})
         except NotServed:
             return
-        decoder, head = model.base_model, model.get_output_embeddings()
-        route = choose_route(state, cache, self.starts, 1, decoder.device, decoder.dtype)
-        self.static = static_step(decoder, state, cache, route, 1, head)
+        self.starts = step.bounds.starts
+        self.static = static_step(decoder, state, cache, step.route, 1, head)
         position_ids = model_kwargs.get("position_ids")
         self.positions = None if position_ids is None else position_ids[:, -1:]
 

@@ -19,7 +19,8 @@ from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.routes import ROUTES
 from pkv_hf.serving import attention, decoder_forward, mask
-from pkv_hf.state import FORWARD, NAME, ORIGINAL, STATE, PatchState
+from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
+from pkv_hf.watch import FORWARD
 
 Model = TypeVar("Model", bound=nn.Module)
 

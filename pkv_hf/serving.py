@@ -215,7 +215,7 @@ def choose_route(
     shape = StepShape(
         device=device,
         dtype=dtype,
-        kv_dtype=cache.kv_dtype or dtype,
+        kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
         q_len=q_len,
         group=state.group,
         head_dim=state.head_dim,

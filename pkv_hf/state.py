@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from pkv_hf.decode import DecodeStep, Forward
-from pkv_hf.watch import Watch
+from pkv_hf.watch import FORWARD, Watch
 
 logger = logging.getLogger("pkv_hf")
 
@@ -23,9 +23,6 @@ ORIGINAL = "pkv_hf_original"
 
 STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
-
-FORWARD = "_pkv_hf_forward"
-"""The attribute of a module with a replaced `forward`: the bound one that was there, None for the class's own."""
 
 
 @dataclass

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+FORWARD = "_pkv_hf_forward"
+"""The attribute of a module whose `forward` we replaced: the bound one that was there, None for the class's own."""
+
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -33,8 +36,8 @@ class Watch:
         """Why a forward of these modules may not be captured or replaced; empty where it may."""
         if self._hooked:
             self.reason = "modules have forward hooks"
-        elif any(hasattr(m, "_hf_hook") for m in modules):
-            self.reason = "modules have accelerate's hooks (offloading, or layers on several devices)"
+        elif any("forward" in m.__dict__ and FORWARD not in m.__dict__ for m in modules):
+            self.reason = "modules have a forward of their own (accelerate's hooks or mixed precision, say)"
         elif len(devices) > 1:
             self.reason = f"weights are on {len(devices)} devices"
 

@@ -55,6 +55,30 @@ def test_hooks_keep_running_at_every_step():
         assert len(calls) == 6
 
 
+def test_a_forward_of_the_callers_own_keeps_running_at_every_step():
+    model, inputs, calls = tiny("llama"), left_padded(9), []
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs)
+    with pkv_hf.patched(model, route="split"):
+        generate(model, inputs)
+        assert any("forward of their own" in reason for reason in pkv_hf.report(model).left)
+    assert len(calls) == 6
+
+
+@torch.no_grad()
+def test_pages_filled_under_autocast_are_read_without_it():
+    model, inputs = tiny("llama"), left_padded(9)
+    for settings in ({}, {"run_ahead": False}):
+        with pkv_hf.patched(model, **settings):
+            cache = pkv_hf.PagedCache(model.config)
+            with torch.autocast("cpu", torch.bfloat16):
+                model(**inputs, past_key_values=cache)
+            assert torch.bfloat16 in cache.dtypes
+            ids = torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1)
+            out = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            assert out.shape == (1, 14)
+
+
 def test_rope_that_follows_the_length_runs_transformers_layers():
     rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
     model, inputs = tiny("llama", rope_parameters=rope, max_position_embeddings=12), left_padded(9)

@@ -55,7 +55,9 @@ def test_sampling_from_a_seed(settings):
         tokens = generate(model, inputs, do_sample=True, top_p=0.9)
         ends = [int(tokens[0, 25]), int(tokens[1, 30])]
         torch.manual_seed(1)
-        results.append((generate(model, inputs, do_sample=True, top_p=0.9, eos_token_id=ends), torch.rand(2, device="cuda")))
+        results.append(
+            (generate(model, inputs, do_sample=True, top_p=0.9, eos_token_id=ends), torch.rand(2, device="cuda"))
+        )
     for expected, ours in zip(*results):
         assert torch.equal(ours, expected)
 
