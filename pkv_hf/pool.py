@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import psutil
@@ -83,6 +85,14 @@ class PagePool:
         self.version = 0  # counts changes of `storage`: whoever keeps its addresses must look
         self.device = torch.device("cpu")
         self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
+        """A pool with the same contents that nobody holds a page of: the tables copied along take theirs."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin.storage = copy.deepcopy(self.storage, memo)
+        twin.allocator = PageAllocator()
+        twin.allocator.grow(self.allocator.capacity)
+        return twin
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +43,14 @@ class BlockTable:
         self._first_held: list[int] | None = None
         self._version = 0  # counts changes of the host copy
         self._mirrors: dict[torch.device, Mirror] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockTable:
+        """The same table over a copy of the pool; forks that are not copied along leave no page held there."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin.pool = copy.deepcopy(self.pool, memo)
+        twin.pages, twin.pads, twin._mirrors = self.pages.copy(), self.pads.copy(), {}
+        twin.pool.allocator.retain(twin.pages)
+        return twin
 
     @property
     def rows(self) -> int:
