@@ -23,3 +23,7 @@ class RouteError(RuntimeError):
 
 class UsageError(ValueError):
     """A command was asked for something that cannot be done; the message is one line with the way out."""
+
+
+class TraceError(ValueError):
+    """A trace file holds something that is not a request; the message names the file and the line."""

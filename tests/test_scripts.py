@@ -110,5 +110,36 @@ def test_every_engine_runs(run, tmp_path):
     assert set(json.loads(lines[-1])["step_ms_p50"]) == {"dynamic-cold", *engines}
 
 
+def test_benchmark_traces_measures_every_route_and_the_oracle(run, tmp_path):
+    pytest.importorskip("triton")
+    trace, out = tmp_path / "requests.csv", tmp_path / "traces.jsonl"
+    trace.write_text("prompt_len,decode_len\n40,3\n90,2\n17,4\n")
+    small = ("--max-active", 2, "--steps", 3, "--samples", 1, "--kv-heads", 2, "--head-dim", 64, "--dtype", "float16")
+    status, lines = run("benchmark_traces", "--trace-file", trace, *small, "--holes", 0.5, "--out", out)
+    assert status == 0
+    assert json.loads(lines[-1])["records"] == 3
+    by_engine = {r["engine"]: r for r in records(out)}
+    walls = [by_engine[engine]["tokens_per_s_wall"] for engine in ("split", "workqueue", "oracle")]
+    assert walls[2] >= max(walls[:2])
+    assert all(0 < r["max_abs_err"] < 2e-3 for r in by_engine.values())
+
+
+def test_benchmark_traces_refuses_a_bad_file_and_a_wrong_kernel(run, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from pkv_hf.kernels import split
+
+    trace, out = tmp_path / "requests.csv", tmp_path / "traces.jsonl"
+    trace.write_text("prompt_len,decode_len\n40,x\n")
+    with pytest.raises(SystemExit):
+        run("benchmark_traces", "--trace-file", trace, "--out", out)
+    assert "line 2: decode_len='x'" in capsys.readouterr().err
+    trace.write_text("prompt_len,decode_len\n40,3\n")
+    right = split.decode_split
+    monkeypatch.setattr(split, "decode_split", lambda *args, **kwargs: right(*args, **kwargs) + 1)
+    with pytest.raises(SystemExit, match="split is off by"):
+        run("benchmark_traces", "--trace-file", trace, "--kv-heads", 2, "--head-dim", 64, "--out", out)
+    assert not out.exists()
+
+
 def test_the_readme_shows_the_committed_results(run):
     assert run("readme_tables", "--check")[0] == 0
