@@ -2,8 +2,8 @@
 
 A trace is played through a batch of `--max-active` rows; of its steps, `--steps` at even distances are measured: one
 call of each layer on pages in random order, planning included. Wall time ends with a synchronisation; GPU time is of
-replays of a CUDA graph. The first of those steps is compared with float64 before anything is timed: an error above 2e-3,
-or 3e-4 in the mean, ends the run and nothing is recorded.
+replays of a CUDA graph. The first of those steps is compared with float64 before anything is timed: an error above
+2e-3, or 3e-4 in the mean, ends the run and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def records_of(name: str, seed: int | None, arguments: argparse.Namespace, bandw
         kv_bytes = arguments.layers * sum(result["kv_bytes"] for result in results)
         records.append({
             "bench": "traces", "trace": name, "seed": seed, "max_active": arguments.max_active,
-            "group": arguments.group, "kv_heads": arguments.kv_heads, "head_dim": arguments.head_dim, "page_size": arguments.page_size,
+            "group": arguments.group, "kv_heads": arguments.kv_heads, "head_dim": arguments.head_dim,
+            "page_size": arguments.page_size,
             "holes": arguments.holes, "dtype": arguments.dtype, "layers": arguments.layers, "engine": engine,
             "graph": arguments.device == "cuda", "steps": len(results),
             "gpu_us_p50": None if arguments.device == "cpu" else float(np.median(gpus)),
