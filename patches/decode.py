@@ -56,11 +56,10 @@ class Stream:
         return normed
 
     def add(self, linear: nn.Module, x: torch.Tensor) -> None:
-        """Adds a projection of x."""
+        """Adds a projection of x; a norm has been taken since the last, so that nothing is pending."""
         if gemv_takes([linear], x):
-            self.hidden = _linear(x, None, [linear], residual=self.settle())
+            self.hidden = _linear(x, None, [linear], residual=self.hidden)
         else:
-            self.settle()
             self.pending = linear(x)
 
 

@@ -134,6 +134,22 @@ def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
             assert pkv_hf.report(model).left == ("CUDA graphs, decode steps run without: out of memory",)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)])
+def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    inputs = left_padded(*lengths)
+    model = peft.get_peft_model(tiny("llama"), settings).eval().to(torch.bfloat16).get_base_model()
+    exact = decode_logits(copy.deepcopy(model).double(), inputs)
+    theirs = decode_logits(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        ours = decode_logits(model, inputs)
+    assert not torch.equal(ours, theirs), "the fused layers did not run"
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
 class TestWatch:
     def test_nothing_changed(self):
         model = tiny("llama")
