@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def _load(name: str) -> tuple[Any, Any]:
         return model.eval().to(device), AutoTokenizer.from_pretrained(name)
     except (OSError, ModuleNotFoundError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
+            reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
         raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
 
 

@@ -63,7 +63,7 @@ def test_a_model_that_patch_refuses_is_one_line_and_status_2(run, monkeypatch):
         (["--text-file", "missing.txt"], "missing.txt cannot be read"),
         (["--json", "missing/result.json"], "--json missing/result.json cannot be written"),
         (["--json", "."], "--json . cannot be written"),
-        (["--model", "no/such-model"], "--model no/such-model cannot be loaded"),
+        (["--model", "no/such-model"], "--model no/such-model cannot be loaded: .*set it to 0"),
         (["--prompt-tokens", 500], "exceed the model's 512 positions: pass at most --prompt-tokens 448"),
         (["--prompt-tokens", 300, "--text-file", __file__], "--prompt-tokens asks for 300"),
     ],
