@@ -16,18 +16,23 @@ from tiny import FAMILIES, decode_logits, left_padded, tiny
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("lengths", [(20,), (20, 9, 3)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
-    inputs = left_padded(*lengths)
-    model = tiny(family).to(dtype)
+def judge(model, inputs):
+    """Logits of fused decode steps against float64, beside those of transformers in the same precision."""
     exact = decode_logits(copy.deepcopy(model).double(), inputs)
     theirs = decode_logits(model, inputs)
     with pkv_hf.patched(model, route="split"):
         ours = decode_logits(model, inputs)
     assert not torch.equal(ours, theirs), "the fused layers did not run"
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9, 3)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
+    inputs = left_padded(*lengths)
+    model = tiny(family).to(dtype)
+    judge(model, inputs)
 
 
 def generate(model, inputs, **settings):
@@ -134,7 +139,6 @@ def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
             assert pkv_hf.report(model).left == ("CUDA graphs, decode steps run without: out of memory",)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize("lengths", [(20,), (20, 9)])
 def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
     peft = pytest.importorskip("peft")
@@ -142,12 +146,7 @@ def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
     settings = peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False)
     inputs = left_padded(*lengths)
     model = peft.get_peft_model(tiny("llama"), settings).eval().to(torch.bfloat16).get_base_model()
-    exact = decode_logits(copy.deepcopy(model).double(), inputs)
-    theirs = decode_logits(model, inputs)
-    with pkv_hf.patched(model, route="split"):
-        ours = decode_logits(model, inputs)
-    assert not torch.equal(ours, theirs), "the fused layers did not run"
-    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+    judge(model, inputs)
 
 
 class TestWatch:
