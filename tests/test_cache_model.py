@@ -72,6 +72,8 @@ class CacheMachine(RuleBasedStateMachine):
         if pair.length and not self.config_slides:
             pair.paged.crop(-count)
             pair.dense.crop(-count)
+            if not pair.length:  # the dense one keeps the number of its rows, the paged one takes any again
+                pair.dense = DynamicCache(config=self.config)
 
     @rule(pair=pairs, seed=st.integers(0, 1000))
     def reorder(self, pair, seed):
