@@ -23,7 +23,7 @@ class CaptureError(RuntimeError):
 
 
 class DecodeStep:
-    """Decodes `q_len` tokens a row by a forward over static buffers, with a CUDA graph where `captures` says so.
+    """Decodes `q_len` tokens a row by a forward over static buffers, through a CUDA graph where one is asked for.
 
     A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
     launches were sized for. Positions and ends advance on the device, at the end of every step; the host writes them
@@ -74,7 +74,7 @@ class DecodeStep:
                 if self._starts is None or not np.array_equal(starts, self._starts):
                     self._starts = starts
                     self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
-                    self._graph = None  # sizes of launches depend on the shortest padding
+                    self.drop()  # sizes of launches depend on the shortest padding
                 if end != self._end:
                     assert positions is not None, "positions continue only where the cache does"
                     self.ends.fill_(end)
@@ -103,16 +103,11 @@ class DecodeStep:
     def captured(self) -> bool:
         return self._graph is not None
 
-    @property
-    def next_begin(self) -> int:
-        """The position that positions on the device stand at."""
-        return self._end - self.q_len
-
     def _place(self, cache: PagedCache, begin: int, end: int) -> None:
         """Makes pages for positions [begin, end), and forgets a graph of addresses or sizes that have changed."""
         if end > self.horizon:
             self.horizon = max(1 << (end - 1).bit_length(), *(table.reserve for table in cache.tables.values()))
-            self._graph = None
+            self.drop()
         addresses: list[Any] = []
         for table in cache.tables.values():
             table.prepare(begin, end)
@@ -120,7 +115,7 @@ class DecodeStep:
             addresses += (tensor.data_ptr() for tensor in table.on(self.device))
         if tuple(addresses) != self._addresses:
             self._addresses = tuple(addresses)
-            self._graph = None
+            self.drop()
 
     def _body(self, cache: PagedCache, begin: int) -> torch.Tensor:
         assert self._starts is not None

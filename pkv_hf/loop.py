@@ -135,7 +135,9 @@ class _Forward:
         self.starts = step.bounds.starts
         self.static = static_step(decoder, state, cache, step.route, 1, head)
         position_ids = model_kwargs.get("position_ids")
-        self.positions = None if position_ids is None else position_ids[:, -1:]
+        if position_ids is None:  # a forward of the caller's own may not take them
+            position_ids = torch.tensor([[step.bounds.begin]], device=model.device)
+        self.positions: torch.Tensor | None = position_ids[:, -1:]
 
     def __call__(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
         if self.static is not None:

@@ -37,7 +37,10 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if step.fuses_rope and kwargs.get("input_ids") is not None and _last_hidden_alone(self, kwargs):
         static = static_step(self, state, cache, step.route, bounds.q_len)
     if static is not None:
-        hidden = run_static(state, static, cache, kwargs["input_ids"], kwargs.get("position_ids"), bounds.starts)
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
+        hidden = run_static(state, static, cache, kwargs["input_ids"], positions, bounds.starts)
         return BaseModelOutputWithPast(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[arg-type]
     if not bounds.begin and bounds.starts.any() and _last_hidden_alone(self, kwargs):
         return packed_prefill(self, step, kwargs)
@@ -116,11 +119,9 @@ def run_static(
 ) -> torch.Tensor:
     """Runs a static step on tokens `[B, q_len]`, by its graph from the second run of its shape on.
 
+    `positions` are `[1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
-    if positions is None and step.next_begin != cache.get_seq_length():
-        begin = cache.get_seq_length()
-        positions = torch.arange(begin, begin + step.q_len, device=step.device)[None]
     shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
     capture = captures(state, step.device) and shape in state.compiled
     try:

@@ -46,8 +46,9 @@ class BlockTable:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockTable:
         """The same table over a copy of the pool; forks that are not copied along leave no page held there."""
+        pool = copy.deepcopy(self.pool, memo)  # first: a twin that dies half made would give our pages back
         twin = memo[id(self)] = copy.copy(self)
-        twin.pool = copy.deepcopy(self.pool, memo)
+        twin.pool = pool
         twin.pages, twin.pads, twin._mirrors = self.pages.copy(), self.pads.copy(), {}
         twin.pool.allocator.retain(twin.pages)
         return twin
@@ -221,8 +222,9 @@ class BlockTable:
         mirror = self._mirrors.get(device)
         if mirror is None or len(mirror.pages) != rows or mirror.pages.shape[1] < width:
             capacity = max(self._pages_to(self.reserve), width if mirror is None else int(width * GROWTH) + 1)
-            pages = torch.zeros((rows, capacity), dtype=torch.int32, device=device)
-            mirror = Mirror(pages, torch.zeros(rows, dtype=torch.int32, device=device))
+            with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+                pages = torch.zeros((rows, capacity), dtype=torch.int32, device=device)
+                mirror = Mirror(pages, torch.zeros(rows, dtype=torch.int32, device=device))
             self._mirrors[device] = mirror
         if mirror.version != self._version:
             mirror.version = self._version

@@ -249,3 +249,16 @@ def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_beh
     with torch.no_grad():
         model(torch.ones(1, 3, dtype=torch.long), past_key_values=paged)
     assert paged.get_seq_length() == 3
+
+
+def test_a_table_seen_in_inference_mode_is_kept_up_to_date_outside():
+    cache, device = PagedCache(tiny("llama").config), torch.device("cpu")
+    (table,) = cache.tables.values()
+    states = torch.zeros(1, 2, 40, 16)
+    with torch.inference_mode():
+        cache.update(states, states, 0)
+        before = table.on(device)[0]
+        assert before.tolist() == table.pages.tolist()
+    table.shrink(20)
+    assert table.on(device)[0] is before
+    assert before.tolist() == [[*table.pages[0], 0]]

@@ -122,6 +122,21 @@ def test_adapters_go_through_their_own_forward():
         assert torch.equal(generate(model, inputs), expected)
 
 
+@torch.no_grad()
+def test_a_step_without_position_ids_counts_from_the_past():
+    model, inputs, logits = tiny("llama"), left_padded(9, 4), []
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 2, dtype=torch.long)], dim=1)
+    for patch in (False, True):
+        if patch:
+            pkv_hf.patch(model, route="split")
+        cache = pkv_hf.PagedCache(model.config)
+        model(**inputs, past_key_values=cache)
+        token, positions = torch.full((2, 1), 5), mask[:, :10].sum(dim=1, keepdim=True) - 1
+        model(token, attention_mask=mask[:, :10], position_ids=positions, past_key_values=cache)
+        logits.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+    torch.testing.assert_close(*logits)
+
+
 def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
     from pkv_hf import serving
     from pkv_hf.decode import CaptureError, DecodeStep
