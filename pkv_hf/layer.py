@@ -163,17 +163,21 @@ class PagedLayer(CacheLayerMixin):
 def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int, states: list[torch.Tensor]) -> None:
     """Writes a row's states `[H_kv, tokens, head_dim]` at its last positions before `end`, from `begin` on at most.
 
-    Positions in null pages are left out.
+    Positions in null pages are left out. Held positions before the states are padding: they become zeros, since a mask
+    does not keep a NaN of fresh memory out of a softmax.
     """
     flat = storage.view(storage.shape[0], -1, storage.shape[3])
     for row, (held, offset) in enumerate(zip(table.first_held(), table.offsets())):
-        first = max(begin, held, end - states[row].shape[1])
+        padding = max(begin, held)
+        first = max(padding, end - states[row].shape[1])
         tokens = states[row][:, first - end :]
         if offset is not None:
+            flat[:, padding + offset : first + offset] = 0
             flat[:, first + offset : end + offset] = tokens
         elif first < end:
-            slots = torch.from_numpy(table.slots(row, first, end)).to(storage.device)
-            flat.index_copy_(1, slots, tokens.to(storage.dtype))
+            slots = torch.from_numpy(table.slots(row, padding, end)).to(storage.device)
+            flat.index_fill_(1, slots[: first - padding], 0)
+            flat.index_copy_(1, slots[first - padding :], tokens.to(storage.dtype))
 
 
 def read_dense(storage: torch.Tensor, table: BlockTable, begin: int, end: int, rows: slice) -> torch.Tensor:

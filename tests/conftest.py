@@ -19,6 +19,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def fresh_pages_hold_nan(monkeypatch):
+    """New pages hold what memory held before: here NaN, so that a test sees every read of what nothing wrote."""
+    from pkv_hf.pool import NULL_PAGE, PagePool
+
+    allocate = PagePool._allocate
+
+    def poisoned(self, *args):
+        tensor = allocate(self, *args)
+        tensor[:, NULL_PAGE + 1 :] = float("nan")
+        return tensor
+
+    monkeypatch.setattr(PagePool, "_allocate", poisoned)
+
+
 @pytest.fixture(scope="session")
 def smollm2():
     """SmolLM2-135M, fp32, on the CPU: real weights. Tests leave it unpatched."""

@@ -239,9 +239,19 @@ def test_small_float32_cases_are_judged_over_many_draws(route, monkeypatch):
 
 
 @pytest.mark.parametrize("route", ROUTES)
-def test_long_float32_sums_are_compensated(route):
+def test_long_float32_sums_are_compensated(route, monkeypatch):
+    from pkv_hf.kernels import check
+
+    build = check.build
+
+    def build_far_from_zero(*args):  # so that sums grow with the tokens, and what rounding them loses
+        inputs = build(*args)
+        inputs["v_pages"] += 1
+        return inputs
+
+    monkeypatch.setattr(check, "build", build_far_from_zero)
     long = case_of(starts=(0,), ends=(65_536,), num_kv_heads=1, group=4, head_dim=16, parts=1)
     result = measure(long, route, DEVICE)
     assert result.written
-    # in the interpreter 0.4 times SDPA's error, 1.2 times without compensation
-    assert result.error <= (0.8 if DEVICE == "cpu" else 2) * result.sdpa_error
+    # in the interpreter 0.1 to 0.2 times SDPA's error, 1.0 to 1.5 times without compensation
+    assert result.error <= (0.5 if DEVICE == "cpu" else 2) * result.sdpa_error
