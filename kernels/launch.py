@@ -9,6 +9,9 @@ import torch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+PROGRAMS_PER_SM = 2
+"""Programs that share a multiprocessor, in every route."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -59,6 +62,11 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda":
         return 4, 227 * 1024
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
+
+
+def splits_for(items: int, tiles: int, processors: int) -> int:
+    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
+    return max(1, min(tiles, PROGRAMS_PER_SM * processors // items))
 
 
 def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import check, device_limits, next_power_of_2, padded_queries, tile_for
+from pkv_hf.kernels.launch import check, device_limits, next_power_of_2, padded_queries, splits_for, tile_for
 from pkv_hf.kernels.merge import merge_states
 from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
@@ -67,11 +67,6 @@ def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stri
     head = (item % num_kv_heads) * G + m_row % G
     out = out_ptr + row * stride_ob + (m_row // G) * stride_ot + head * stride_oh
     merge_states(ml_ptr, acc_ptr, out, m_row, item * num_splits, num_splits, D, BLOCK_M, BLOCK_D, PARTS)
-
-
-def splits_for(items: int, tiles: int, processors: int) -> int:
-    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
-    return max(1, min(tiles, 2 * processors // items))
 
 
 def decode_split(

@@ -15,12 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import Tile, check, check_rows, device_limits, next_power_of_2, padded_queries, tile_for
+from pkv_hf.kernels.launch import (
+    PROGRAMS_PER_SM,
+    Tile,
+    check,
+    check_rows,
+    device_limits,
+    next_power_of_2,
+    padded_queries,
+    tile_for,
+)
 from pkv_hf.kernels.merge import merge_states
 from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
-
-PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True)

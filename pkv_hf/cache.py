@@ -88,6 +88,7 @@ class PagedCache(Cache):
         }
         self.step: Step | None = None  # set while a patched model's forward serves this cache
         self.decode_steps = DecodeSteps()
+        self.last_route: str | None = None  # of its last step in a patched model
         layers = [PagedLayer(self.tables[window], i, kv_dtype) for i, window in enumerate(windows)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
@@ -178,6 +179,7 @@ class PagedCache(Cache):
         twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
         twin.tables = {window: table.fork(length) for window, table in self.tables.items()}
         twin.step = None
+        twin.last_route = self.last_route
         twin.decode_steps = DecodeSteps()
         layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:

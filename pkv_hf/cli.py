@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pkv_hf import demo
+from pkv_hf import calibrate, demo
 from pkv_hf.errors import UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
@@ -16,9 +16,11 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"pkv-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help="generate with and without pages, and compare"))
+    calibrate.add_arguments(commands.add_parser("calibrate", help="measure this GPU for route='auto'"))
     arguments = parser.parse_args()
+    command = {"demo": demo.main, "calibrate": calibrate.main}[arguments.command]
     try:
-        demo.main(arguments)
+        command(arguments)
     except (UnsupportedModelError, UsageError) as error:
         print(f"pkv-hf {arguments.command}: {error}", file=sys.stderr)
         return 2

@@ -111,6 +111,7 @@ class DecodeStep:
         addresses: list[Any] = []
         for table in cache.tables.values():
             table.prepare(begin, end)
+            self.route.prepare(table, self.device)
             addresses.append(table.pool.version)
             addresses += (tensor.data_ptr() for tensor in table.on(self.device))
         if tuple(addresses) != self._addresses:

@@ -17,7 +17,7 @@ from pkv_hf.cache import PAGE_SIZES, PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
-from pkv_hf.routes import ROUTES
+from pkv_hf.policy import ROUTES
 from pkv_hf.serving import attention, decoder_forward, mask
 from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
 from pkv_hf.watch import FORWARD
@@ -40,8 +40,9 @@ def patch(
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal LM (a PEFT model around one is unwrapped).
-        route: how decode attention runs: "split", "workqueue" (Triton), "sdpa" (torch), or "auto" for the first that
-            serves the step. A route named here raises RouteError at the first step that it cannot serve.
+        route: how decode attention runs: "split", "workqueue" (Triton), "flashinfer", "flashinfer_tc",
+            "flashinfer_xqa" (where that package is installed), "sdpa" (torch), or "auto" for the one that is predicted
+            to be fastest. A route named here raises RouteError at the first step that it cannot serve.
         page_size: tokens a page of the caches that `generate()` makes, a power of two from 16 to 256.
         cuda_graphs: capture decode steps on a GPU in a CUDA graph and replay it.
         run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
@@ -68,6 +69,7 @@ def patch(
         family=family.name,
         layers=len(attentions),
         group=first.num_key_value_groups,
+        kv_heads=decoder.config.num_key_value_heads,
         head_dim=first.head_dim,
         implementation=decoder.config._attn_implementation,
         model=inner,

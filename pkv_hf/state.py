@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from pkv_hf.decode import DecodeStep, Forward
+from pkv_hf.policy import Decision
 from pkv_hf.watch import FORWARD, Watch
 
 logger = logging.getLogger("pkv_hf")
@@ -34,6 +35,7 @@ class PatchState:
     family: str
     layers: int
     group: int
+    kv_heads: int
     head_dim: int
     implementation: str
     """The attention implementation that the model had."""
@@ -47,9 +49,8 @@ class PatchState:
     undo: list[Callable[[], None]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """Why calls were left to transformers, each reason once."""
-    last_route: str | None = None
-    rejected: dict[str, str] = field(default_factory=dict)
-    """Why the last step's other routes were refused."""
+    decision: Decision | None = None
+    """On the last step's route."""
     watch: Watch | None = None
     decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
     """The steps on static buffers of all caches, for `report`."""

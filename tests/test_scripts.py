@@ -117,10 +117,11 @@ def test_benchmark_traces_measures_every_route_and_the_oracle(run, tmp_path):
     small = ("--max-active", 2, "--steps", 3, "--samples", 1, "--kv-heads", 2, "--head-dim", 64, "--dtype", "float16")
     status, lines = run("benchmark_traces", "--trace-file", trace, *small, "--holes", 0.5, "--out", out)
     assert status == 0
-    assert json.loads(lines[-1])["records"] == 3
+    assert json.loads(lines[-1])["records"] == 4
     by_engine = {r["engine"]: r for r in records(out)}
-    walls = [by_engine[engine]["tokens_per_s_wall"] for engine in ("split", "workqueue", "oracle")]
-    assert walls[2] >= max(walls[:2])
+    walls = [by_engine[engine]["tokens_per_s_wall"] for engine in ("split", "workqueue", "policy", "oracle")]
+    assert walls[3] >= max(walls[:3])
+    assert by_engine["oracle"]["regret_wall_mean"] == 0 <= by_engine["policy"]["regret_wall_mean"]
     assert all(0 < r["max_abs_err"] < 2e-3 for r in by_engine.values())
 
 
@@ -136,7 +137,7 @@ def test_benchmark_traces_refuses_a_bad_file_and_a_wrong_kernel(run, tmp_path, m
     trace.write_text("prompt_len,decode_len\n40,3\n")
     right = split.decode_split
     monkeypatch.setattr(split, "decode_split", lambda *args, **kwargs: right(*args, **kwargs) + 1)
-    with pytest.raises(SystemExit, match="split is off by"):
+    with pytest.raises(SystemExit, match="split is off float64 by"):
         run("benchmark_traces", "--trace-file", trace, "--kv-heads", 2, "--head-dim", 64, "--out", out)
     assert not out.exists()
 
