@@ -102,10 +102,9 @@ def draw_traces(records: list[Record], gpu: str, path: Path) -> bool:
             [engines[engine][seed] / engines[BASELINE][seed] for seed in engines.get(engine, {})]
             for engines in compared.values()
         ]
-        axes.bar(
-            np.arange(len(compared)) + (i + 0.5) * width - 0.4, [float(np.mean(r)) if r else 0.0 for r in ratios], width,
-            yerr=[float(np.std(r)) if r else 0.0 for r in ratios], label=engine,
-        )  # fmt: skip
+        means, spreads = ([float(of(r)) if r else 0.0 for r in ratios] for of in (np.mean, np.std))
+        places = np.arange(len(compared)) + (i + 0.5) * width - 0.4
+        axes.bar(places, means, width, yerr=spreads, label=engine)
     axes.axhline(1, color="k", linewidth=0.8)
     labels = [
         f"{trace}:{active}\nG {group}, {layers} layer{'s' * (layers > 1)}\n{'replayed' if graph else 'launched'}"
