@@ -28,7 +28,7 @@ class Report:
     graphs: int
     """CUDA graphs that live caches hold."""
     graph_bytes: int
-    """Memory that those keep for themselves."""
+    """Memory that they share, kept for graphs to come."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -38,7 +38,7 @@ class Report:
             f"cache     PagedCache, pages of {self.page_size} tokens",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
             f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
-            if self.graphs
+            if self.graph_bytes
             else "graphs    none",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
@@ -82,7 +82,7 @@ def state_of(model: nn.Module) -> Report:
         route=state.decision.route.name if state.decision else None,
         rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.decode_steps),
-        graph_bytes=sum(step.nbytes for step in state.decode_steps),
+        graph_bytes=state.graph_memories.nbytes,
         left=tuple(state.said),
     )
 

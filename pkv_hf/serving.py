@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
-from pkv_hf.decode import CaptureError, DecodeStep
+from pkv_hf.decode import DecodeStep
+from pkv_hf.graphs import CaptureError
 from pkv_hf.packing import Packing
 from pkv_hf.policy import choose
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
@@ -124,13 +125,13 @@ def run_static(
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
-    capture = captures(state, step.device) and shape in state.compiled
+    memories = state.graph_memories if captures(state, step.device) and shape in state.compiled else None
     try:
-        output = step.run(cache, tokens, positions, starts, capture)
+        output = step.run(cache, tokens, positions, starts, memories)
     except CaptureError as error:
         state.cuda_graphs = False
         state.say(f"CUDA graphs, decode steps run without: {error}")
-        output = step.run(cache, tokens, positions, starts, capture=False)
+        output = step.run(cache, tokens, positions, starts, None)
     state.compiled.add(shape)
     return output
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from pkv_hf.decode import DecodeStep, Forward
+from pkv_hf.graphs import GraphMemories
 from pkv_hf.policy import Decision
 from pkv_hf.watch import FORWARD, Watch
 
@@ -54,6 +55,7 @@ class PatchState:
     watch: Watch | None = None
     decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
     """The steps on static buffers of all caches, for `report`."""
+    graph_memories: GraphMemories = field(default_factory=GraphMemories)
     compiled: set[Hashable] = field(default_factory=set)
     """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
 
