@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 from pkv_hf.kernels.flashinfer import Planned, Xqa
+from pkv_hf.kernels.launch import Scales
+from pkv_hf.kernels.quantize import quantize
 from pkv_hf.kernels.reference import paged_attention
 from pkv_hf.policy import ROUTES
 from pkv_hf.routes import Accepted, StepShape
@@ -33,13 +35,15 @@ class AttentionShape:
     layers: int = 1
     holes: float = 0.0
     """Share of the pool's pages that no row has."""
+    kv_dtype: torch.dtype | None = None
+    """int8 or float8_e4m3fn for quantised pages."""
 
     def step(self, lengths: Sequence[int], captured: bool) -> StepShape:
         """What the policy is asked about rows of these lengths, one query each."""
         return StepShape(
             device=self.device,
             dtype=self.dtype,
-            kv_dtype=self.dtype,
+            kv_dtype=self.kv_dtype or self.dtype,
             q_len=1,
             group=self.group,
             kv_heads=self.kv_heads,
@@ -71,6 +75,10 @@ class Timing:
     """Of that, planning on the host."""
 
 
+Pages = tuple[torch.Tensor, torch.Tensor, "Scales | None"]
+"""K and V `[num_pages, H_kv, page_size, head_dim]`, and the scales of quantised ones."""
+
+
 class AttentionStep:
     """Rows of given lengths on pages in random order, with random queries, K and V.
 
@@ -83,16 +91,14 @@ class AttentionStep:
         self.shape = shape
         self.splits = splits
         self.lengths = np.asarray(lengths)
-        device, dtype = shape.device, shape.dtype
+        device = shape.device
         tables, pages = block_tables(lengths, shape.page_size, shape.holes, rng)
-        self.layer_nbytes = int(self.lengths.sum()) * shape.kv_heads * shape.head_dim * 2 * dtype.itemsize
+        self.layer_nbytes = int(self.lengths.sum()) * shape.kv_heads * shape.step(lengths, captured=False).token_bytes
         # Layers take turns on pools that do not fit the device's cache together, as a model's layers do.
         self.turns = max(shape.layers, -(-4 * L2_NBYTES // self.layer_nbytes) if device.type == "cuda" else 1)
         pools = min(self.turns, -(-4 * L2_NBYTES // self.layer_nbytes) + 1)
         size = (shape.kv_heads, pages, shape.page_size, shape.head_dim)
-        self.pools = [
-            (self._random(size).transpose(0, 1), self._random(size).transpose(0, 1)) for _ in range(pools)
-        ]  # head-major, as a cache's pools are
+        self.pools = [self._pages(size) for _ in range(pools)]
         self.table = torch.from_numpy(tables).to(device)
         self.indices = torch.from_numpy(tables[tables > 0]).to(device)
         self.starts = torch.zeros(len(lengths), dtype=torch.int32, device=device)
@@ -103,7 +109,15 @@ class AttentionStep:
     def _random(self, size: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(size, dtype=self.shape.dtype, device=self.shape.device)
 
-    def layers(self, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _pages(self, size: tuple[int, ...]) -> Pages:
+        """Random K and V, head-major as a cache's pools are, and their scales."""
+        k, v = (self._random(size) for _ in range(2))
+        if self.shape.kv_dtype is None:
+            return k.transpose(0, 1), v.transpose(0, 1), None
+        (k, of_k), (v, of_v) = (quantize(states, self.shape.kv_dtype) for states in (k, v))
+        return k.transpose(0, 1), v.transpose(0, 1), (of_k.transpose(0, 1), of_v.transpose(0, 1))
+
+    def layers(self, count: int) -> Iterator[Pages]:
         return (self.pools[index % len(self.pools)] for index in range(count))
 
     def runner(self, route: str, captured: bool) -> Runner:
@@ -117,7 +131,8 @@ class AttentionStep:
     def reference(self) -> torch.Tensor:
         """The first layer in float64, `[rows, 1, H_q, head_dim]`."""
         rows = self.table, self.starts, self.ends
-        return paged_attention(self.q.double(), *self.pools[0], *rows, scale=self.scale)
+        k, v, scales = self.pools[0]
+        return paged_attention(self.q.double(), k, v, *rows, scale=self.scale, scales=scales)
 
     def time(self, route: str, samples: int) -> Timing:
         """Times a route; FlashInfer's kernels must have run before, or their compilation counts."""
@@ -160,10 +175,10 @@ class Runner:
 
     def run(self, layers: int) -> torch.Tensor:
         """Launches the layers; returns the first one's output `[rows, 1, H_q, head_dim]`."""
-        first, *_ = [self.layer(k, v) for k, v in self.step.layers(layers)]
+        first, *_ = [self.layer(*pages) for pages in self.step.layers(layers)]
         return first
 
-    def layer(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         raise NotImplementedError
 
 
@@ -174,10 +189,12 @@ class _Split(Runner):
 
         self.decode, self.longest = decode_split, int(step.lengths.max())
 
-    def layer(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         step = self.step
         rows = step.table, step.starts, step.ends
-        return self.decode(step.q, k, v, *rows, scale=step.scale, longest=self.longest, num_splits=step.splits)
+        return self.decode(
+            step.q, k, v, *rows, scale=step.scale, longest=self.longest, num_splits=step.splits, scales=scales
+        )
 
 
 class _Workqueue(Runner):
@@ -192,10 +209,10 @@ class _Workqueue(Runner):
         self.schedule = self.make_plan(step.q, step.pools[0][0], step.starts, step.ends)
         return super().run(layers)
 
-    def layer(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         step = self.step
         rows = step.table, step.starts, step.ends
-        return self.decode(step.q, k, v, *rows, self.schedule, scale=step.scale)
+        return self.decode(step.q, k, v, *rows, self.schedule, scale=step.scale, scales=scales)
 
 
 class _Planned(Runner):
@@ -210,7 +227,7 @@ class _Planned(Runner):
         step = self.step
         self.planned.plan(step.indices, step.lengths, step.q, step.pools[0][0], step.scale)
 
-    def layer(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         return self.planned.run(self.step.q, k, v)
 
 
@@ -223,7 +240,7 @@ class _Xqa(Runner):
         super().__init__(step, captured)
         self.xqa = Xqa(step.shape.device)
 
-    def layer(self, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         step = self.step
         return self.xqa.run(step.q, k, v, step.table, step.ends, step.scale)
 

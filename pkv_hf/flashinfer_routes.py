@@ -27,6 +27,8 @@ class _FlashInfer(Triton):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16")
         if shape.head_dim not in (64, 128, 256):
             return Rejected(f"head_dim {shape.head_dim} is not one of 64, 128, 256")
+        if shape.kv_dtype != shape.dtype:
+            return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.padded:
             return Rejected("left padding: FlashInfer's rows begin where a page does")
         if shape.windowed:

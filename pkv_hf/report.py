@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pkv_hf.cache import KV_DTYPES
 from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
 from pkv_hf.routes import StepShape
@@ -19,6 +20,8 @@ class Report:
     family: str
     layers: int
     page_size: int
+    kv_dtype: str
+    """What the pages hold."""
     asked: str
     """The route that `patch` was given."""
     route: str | None
@@ -35,7 +38,7 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"family    {self.family}, {self.layers} attention layers patched",
-            f"cache     PagedCache, pages of {self.page_size} tokens",
+            f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
             f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
             if self.graph_bytes
@@ -78,6 +81,7 @@ def state_of(model: nn.Module) -> Report:
         family=state.family,
         layers=state.layers,
         page_size=state.page_size,
+        kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
         asked=state.route,
         route=state.decision.route.name if state.decision else None,
         rejected=state.decision.rejected if state.decision else {},

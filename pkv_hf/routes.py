@@ -18,6 +18,7 @@ import torch
 from pkv_hf.attention import over_pages
 from pkv_hf.costs import Work
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, choose_tile, device_limits, splits_for
+from pkv_hf.kernels.quantize import FP8_CAPABILITY, LARGEST
 from pkv_hf.layer import PagedLayer
 from pkv_hf.table import BlockTable
 
@@ -73,7 +74,7 @@ class StepShape:
     @property
     def token_bytes(self) -> int:
         """Bytes of a token's K and V of one head."""
-        return 2 * self.head_dim * self.kv_dtype.itemsize
+        return 2 * (self.head_dim * self.kv_dtype.itemsize + 4 * (self.kv_dtype in LARGEST))
 
     def work(self, tokens_a_program: int, launches: float, partials: int = 0) -> Work:
         """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`."""
@@ -184,14 +185,15 @@ class Triton:
             return Rejected(f"Triton kernels need a GPU, the step is on {shape.device.type}")
         if shape.autocast:
             return Rejected("under autocast queries and pages differ in dtype")
-        if shape.kv_dtype != shape.dtype:
+        if shape.kv_dtype != shape.dtype and shape.kv_dtype not in LARGEST:
             return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16, float32")
-        if shape.dtype == torch.bfloat16 and shape.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(shape.device)
-            if capability[0] < 8:
-                return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}")
+        capability = torch.cuda.get_device_capability(shape.device) if shape.device.type == "cuda" else (99, 0)
+        if shape.dtype == torch.bfloat16 and capability < (8, 0):
+            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}")
+        if shape.kv_dtype == torch.float8_e4m3fn and capability < FP8_CAPABILITY:
+            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{capability[0]}{capability[1]}: use int8")
         if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:
@@ -210,7 +212,7 @@ class Triton:
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
-        append(*layer.pages, k, v, table, first_held, bounds.on(k.device)[1])
+        append(*layer.pages, k, v, table, first_held, bounds.on(k.device)[1], layer.scales)
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -220,7 +222,8 @@ class Triton:
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
-        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, bounds.on(k.device)[1], norms)
+        ends = bounds.on(k.device)[1]
+        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, ends, norms, layer.scales)
 
 
 class Split(Triton):
@@ -244,7 +247,9 @@ class Split(Triton):
         longest = max(bounds.end, bounds.horizon) - int(bounds.starts.min())
         if window:
             longest = min(longest, window + bounds.q_len)
-        return decode_split(q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest)
+        return decode_split(
+            q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest, scales=layer.scales
+        )
 
 
 class Workqueue(Triton):
@@ -268,7 +273,8 @@ class Workqueue(Triton):
         key = (window, q.device)
         if key not in bounds.plans:
             bounds.plans[key] = make_plan(q, layer.pages[0], starts, ends, window=window)
-        return decode_workqueue(q, *layer.pages, table, starts, ends, bounds.plans[key], scale=scale)
+        plan = bounds.plans[key]
+        return decode_workqueue(q, *layer.pages, table, starts, ends, plan, scale=scale, scales=layer.scales)
 
 
 @functools.cache

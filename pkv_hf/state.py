@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from pkv_hf.decode import DecodeStep, Forward
@@ -33,6 +34,7 @@ class PatchState:
 
     route: str
     page_size: int
+    kv_dtype: torch.dtype | str | None
     family: str
     layers: int
     group: int

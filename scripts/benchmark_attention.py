@@ -20,19 +20,21 @@ from tqdm import tqdm
 
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.benchmark import read_bandwidth
+from pkv_hf.cache import KV_DTYPES
 from pkv_hf.errors import WrongResultError
 from pkv_hf.records import append_record, environment
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, check
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "splits")
+SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "kv_dtype", "splits")
 
 
 def measure(case: dict[str, Any], arguments: argparse.Namespace, bandwidth: float) -> list[Record]:
-    rows, length, heads, group, head_dim, page_size, holes, dtype, splits = (case[name] for name in SWEPT)
+    rows, length, heads, group, head_dim, page_size, holes, dtype, kv_dtype, splits = (case[name] for name in SWEPT)
     shape = AttentionShape(
-        heads // group, group, head_dim, page_size, DTYPES[dtype], torch.device(arguments.device), holes=holes
+        heads // group, group, head_dim, page_size, DTYPES[dtype], torch.device(arguments.device), holes=holes,
+        kv_dtype=None if kv_dtype == "same" else KV_DTYPES[kv_dtype],
     )  # fmt: skip
     step = AttentionStep(shape, [length] * rows, np.random.default_rng(0), splits or None)
     routes = [route for route in arguments.engines if step.accepts(route)]
@@ -60,6 +62,7 @@ def main() -> int:
     parser.add_argument("--page-size", nargs="+", type=int, default=[16])
     parser.add_argument("--holes", nargs="+", type=float, default=[0.0], help="share of the pool that no row has")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)
+    parser.add_argument("--kv-dtype", nargs="+", default=["same"], choices=("same", "int8", "fp8"), help="of the pages")
     parser.add_argument("--splits", nargs="+", type=int, default=[0], help="parts of a row in split, 0 for its choice")
     parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--samples", type=int, default=15)

@@ -29,6 +29,7 @@ ATTENTION_CASE = (
     "page_size",
     "holes",
     "dtype",
+    "kv_dtype",
     "splits",
     "engine",
 )
@@ -62,7 +63,11 @@ def newest(path: Path, case: tuple[str, ...]) -> dict[str, list[Record]]:
 
 def draw_bandwidth(records: list[Record], gpu: str, path: Path) -> bool:
     """Percent of the read bandwidth over context, a panel for each number of rows. False where nothing was timed."""
-    plain = [r for r in records if r["gpu_us"] and r["group"] == 4 and r["head_dim"] == 128 and not r["splits"]]
+    plain = [
+        r
+        for r in records
+        if r["gpu_us"] and r["group"] == 4 and r["head_dim"] == 128 and (r["splits"], r["kv_dtype"]) == (0, "same")
+    ]
     rows = sorted({r["rows"] for r in plain})
     if not rows:
         return False

@@ -30,7 +30,11 @@ def fresh_pages_hold_nan(monkeypatch):
 
     def poisoned(self, *args):
         tensor = allocate(self, *args)
-        tensor[:, NULL_PAGE + 1 :] = float("nan")
+        fresh = tensor[:, NULL_PAGE + 1 :]
+        if fresh.is_floating_point() and fresh.dtype.itemsize > 1:
+            fresh.fill_(float("nan"))
+        else:
+            fresh.view(torch.uint8).fill_(0x7F)  # NaN in float8; in int8 the NaN is the scale's
         return tensor
 
     monkeypatch.setattr(PagePool, "_allocate", poisoned)

@@ -145,7 +145,7 @@ def test_benchmark_traces_refuses_a_bad_file_and_a_wrong_kernel(run, tmp_path, m
 def test_attention_plots_are_drawn_from_records(run, tmp_path):
     attention = [
         {"rows": rows, "length": length, "query_heads": 32, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0,
-         "dtype": "float16", "splits": 0, "engine": engine, "gpu": "NVIDIA X", "gpu_us": 20.0,
+         "dtype": "float16", "kv_dtype": "same", "splits": 0, "engine": engine, "gpu": "NVIDIA X", "gpu_us": 20.0,
          "percent_of_read": 50.0 + rows + length / 2000 + 5 * (engine == "split")}
         for rows in (1, 8) for length in (8192, 32_768) for engine in ("split", "flashinfer")
     ]  # fmt: skip
