@@ -2,7 +2,8 @@ import os
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
-os.environ["PKV_HF_CACHE"] = tempfile.mkdtemp(prefix="pkv_hf-tests-")  # no calibration of this machine's user
+calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
+os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 
 import pytest
 import torch
