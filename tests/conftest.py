@@ -2,8 +2,6 @@ import os
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
-calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
-os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 
 import pytest
 import torch
@@ -11,6 +9,8 @@ import torch
 import interpreter
 
 interpreter.use()
+calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
+os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
