@@ -1,0 +1,289 @@
+"""What goes wrong around a patched model: exceptions, memory, threads, bad calls. Afterwards all is as it was."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+import pkv_hf
+from pkv_hf import pool
+from pkv_hf.cache import PagedCache
+from tiny import left_padded, tiny
+
+ROUTES = ("sdpa", "split")  # transformers' loop, and the run-ahead loop over static steps
+
+
+class At:
+    """Raises an error at its n-th call."""
+
+    def __init__(self, n: int, error: type[BaseException]) -> None:
+        self.left, self.error = n, error
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise self.error("now")
+
+
+def faulty(where: str, at: At, model) -> dict:
+    """Settings of generate() in which `where` calls `at` at every step."""
+
+    class Streamer:
+        def put(self, value):
+            at()
+
+        def end(self):
+            pass
+
+    class Processor(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            at()
+            return scores
+
+    class Criterion(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            at()
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    if where == "streamer":
+        return {"streamer": Streamer()}
+    if where == "processor":
+        return {"logits_processor": LogitsProcessorList([Processor()])}
+    if where == "criterion":
+        return {"stopping_criteria": StoppingCriteriaList([Criterion()])}
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: at())
+    return {}
+
+
+MADE: list[weakref.ref] = []
+
+
+@pytest.fixture(autouse=True)
+def note_caches(monkeypatch):
+    init = PagedCache.__init__
+
+    def noted(self, *args, **kwargs):
+        MADE.append(weakref.ref(self))
+        init(self, *args, **kwargs)
+
+    MADE.clear()
+    monkeypatch.setattr(PagedCache, "__init__", noted)
+
+
+def live_caches() -> int:
+    """Caches made in this test that are still there."""
+    gc.collect()
+    return sum(cache() is not None for cache in MADE)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize("where", ["streamer", "processor", "criterion", "layer"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_exception_leaves_no_page_and_no_state(route, where, n, error):
+    model, inputs = tiny("llama"), left_padded(20)
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    pkv_hf.patch(model, route=route)
+    cache = PagedCache(model.config)
+    with pytest.raises(error, match="now"):
+        model.generate(
+            **inputs, max_new_tokens=10, do_sample=False, past_key_values=cache, **faulty(where, At(n, error), model)
+        )
+    model.model.layers[1].mlp._forward_hooks.clear()
+    assert cache.step is None
+    lengths = {layer.length for layer in cache.layers}
+    assert len(lengths) == 1
+    (length,) = lengths
+    if length:  # what it holds is right: the generation goes on from there
+        ids = expected.sequences[:, : length + 1]
+        rest = model.generate(ids, past_key_values=cache, max_new_tokens=30 - ids.shape[1], do_sample=False)
+        assert torch.equal(rest, expected.sequences)
+    del cache
+    with pytest.raises(error, match="now"):
+        model.generate(**inputs, max_new_tokens=10, do_sample=False, **faulty(where, At(n, error), model))
+    model.model.layers[1].mlp._forward_hooks.clear()
+    assert live_caches() == 0
+    assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False), expected.sequences)
+    assert not pkv_hf.report(model).left or where in ("layer", "criterion")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_memory_that_runs_out_at_once_is_named_and_nothing_stays(route, monkeypatch):
+    model, inputs = tiny("llama"), left_padded(20, 9)
+    expected = model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    pkv_hf.patch(model, route=route)
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "free_bytes", lambda device: 1000)
+        with pytest.raises(pkv_hf.PoolAllocationError, match="Lower max_new_tokens"):
+            model.generate(**inputs, max_new_tokens=10, do_sample=False)
+    assert live_caches() == 0
+    assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_memory_that_runs_out_in_growth_leaves_a_cache_that_goes_on(route, monkeypatch):
+    model, inputs = tiny("llama"), left_padded(20)
+    expected = model.generate(**inputs, max_new_tokens=60, do_sample=False)
+    pkv_hf.patch(model, route=route)
+    cache = PagedCache(model.config)
+    with monkeypatch.context() as patch:
+        require = pool.PagePool.require
+
+        def full(self, pages, exact=False):
+            if self.allocator.capacity >= 3:
+                raise pkv_hf.PoolAllocationError("no more")
+            return require(self, pages, exact)
+
+        patch.setattr(pool.PagePool, "require", full)
+        with pytest.raises(pkv_hf.PoolAllocationError, match="no more"):
+            model.generate(**inputs, max_new_tokens=60, do_sample=False, past_key_values=cache)
+    length = cache.get_seq_length()
+    assert 20 < length < 80
+    assert {layer.length for layer in cache.layers} == {length}
+    ids = expected[:, : length + 1]
+    rest = model.generate(ids, past_key_values=cache, max_new_tokens=80 - ids.shape[1], do_sample=False)
+    assert torch.equal(rest, expected)
+
+
+def in_threads(count, run):
+    errors = []
+
+    def guarded(index):
+        try:
+            run(index)
+        except BaseException as error:  # a thread's own traceback would not fail the test
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(index,)) for index in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_threads_share_a_patched_model():
+    model = tiny("llama")
+    prompts = [left_padded(*lengths, seed=seed) for seed, lengths in enumerate([(20,), (9, 14), (33,), (5, 40, 2)])]
+    expected = [model.generate(**prompt, max_new_tokens=12, do_sample=False) for prompt in prompts]
+    pkv_hf.patch(model)
+
+    def run(index):
+        for _ in range(3):
+            assert torch.equal(model.generate(**prompts[index], max_new_tokens=12, do_sample=False), expected[index])
+
+    in_threads(len(prompts), run)
+
+
+def test_a_patched_and_an_unpatched_model_share_weights_across_threads():
+    model = tiny("llama")
+    other = type(model)(model.config).eval()
+    for name, parameter in model.named_parameters():
+        owner, _, last = name.rpartition(".")
+        setattr(other.get_submodule(owner), last, parameter)
+    prompt = left_padded(20, 9)
+    expected = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+    pkv_hf.patch(model)
+
+    def run(index):
+        for _ in range(3):
+            assert torch.equal((model, other)[index].generate(**prompt, max_new_tokens=12, do_sample=False), expected)
+
+    in_threads(2, run)
+    assert other.base_model.__dict__.get("forward") is None
+
+
+@pytest.mark.parametrize("around", ["inference_mode", "autocast"])
+def test_generation_inside_other_modes(around):
+    model, inputs = tiny("llama"), left_padded(20, 9)
+    modes = {"inference_mode": torch.inference_mode, "autocast": lambda: torch.autocast("cpu", torch.bfloat16)}
+    with modes[around]():
+        expected = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+        with pkv_hf.patched(model):
+            found = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    if around == "inference_mode":
+        assert torch.equal(found, expected)
+    else:  # bfloat16 products: near ties may fall differently
+        assert found.shape == expected.shape
+        assert (found == expected).float().mean() > 0.8
+
+
+def test_calls_of_every_shape_leave_no_cache_behind():
+    model = pkv_hf.patch(tiny("llama"))
+    rng = np.random.default_rng()
+    for call in range(40):
+        lengths = rng.integers(1, 40, rng.integers(1, 4)).tolist()
+        model.generate(**left_padded(*lengths, seed=call), max_new_tokens=int(rng.integers(1, 6)), do_sample=False)
+    assert live_caches() == 0
+    assert len(model._pkv_hf_state.decode_steps) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"input_ids": torch.zeros(1, 0, dtype=torch.long)}, ValueError),
+        ({"input_ids": torch.zeros(0, 5, dtype=torch.long)}, (ValueError, RuntimeError, IndexError)),
+        ({"input_ids": torch.tensor([[5, 999]])}, IndexError),
+        ({"max_new_tokens": 0}, ValueError),
+        ({"max_new_tokens": -3}, ValueError),
+        ({"attention_mask": torch.ones(1, 3, dtype=torch.long)}, (ValueError, RuntimeError)),
+    ],
+    ids=["empty prompt", "batch 0", "id out of range", "no tokens", "negative tokens", "short mask"],
+)
+def test_bad_calls_fail_as_unpatched_ones_do_and_leave_nothing(change, error):
+    model = tiny("llama")
+    call = {"input_ids": torch.tensor([[5, 6]]), "max_new_tokens": 4, "do_sample": False, **change}
+    outcomes = []
+    for patch in (False, True):
+        if patch:
+            pkv_hf.patch(model)
+        try:
+            outcomes.append(model.generate(**call))
+        except error as raised:
+            outcomes.append(type(raised))
+    if isinstance(outcomes[0], torch.Tensor):
+        assert torch.equal(*outcomes)
+    else:
+        assert outcomes[0] is outcomes[1]
+    assert live_caches() == 0
+    good = left_padded(9)
+    found = model.generate(**good, max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, pkv_hf.unpatch(model).generate(**good, max_new_tokens=4, do_sample=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("scale", [0.5, 2, 7])
+def test_masks_that_are_not_0_and_1_count_as_transformers_counts_them(scale):
+    model, inputs = tiny("llama"), left_padded(20, 9)
+    mask = inputs["attention_mask"] * scale
+    expected = model(inputs["input_ids"], attention_mask=mask).logits
+    with pkv_hf.patched(model):
+        found = model(inputs["input_ids"], attention_mask=mask, past_key_values=PagedCache(model.config)).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_positions_that_jump_are_taken_as_they_are():
+    model, inputs = tiny("llama"), left_padded(20)
+    positions = torch.arange(20)[None] * 3 + 7
+    expected = model(inputs["input_ids"], position_ids=positions).logits
+    with pkv_hf.patched(model):
+        found = model(inputs["input_ids"], position_ids=positions, past_key_values=PagedCache(model.config)).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_of_nan_give_what_transformers_gives():
+    model, inputs = tiny("llama"), left_padded(20)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3] = float("nan")
+    expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    with pkv_hf.patched(model):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), expected)
