@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from pkv_hf import demo
-from pkv_hf.errors import UnsupportedModelError, UsageError
+from pkv_hf.errors import TraceError, UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
 
@@ -17,9 +18,14 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help="generate with and without pages, and compare"))
     arguments = parser.parse_args()
+    return status(f"pkv-hf {arguments.command}", lambda: demo.main(arguments))
+
+
+def status(command: str, run: Callable[[], object]) -> int:
+    """Runs a command. Returns the exit status: 0, or 2 for what cannot be served (one line on stderr)."""
     try:
-        demo.main(arguments)
-    except (UnsupportedModelError, UsageError) as error:
-        print(f"pkv-hf {arguments.command}: {error}", file=sys.stderr)
+        run()
+    except (TraceError, UnsupportedModelError, UsageError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     return 0

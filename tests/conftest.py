@@ -1,4 +1,7 @@
+import importlib.util
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
 
@@ -8,6 +11,7 @@ import torch
 import interpreter
 
 interpreter.use()
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -55,3 +59,18 @@ def smollm2_tokenizer():
     from pkv_hf.smollm2 import load_tokenizer
 
     return load_tokenizer()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's main() with arguments; returns its status and the lines that it printed."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status = script.main()
+        return status, capsys.readouterr().out.splitlines()
+
+    return run
