@@ -22,6 +22,7 @@ from pkv_hf.models import check_positions
 from pkv_hf.perplexity import Scores, by_chunks, by_forward, by_generate
 from pkv_hf.report import state_of
 from pkv_hf.resume import Store, digest
+from pkv_hf.routes import MAX_DECODE_QUERIES
 from pkv_hf.texts import begin_ids, token_ids
 
 MODES = ("chunk", "decode")
@@ -49,7 +50,7 @@ one forward a window without a cache:
 - `difference_percent` and `largest_log_prob_difference` to the forward; `_unpatched`: what transformers differs from
   itself.
 - `perplexity_by_position`, `_forward` too, of the spans that end at `positions`.
-- `windows`, `tokens` that were scored, `route`, and `left`: what was not served and why.
+- `windows`, `tokens` that were scored, `route`: how the pages were read, and `left`: what was not served and why.
 
 Raises ValueError for a text shorter than a window, a context that the model has no positions for, and settings out of
 their range; UnsupportedModelError (a ValueError) for a model that cannot be patched.
@@ -105,7 +106,12 @@ class PagedPerplexity(evaluate.Metric):
             found[engine] = compare.run(model, on_pages, parts, warm_up, store, label, progress)
             if processes is not None:
                 found[engine] = gather_object(found[engine])
-        return {"mode": mode, "context": context, **summary(found, context)}
+        result = {"mode": mode, "context": context, **summary(found, context)}
+        if mode == "chunk" and chunk > MAX_DECODE_QUERIES:
+            result["route"] = (
+                "sdpa"  # longer blocks are read from the pages by torch, whatever the route of decode steps
+            )
+        return result
 
 
 Score = Callable[[Any, torch.Tensor], Scores]

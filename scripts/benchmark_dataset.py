@@ -22,7 +22,7 @@ from pkv_hf.cli import status
 from pkv_hf.compare import check_patchable
 from pkv_hf.errors import UsageError
 from pkv_hf.measure import generate
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.resume import Store, digest
 from pkv_hf.tables import mebibytes, table
 from pkv_hf.traces import load
@@ -64,6 +64,7 @@ def generate_batch(model: Any, batch: list[workload.Prompt], pad: int) -> dict[s
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    check_out(arguments.out)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = models.load(arguments.model, models.DTYPES[arguments.dtype], device, arguments.rope_scaling)
     prompts, too_long = prompts_of(arguments, model, tokenizer)

@@ -22,7 +22,7 @@ from pkv_hf.compare import check_patchable
 from pkv_hf.errors import UsageError
 from pkv_hf.measure import generate
 from pkv_hf.passkey import answer_tokens, key_of, prompt
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.resume import Store
 from pkv_hf.tables import table
 
@@ -37,6 +37,7 @@ def ask(model: Any, tokenizer: Any, ids: torch.Tensor, key: str) -> dict[str, An
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    check_out(arguments.out)
     if arguments.trials < 1:
         raise UsageError(f"--trials {arguments.trials}: pass at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -21,14 +21,15 @@ from pkv_hf.charts import perplexity_chart
 from pkv_hf.cli import status
 from pkv_hf.errors import UsageError
 from pkv_hf.metric import MODES, PagedPerplexity
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.resume import Store, digest
 from pkv_hf.tables import mebibytes, table
 
 
 def measure(arguments: argparse.Namespace) -> None:
+    check_out(arguments.out)
     processes = PartialState(cpu=arguments.device == "cpu")
-    device = arguments.device or processes.device
+    device = processes.device if arguments.device in (None, "cuda") else arguments.device
     model, tokenizer = models.load(arguments.model, models.DTYPES[arguments.dtype], device, arguments.rope_scaling)
     for context in arguments.contexts:
         models.check_positions(model, context, f"--contexts {context}")

@@ -63,7 +63,7 @@ def smollm2_tokenizer():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Runs a script's main() with arguments; returns its status and the lines that it printed."""
+    """Runs a script's main() with arguments; returns its status and the lines of stdout; `run.stderr` is stderr."""
 
     def run(name, *arguments):
         spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
@@ -71,6 +71,8 @@ def run(monkeypatch, capsys):
         spec.loader.exec_module(script)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         status = script.main()
-        return status, capsys.readouterr().out.splitlines()
+        printed = capsys.readouterr()
+        run.stderr = printed.err
+        return status, printed.out.splitlines()
 
     return run

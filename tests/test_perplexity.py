@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +10,17 @@ import torch
 import transformers
 
 import pkv_hf
-from pkv_hf import PagedCache, metric, perplexity, texts
+from pkv_hf import PagedCache, measure, metric, perplexity, texts
 from pkv_hf.metric import PagedPerplexity
 from pkv_hf.perplexity import by_chunks, by_forward, by_generate
 from tiny import COMMON, byte_tokenizer, tiny
 
 LENGTH = 90
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))  # most of the time here
 
 
 def window(length=LENGTH, seed=0):
@@ -176,14 +181,8 @@ def test_of_many_texts_as_many_are_read_as_are_needed(smollm2_tokenizer):
 
 
 def test_smollm2_on_real_text(smollm2, smollm2_tokenizer, pydoc_ids):
-    settings = {"model": smollm2, "tokenizer": smollm2_tokenizer, "texts": [pydoc_ids[0, :1024].tolist()]}
+    settings = {"model": smollm2, "tokenizer": smollm2_tokenizer, "texts": [pydoc_ids[0, :768].tolist()]}
     for mode in ("chunk", "decode"):
-        found = PagedPerplexity().compute(**settings, context=1024, mode=mode, decode_tokens=16, chunk=300)
+        found = PagedPerplexity().compute(**settings, context=768, mode=mode, decode_tokens=8, chunk=256)
         assert abs(found["difference_percent"]) < 0.01  # 1e-4 relative
         assert found["largest_log_prob_difference"] < 1e-3
-
-
-@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="the text is Python's own, and the figure that of 3.11")
-def test_smollm2_perplexity_of_4096_tokens(smollm2, pydoc_ids):
-    log_probs = by_forward(smollm2, pydoc_ids[0, :4096])["log_probs"]
-    assert metric.perplexity(np.array(log_probs)) == pytest.approx(10.83, abs=0.02)
