@@ -95,22 +95,21 @@ class PagedPerplexity(evaluate.Metric):
         check_patchable(model)
         cut = windows(tokenizer, texts, context, max_windows)
         mine = cut if processes is None else cut[processes.process_index :: processes.num_processes]
-        warm_ups = engines(mode, chunk, decode_tokens=2)
-        short = cut[0][: 2 * chunk if mode == "chunk" else 64]
+        on_gpu = model.device.type == "cuda"  # whose allocator is slow until it has blocks of all sizes of a window
+        warm_ups = engines(mode, chunk, decode_tokens if on_gpu else 2)
+        first = cut[0] if on_gpu else cut[0][: 2 * chunk if mode == "chunk" else 64]
         found: dict[str, list[Scores]] = {}
         for engine, (on_pages, score) in engines(mode, chunk, decode_tokens).items():
             names = [f"{engine}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
             parts = [(name, functools.partial(score, model, ids)) for name, ids in zip(names, mine)]
-            warm_up = functools.partial(warm_ups[engine][1], model, short)
+            warm_up = functools.partial(warm_ups[engine][1], model, first)
             label = f"{mode}, {context:,} tokens, {engine}"
             found[engine] = compare.run(model, on_pages, parts, warm_up, store, label, progress)
             if processes is not None:
                 found[engine] = gather_object(found[engine])
         result = {"mode": mode, "context": context, **summary(found, context)}
         if mode == "chunk" and chunk > MAX_DECODE_QUERIES:
-            result["route"] = (
-                "sdpa"  # longer blocks are read from the pages by torch, whatever the route of decode steps
-            )
+            result["route"] = "sdpa"  # torch reads longer blocks from the pages, whatever the route of decode steps
         return result
 
 

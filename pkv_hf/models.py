@@ -34,6 +34,11 @@ def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = 
     `rope_scaling` is "yarn:2", say: that many times the positions. Raises UsageError for what cannot be loaded.
     """
     transformers.utils.logging.set_verbosity_error()
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {device} cannot be used, pass another: {reason}") from error
     scaling = None if rope_scaling is None else _rope_scaling(rope_scaling)
     try:
         if name == "smollm2":

@@ -80,17 +80,19 @@ def load_split(name: str, split: str) -> Any:
 
 
 def column_of(rows: Any, column: str, split: str) -> Iterator[str]:
-    """The texts of a column of a split; rows without a text are passed over."""
+    """The texts of a column of a split, empty ones too (in perplexity they are blank lines); nulls are passed over."""
     if column not in rows.column_names:
         raise UsageError(f"--column {column} is not in the dataset: it has {', '.join(rows.column_names)}")
-    texts = (row[column] for row in rows if row[column])
-    first = next(texts, None)
-    if first is None:
-        raise UsageError(f"--split {split} holds no text in column {column}: pass another split or column")
-    if not isinstance(first, str):
-        raise UsageError(f"--column {column} holds {type(first).__name__}, not text: pass another of "
-                         f"{', '.join(rows.column_names)}")  # fmt: skip
-    return itertools.chain([first], texts)
+    texts = (row[column] for row in rows.select_columns([column]) if row[column] is not None)
+    head = []
+    for text in texts:
+        if not isinstance(text, str):
+            others = ", ".join(rows.column_names)
+            raise UsageError(f"--column {column} holds {type(text).__name__}, not text: pass another of {others}")
+        head.append(text)
+        if text.strip():
+            return itertools.chain(head, texts)
+    raise UsageError(f"--split {split} holds no text in column {column}: pass another split or column")
 
 
 def begin_ids(tokenizer: Any) -> list[int]:

@@ -22,10 +22,10 @@ class Prompt:
 
 
 def from_texts(tokenizer: Any, texts: Iterable[str], count: int, new_tokens: int, longest: int) -> list[Prompt]:
-    """The first `count` texts as prompts, cut so that prompt and new tokens are `longest` at most."""
+    """The first `count` texts as prompts, cut so that prompt and new tokens are `longest` at most; not blank ones."""
     begin = begin_ids(tokenizer)
     prompts = []
-    for text in itertools.islice(texts, count):
+    for text in itertools.islice((text for text in texts if text.strip()), count):
         ids = begin + tokenizer(text, add_special_tokens=False).input_ids
         prompts.append(Prompt(torch.tensor(ids[: longest - new_tokens], dtype=torch.long), new_tokens))
     return prompts

@@ -1,9 +1,11 @@
 """Speed of model.generate() on the prompts of a dataset or the lengths of a trace, with and without pages.
 
 Requests run in the order of their arrival, `--max-active` at a time: a batch is generated to the end of its longest
-request before the next begins, as a script around generate() does. A request's latency goes from the start of its batch
-to its own last token; waiting for a turn is not counted. tokens/s counts the tokens that were asked for, over the time
-of all batches, prompts included. Tokens are compared: in float32 a difference is an error, and nothing is recorded.
+request before the next begins, as a script around generate() does. A request's latency goes from the start of its
+batch to its own last token; waiting for a turn is not counted. tokens/s counts the tokens that were asked for, over
+the time of all batches, prompts included. A short call comes first; after it every batch is the first one of its
+lengths, as in real traffic (transformers' growing cache is slower then than on lengths that it has seen). Tokens are
+compared: in float32 a difference is an error, and nothing is recorded.
 """
 
 from __future__ import annotations
@@ -45,7 +47,10 @@ def prompts_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tup
         if arguments.new_tokens >= longest:
             raise UsageError(f"--new-tokens {arguments.new_tokens} leaves no prompt in {longest} tokens: pass fewer")
         found = texts.load_texts(arguments)
-        return workload.from_texts(tokenizer, found, arguments.requests, arguments.new_tokens, longest), 0
+        prompts = workload.from_texts(tokenizer, found, arguments.requests, arguments.new_tokens, longest)
+        if not prompts:
+            raise UsageError(f"--text-file {arguments.text_file} holds no text: pass another")
+        return prompts, 0
     requests = load(arguments.trace_file)[: arguments.requests]
     prompts = workload.from_trace(requests, texts.token_ids(tokenizer, texts.load_texts(arguments)), longest)
     if not prompts:

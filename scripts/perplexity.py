@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pkv_hf.tables import mebibytes, table
 def measure(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     processes = PartialState(cpu=arguments.device == "cpu")
-    device = processes.device if arguments.device in (None, "cuda") else arguments.device
+    device = processes.device if arguments.device in (None, processes.device.type) else arguments.device
     model, tokenizer = models.load(arguments.model, models.DTYPES[arguments.dtype], device, arguments.rope_scaling)
     for context in arguments.contexts:
         models.check_positions(model, context, f"--contexts {context}")
@@ -60,8 +61,9 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> None:
-    name = f"perplexity-{Path(arguments.model).name}-{arguments.dtype}-{arguments.mode}.png"
-    chart = arguments.plots / name
+    longest = max(arguments.contexts)
+    name = f"perplexity {Path(arguments.model).name} {arguments.dtype} {records[0]['text']} {arguments.mode} {longest}"
+    chart = arguments.plots / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}.png"
     perplexity_chart(records, f"{Path(arguments.model).name}, {arguments.dtype}, {records[0]['text']}", chart)
     header = ("context", "perplexity", "one forward", "difference %", "transformers' own %", "largest log-prob diff",
               "tokens/s", "transformers", "one forward", "peak", "transformers", "one forward")  # fmt: skip

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import datasets
 import pandas
 import pytest
+import torch
 
-from pkv_hf import measure, metric, resume, texts
+from pkv_hf import measure, metric, resume, texts, workload
 from tiny import byte_tokenizer, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +93,15 @@ def test_a_dataset_of_local_files_is_read(tmp_path, name):
     write_dataset(path, TEXTS)
     rows = texts.load_split(str(path.parent if "/" in name else path), "train")
     assert list(texts.column_of(rows, "text", "train")) == TEXTS
+
+
+def test_empty_rows_are_blank_lines_and_nulls_nothing(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": ""}\n{"text": "a"}\n{"text": null}\n{"text": ""}\n{"text": "b"}\n')
+    found = list(texts.column_of(texts.load_split(str(path), "train"), "text", "train"))
+    assert found == ["", "a", "", "b"]
+    prompts = workload.from_texts(byte_tokenizer(), found, count=5, new_tokens=2, longest=9)
+    assert [len(prompt.ids) for prompt in prompts] == [1, 1]
 
 
 def test_a_slice_of_a_split_is_read(perplexity, out, tmp_path):
@@ -197,6 +207,7 @@ BAD = [
     (["--mode", "decode", "--decode-tokens", 64], "decode tokens 64 leave no prompt", "pass fewer"),
     (["--model", "no/such-model"], "--model no/such-model cannot be loaded", "HF_HUB_OFFLINE=1: set it to 0"),
     (["--model", "{gpt2}"], "no layer of GPT2LMHeadModel was patched", "'gpt2' is not one of"),
+    (["--device", "nonsense"], "--device nonsense cannot be used", "pass another"),
     (["--out", "{data}/out.jsonl"], "--out", "cannot be written"),
 ]
 
@@ -341,9 +352,6 @@ def test_generation_on_a_trace_leaves_out_what_is_too_long(dataset_speed, out, t
 
 
 def test_a_workload_keeps_order_lengths_and_each_requests_own_end():
-    import torch
-
-    from pkv_hf import workload
     from pkv_hf.measure import Run
     from pkv_hf.traces import Request
 
@@ -378,12 +386,15 @@ def test_other_tokens_in_float32_are_an_error_and_not_recorded(dataset_speed, ou
         (["--new-tokens", 1], "--new-tokens 1: pass at least 2"),
         (["--new-tokens", 512], "--new-tokens 512 leaves no prompt in 512 tokens"),
         (["--max-length", 1000], "--max-length 1000 exceeds the model's 512 positions"),
+        (["--text-file", "{blank}"], "blank.txt holds no text"),
         (["--trace-file", "missing.csv"], "missing.csv cannot be read as a trace"),
         (["--trace-file", "{trace}"], "no request fits 512 tokens"),
     ],
 )
 def test_generation_refuses_bad_input(run, dataset_speed, out, tmp_path, arguments, says):
     (tmp_path / "trace.csv").write_text("prompt_len,decode_len\n600,5\n")
-    assert dataset_speed(*(str(argument).format(trace=tmp_path / "trace.csv") for argument in arguments))[0] == 2
+    (tmp_path / "blank.txt").write_text(" \n")
+    files = {"trace": tmp_path / "trace.csv", "blank": tmp_path / "blank.txt"}
+    assert dataset_speed(*(str(argument).format(**files) for argument in arguments))[0] == 2
     assert says in run.stderr.splitlines()[-1]
     assert not out.exists()
