@@ -6,8 +6,12 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import check_pages, next_power_of_2
+from pkv_hf.kernels.launch import Scales, check_pages, check_scales, next_power_of_2
 from pkv_hf.kernels.pdl import options, release, wait
+from pkv_hf.kernels.quantize import LARGEST
+
+NEAREST = tl.constexpr(12582912.0)
+"""1.5 · 2^23: a float32 of at most 2^22 plus this, less this, is rounded to the nearest whole number, ties to even."""
 
 RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
@@ -22,11 +26,51 @@ def _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE: tl.con
     return page, position % PAGE, write
 
 
+@triton.jit
+def _scale(largest, LARGEST: tl.constexpr):
+    """The scale of a vector by its largest magnitude, and what to divide by, as `kernels.quantize` has them."""
+    scale = tl.div_rn(largest.to(tl.float32), LARGEST)
+    return scale, tl.where(scale > 0, scale, 1.0)
+
+
+@triton.jit
+def _quantized(x, divisor, dtype: tl.constexpr):
+    values = tl.div_rn(x.to(tl.float32), divisor)
+    if dtype == tl.int8:
+        values = (values + NEAREST) - NEAREST
+    return values.to(dtype)
+
+
+@triton.jit
+def _store(pages_ptr, scales_ptr, d, x, mask, write, LARGEST: tl.constexpr):
+    """A vector x [BLOCK_D] to its slot in a page, quantised where LARGEST is not 0."""
+    if LARGEST > 0:
+        scale, divisor = _scale(tl.max(tl.abs(x), 0), LARGEST)
+        tl.store(scales_ptr, scale, mask=write)
+        tl.store(pages_ptr + d, _quantized(x, divisor, pages_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pages_ptr + d, x, mask=mask)
+
+
+@triton.jit
+def _store_halves(pages_ptr, scales_ptr, d, a, b, mask, write, HALF: tl.constexpr, LARGEST: tl.constexpr):
+    """`_store` of a vector in two halves [BLOCK_HALF]."""
+    if LARGEST > 0:
+        scale, divisor = _scale(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), LARGEST)
+        tl.store(scales_ptr, scale, mask=write)
+        tl.store(pages_ptr + d, _quantized(a, divisor, pages_ptr.dtype.element_ty), mask=mask)
+        tl.store(pages_ptr + HALF + d, _quantized(b, divisor, pages_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(pages_ptr + d, a, mask=mask)
+        tl.store(pages_ptr + HALF + d, b, mask=mask)
+
+
 @triton.jit(do_not_specialize=["q_len", "stride_tb"])
-def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, table_ptr, first_ptr, ends_ptr, q_len,
-                  stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
-                  stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
-                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, table_ptr, first_ptr, ends_ptr,
+                  q_len, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
+                  stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
+                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     release(PDL)
     wait(PDL)
     t = tl.program_id(0)
@@ -36,10 +80,13 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, table_ptr, first_ptr, 
     d = tl.arange(0, BLOCK_D)
     mask = (d < D) & write
     t = t.to(tl.int64)
-    k = tl.load(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt + d, mask=mask)
-    tl.store(k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D + d, k, mask=mask)
-    v = tl.load(v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt + d, mask=mask)
-    tl.store(v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D + d, v, mask=mask)
+    scale_at = page * stride_sp + kv_head * stride_sh + slot
+    k = tl.load(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt + d, mask=mask, other=0.0)
+    at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
+    _store(at, k_scale_ptr + scale_at, d, k, mask, write, LARGEST)
+    v = tl.load(v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt + d, mask=mask, other=0.0)
+    at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
+    _store(at, v_scale_ptr + scale_at, d, v, mask, write, LARGEST)
 
 
 @triton.jit
@@ -64,12 +111,13 @@ def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, mask, eps, NORM: tl.constexpr,
 
 @triton.jit(do_not_specialize=RUNTIME)
 def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_pages_ptr,
-                       v_pages_ptr, table_ptr, first_ptr, ends_ptr, q_len, num_heads, num_kv_heads, eps,
+                       v_pages_ptr, k_scale_ptr, v_scale_ptr, table_ptr, first_ptr, ends_ptr, q_len, num_heads,
+                       num_kv_heads, eps,
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                        stride_vb, stride_vh, stride_vt, stride_cb, stride_ct,
-                       stride_kpp, stride_kph, stride_vpp, stride_vph, stride_tb,
+                       stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
                        D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
-                       PDL: tl.constexpr):  # fmt: skip
+                       LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
     release(PDL)
     wait(PDL)
@@ -93,13 +141,13 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         mask = inside & write
         k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
         a, b = _rotate(k, k_norm_ptr, cos, sin, d, mask, eps, NORM, HALF)
+        scale_at = page * stride_sp + kv_head * stride_sh + slot
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
-        tl.store(at + d, a, mask=mask)
-        tl.store(at + HALF + d, b, mask=mask)
+        _store_halves(at, k_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
         v = v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt
+        a, b = tl.load(v + d, mask=mask, other=0.0), tl.load(v + HALF + d, mask=mask, other=0.0)
         at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
-        tl.store(at + d, tl.load(v + d, mask=mask), mask=mask)
-        tl.store(at + HALF + d, tl.load(v + HALF + d, mask=mask), mask=mask)
+        _store_halves(at, v_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
 
 
 def append(
@@ -110,23 +158,28 @@ def append(
     block_table: torch.Tensor,
     first_held: torch.Tensor,
     ends: torch.Tensor,
+    scales: Scales | None = None,
 ) -> None:
     """Writes k and v `[rows, H_kv, q_len, head_dim]` into pages, as each row's last q_len positions before `ends`.
 
-    Positions before `first_held` (int32 `[rows]`) are in the null page and are left out.
+    Positions before `first_held` (int32 `[rows]`) are in the null page and are left out. Quantised pages get the values
+    and, in `scales`, the scales that `kernels.quantize` defines.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
     check_pages(
         k_pages, v_pages, {"k": k, "v": v}, {"block_table": block_table, "first_held": first_held, "ends": ends}
     )
+    check_scales(k_pages, v_pages, scales)
     if k.shape != v.shape or k.shape[1] != k_pages.shape[1]:
         raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
     rows, num_kv_heads, q_len, head_dim = k.shape
     append_kernel[(q_len, num_kv_heads, rows)](
-        k, v, k_pages, v_pages, block_table, first_held, ends, q_len, *k.stride()[:3], *v.stride()[:3],
-        *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
-        D=head_dim, PAGE=k_pages.shape[2], BLOCK_D=next_power_of_2(head_dim), num_warps=1,
+        k, v, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends, q_len, *k.stride()[:3],
+        *v.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
+        block_table.stride(0),
+        D=head_dim, PAGE=k_pages.shape[2], BLOCK_D=next_power_of_2(head_dim),
+        LARGEST=LARGEST.get(k_pages.dtype, 0.0), num_warps=1,
         **options(k.device),
     )  # fmt: skip
 
@@ -143,6 +196,7 @@ def rope_append(
     first_held: torch.Tensor,
     ends: torch.Tensor,
     norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    scales: Scales | None = None,
 ) -> torch.Tensor:
     """`append` with rotary embedding (Su et al. 2021, halves rotated as transformers does) of q and k before it.
 
@@ -154,6 +208,7 @@ def rope_append(
     """
     states = {"q": q, "k": k, "v": v}
     check_pages(k_pages, v_pages, states, {"block_table": block_table, "first_held": first_held, "ends": ends})
+    check_scales(k_pages, v_pages, scales)
     if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
         raise ValueError(
             f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
@@ -175,11 +230,12 @@ def rope_append(
     stride_cb = cos.stride(0) if len(cos) > 1 else 0
     # fused multiply-adds would round once where transformers rounds twice
     rope_append_kernel[(q_len, num_heads + num_kv_heads, rows)](
-        q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, block_table, first_held, ends, q_len, num_heads,
-        num_kv_heads, eps,
+        q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends,
+        q_len, num_heads, num_kv_heads, eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
-        *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0),
+        *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
+        block_table.stride(0),
         D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=norms is not None,
-        num_warps=1, enable_fp_fusion=False, **options(q.device),
+        LARGEST=LARGEST.get(k_pages.dtype, 0.0), num_warps=1, enable_fp_fusion=False, **options(q.device),
     )  # fmt: skip
     return out

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
+from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
 from pkv_hf.kernels.reference import paged_attention
 
 GROUPS = (1, 3, 4, 5, 6, 7, 8, 16)
@@ -39,6 +41,8 @@ class Case:
     parts: int | None = None
     """Splits of `split`, programs of `workqueue`; None for their own choice."""
     head_major: bool = True
+    kv_dtype: torch.dtype | None = None
+    """int8 or float8_e4m3fn for quantised pages, None for the queries' own."""
     seed: int = 0
 
 
@@ -65,6 +69,7 @@ def random_case(rng: np.random.Generator, longest: int, dtype: torch.dtype | Non
         window=int(rng.integers(1, longest + 1)) if rng.random() < 0.3 else 0,
         parts=int(rng.integers(1, 40)) if rng.random() < 0.5 else None,
         head_major=bool(rng.random() < 0.5),
+        kv_dtype=(None, None, None, *LARGEST)[int(rng.integers(3 + len(LARGEST)))],
         seed=int(rng.integers(1 << 31)),
     )
 
@@ -85,7 +90,7 @@ class Result:
         return self.error / self.sdpa_error if self.sdpa_error else (float("inf") if self.error else 0.0)
 
 
-def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
+def build(case: Case, device: torch.device | str) -> dict[str, Any]:
     """Inputs of a case: pools full of NaN but for the live tokens, page tables by a random permutation."""
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(case.seed)
@@ -104,10 +109,17 @@ def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
         table[row, held] = permutation[row, held]
         positions = torch.arange(start, end)
         live[table[row, positions // page_size].long() * page_size + positions % page_size] = True
-    pools = []
+    pools, scales = [], []
     for _ in range(2):
         pool = torch.randn(shape, generator=generator, dtype=case.dtype, device=device)
-        pool.view(case.num_kv_heads, -1, case.head_dim)[:, ~live.to(device)] = float("nan")
+        dead = ~live.to(device).view(pages, page_size)
+        if case.kv_dtype is None:
+            pool[:, dead] = float("nan")
+        else:
+            pool, of_pool = quantize(pool, case.kv_dtype)
+            pool.view(torch.uint8)[:, dead] = 0x7F  # NaN in float8
+            of_pool[:, dead] = float("nan")
+            scales.append(of_pool.transpose(0, 1) if case.head_major else of_pool.transpose(0, 1).contiguous())
         pool = pool.transpose(0, 1)
         pools.append(pool if case.head_major else pool.contiguous())
     heads = case.num_kv_heads * case.group
@@ -120,10 +132,11 @@ def build(case: Case, device: torch.device | str) -> dict[str, torch.Tensor]:
         "block_table": table.to(device),
         "starts": bounds[0],
         "ends": bounds[1],
+        **({"scales": tuple(scales)} if scales else {}),
     }
 
 
-def run(case: Case, route: str, inputs: dict[str, torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+def run(case: Case, route: str, inputs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
     """A route's kernels on a case's inputs, into `out` `[rows, q_len, H_q, head_dim]`."""
     scale = case.head_dim**-0.5
     if route == "split":
@@ -198,13 +211,13 @@ def rms(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().mean().sqrt())
 
 
-def reference(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def reference(case: Case, inputs: dict[str, Any]) -> torch.Tensor:
     """The judge's result, in float64."""
     scale = case.head_dim**-0.5
     return paged_attention(**{**inputs, "q": inputs["q"].double()}, scale=scale, window=case.window)
 
 
-def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def sdpa(case: Case, inputs: dict[str, Any]) -> torch.Tensor:
     """torch's attention in the inputs' dtype, a row at a time over its live tokens gathered into dense K and V.
 
     The queries of a KV head's group are one block of queries, so that K and V are not repeated.
@@ -216,7 +229,10 @@ def sdpa(case: Case, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
             start = max(start, end - case.q_len - case.window + 1)
         keys = torch.arange(start, end, device=q.device)
         pages, slots = table[row, keys // case.page_size].long(), keys % case.page_size
-        k, v = (inputs[name][pages, :, slots].transpose(0, 1)[None] for name in ("k_pages", "v_pages"))
+        k, v = (inputs[name][pages, :, slots] for name in ("k_pages", "v_pages"))
+        if "scales" in inputs:
+            k, v = (dequantize(x, s[pages, :, slots], q.dtype) for x, s in zip((k, v), inputs["scales"]))
+        k, v = (x.transpose(0, 1)[None] for x in (k, v))
         positions = torch.arange(end - case.q_len, end, device=q.device)
         real = positions >= start
         mask = keys <= positions[real, None]

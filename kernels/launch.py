@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from pkv_hf.kernels.quantize import LARGEST
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+PROGRAMS_PER_SM = 2
+"""Programs that share a multiprocessor, in every route."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,11 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return _properties(device.index if device.index is not None else torch.cuda.current_device())
 
 
+def splits_for(items: int, tiles: int, processors: int) -> int:
+    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
+    return max(1, min(tiles, PROGRAMS_PER_SM * processors // items))
+
+
 def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:
     """The tile of a launch for q `[rows, H_q, q_len, head_dim]` over pages of q's dtype. Raises ValueError for none."""
     query_rows = q.shape[2] * (q.shape[1] // k_pages.shape[1])
@@ -112,15 +122,39 @@ def check_rows(rows: dict[str, torch.Tensor], count: int) -> None:
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}: want contiguous int32, {count} rows")
 
 
+Scales = tuple[torch.Tensor, torch.Tensor]
+"""Of quantised K and V pages, each float32 `[num_pages, H_kv, page_size]`; see `quantize`."""
+
+
+def check_scales(k_pages: torch.Tensor, v_pages: torch.Tensor, scales: Scales | None) -> None:
+    """Raises ValueError, naming the argument, unless quantised pages, and only those, come with their scales."""
+    quantized = k_pages.dtype in LARGEST
+    if quantized != (scales is not None):
+        raise ValueError(f"scales are {'missing' if quantized else 'given'} for pages of {k_pages.dtype}")
+    if scales is None:
+        return
+    for name, tensor, pages in zip(("k_scales", "v_scales"), scales, (k_pages, v_pages)):
+        if tensor.shape != pages.shape[:3] or tensor.dtype != torch.float32 or tensor.stride(2) != 1:
+            raise ValueError(
+                f"{name} is {tensor.dtype} {list(tensor.shape)} with strides {tensor.stride()}: want float32 "
+                f"{list(pages.shape[:3])}, a page's contiguous"
+            )
+    if scales[0].stride() != scales[1].stride():
+        raise ValueError(f"k_scales and v_scales differ in strides: {scales[0].stride()} and {scales[1].stride()}")
+
+
 def check(
     q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
-    starts: torch.Tensor, ends: torch.Tensor,
+    starts: torch.Tensor, ends: torch.Tensor, scales: Scales | None,
 ) -> None:  # fmt: skip
     """Raises ValueError, naming the argument, for tensors that the decode kernels cannot take."""
-    if q.dtype not in DTYPES or not q.dtype == k_pages.dtype == v_pages.dtype:
+    pages_dtype = q.dtype if k_pages.dtype not in LARGEST else k_pages.dtype
+    if q.dtype not in DTYPES or not pages_dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(
-            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}"
+            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}, "
+            f"or both pages be one of {tuple(LARGEST)}"
         )
+    check_scales(k_pages, v_pages, scales)
     check_pages(k_pages, v_pages, {"q": q}, {"block_table": block_table, "starts": starts, "ends": ends})
     num_kv_heads = k_pages.shape[1]
     if q.shape[1] % num_kv_heads or q.shape[1] // num_kv_heads > 16:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from pkv_hf.kernels.quantize import dequantize
+
 
 def paged_attention(
     q: torch.Tensor,
@@ -15,12 +17,13 @@ def paged_attention(
     *,
     scale: float,
     window: int = 0,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Causal grouped-query attention of each row's last q_len tokens over its pages.
 
     q is `[rows, H_q, q_len, head_dim]`, the rest as the package says; `window` counts the tokens that a query sees,
-    itself included (0: all). Computes in q's dtype. Returns `[rows, q_len, H_q, head_dim]`, 0 for queries before
-    starts.
+    itself included (0: all); `scales` are those of quantised pages. Computes in q's dtype. Returns
+    `[rows, q_len, H_q, head_dim]`, 0 for queries before starts.
     """
     rows, heads, q_len, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
@@ -32,7 +35,10 @@ def paged_attention(
             start = max(start, end - q_len - window + 1)
         live = torch.arange(start, end, device=q.device)
         pages, slots = block_table[row, live // page_size].long(), live % page_size
-        k, v = k_pages[pages, :, slots].to(q.dtype), v_pages[pages, :, slots].to(q.dtype)  # [tokens, H_kv, head_dim]
+        k, v = k_pages[pages, :, slots], v_pages[pages, :, slots]  # [tokens, H_kv, head_dim]
+        if scales is not None:
+            k, v = (dequantize(x, s[pages, :, slots], q.dtype) for x, s in zip((k, v), scales))
+        k, v = k.to(q.dtype), v.to(q.dtype)
         for t in range(q_len):
             position = end - q_len + t
             first = max(start, position - window + 1) if window else start

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import check, device_limits, next_power_of_2, padded_queries, tile_for
+from pkv_hf.kernels.launch import Scales, check, device_limits, next_power_of_2, padded_queries, splits_for, tile_for
 from pkv_hf.kernels.merge import merge_states
 from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
@@ -18,9 +18,10 @@ RUNTIME = ["num_kv_heads", "q_len", "window", "num_splits", "stride_tb"]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, ml_ptr, acc_ptr, scale_log2,
-                 num_kv_heads, q_len, window, num_splits, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh,
-                 stride_vp, stride_vh, stride_tb, stride_ob, stride_ot, stride_oh,
+def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr,
+                 ml_ptr, acc_ptr, scale_log2, num_kv_heads, q_len, window, num_splits,
+                 stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp, stride_sh,
+                 stride_tb, stride_ob, stride_ot, stride_oh,
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
                  BLOCK_D: tl.constexpr, STAGES: tl.constexpr, DIRECT: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
@@ -46,8 +47,9 @@ def split_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, 
         return
     q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
     m_i, l_i, acc = attend_tiles(
-        q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + row * stride_tb, start, end, q_len,
-        window, first + skipped, count, scale_log2, stride_kp, stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
+        q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, k_scale_ptr + kv_head * stride_sh,
+        v_scale_ptr + kv_head * stride_sh, table_ptr + row * stride_tb, start, end, q_len, window, first + skipped,
+        count, scale_log2, stride_kp, stride_vp, stride_sp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
     )  # fmt: skip
     release(PDL)
     if DIRECT:
@@ -69,11 +71,6 @@ def merge_splits_kernel(ml_ptr, acc_ptr, out_ptr, num_kv_heads, num_splits, stri
     merge_states(ml_ptr, acc_ptr, out, m_row, item * num_splits, num_splits, D, BLOCK_M, BLOCK_D, PARTS)
 
 
-def splits_for(items: int, tiles: int, processors: int) -> int:
-    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
-    return max(1, min(tiles, 2 * processors // items))
-
-
 def decode_split(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -86,16 +83,18 @@ def decode_split(
     longest: int,
     window: int = 0,
     num_splits: int | None = None,
+    scales: Scales | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q `[rows, H_q, q_len, head_dim]` over pages, as `kernels.reference.paged_attention` defines it.
 
     `longest` is an upper bound of the tokens that a row attends to; it only decides the number of splits, which
-    `num_splits` sets outright. fp16, bf16 or fp32. Returns `[rows, q_len, H_q, head_dim]`, `out` if it is given.
+    `num_splits` sets outright. fp16, bf16 or fp32; `scales` are those of quantised pages. Returns
+    `[rows, q_len, H_q, head_dim]`, `out` if it is given.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    check(q, k_pages, v_pages, block_table, starts, ends)
+    check(q, k_pages, v_pages, block_table, starts, ends, scales)
     rows, heads, q_len, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
     group, items = heads // num_kv_heads, rows * num_kv_heads
@@ -113,9 +112,10 @@ def decode_split(
         ml = torch.empty((items * num_splits, 2, block_m), dtype=torch.float32, device=q.device)
         acc = torch.empty((items * num_splits, block_m, block_d), dtype=torch.float32, device=q.device)
     split_kernel[(items, num_splits)](
-        q, k_pages, v_pages, block_table, starts, ends, out, ml, acc, scale * math.log2(math.e),
+        q, k_pages, v_pages, *(scales or (out, out)), block_table, starts, ends, out, ml, acc,
+        scale * math.log2(math.e),
         num_kv_heads, q_len, window, num_splits, *q.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2],
-        block_table.stride(0), *out.stride()[:3],
+        *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0), *out.stride()[:3],
         G=group, D=head_dim, PAGE=page_size, TOKENS=tile.tokens, BLOCK_M=block_m, BLOCK_D=block_d,
         STAGES=tile.num_stages, DIRECT=direct, num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip

@@ -15,12 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import Tile, check, check_rows, device_limits, next_power_of_2, padded_queries, tile_for
+from pkv_hf.kernels.launch import (
+    PROGRAMS_PER_SM,
+    Scales,
+    Tile,
+    check,
+    check_rows,
+    device_limits,
+    next_power_of_2,
+    padded_queries,
+    tile_for,
+)
 from pkv_hf.kernels.merge import merge_states
 from pkv_hf.kernels.pdl import options, release, wait
 from pkv_hf.kernels.tile import attend_tiles, load_queries, store_output, store_state, tile_range
-
-PROGRAMS_PER_SM = 2
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,10 @@ RUNTIME = ["rows", "num_kv_heads", "q_len", "window", "programs", "stride_tb"]
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_tiles_ptr, first_items_ptr, out_ptr,
-                     ml_ptr, acc_ptr, scale_log2, rows, num_kv_heads, q_len, window, programs,
-                     stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_tb,
-                     stride_ob, stride_ot, stride_oh,
+def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, starts_ptr, ends_ptr, row_tiles_ptr,
+                     first_items_ptr, out_ptr, ml_ptr, acc_ptr, scale_log2, rows, num_kv_heads, q_len, window, programs,
+                     stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp,
+                     stride_sh, stride_tb, stride_ob, stride_ot, stride_oh,
                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
                      PDL: tl.constexpr):  # fmt: skip
@@ -118,8 +126,9 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, table_ptr, starts_ptr, ends_ptr, row_t
             first, _ = tile_range(start, end, q_len, window, TOKENS)
             q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
             m_i, l_i, acc = attend_tiles(
-                q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, table_ptr + row * stride_tb, start, end,
-                q_len, window, first + skipped, count, scale_log2, stride_kp, stride_vp,
+                q, k_ptr + kv_head * stride_kh, v_ptr + kv_head * stride_vh, k_scale_ptr + kv_head * stride_sh,
+                v_scale_ptr + kv_head * stride_sh, table_ptr + row * stride_tb, start, end,
+                q_len, window, first + skipped, count, scale_log2, stride_kp, stride_vp, stride_sp,
                 G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
             )  # fmt: skip
             if count == tiles:
@@ -197,16 +206,17 @@ def decode_workqueue(
     plan: Plan,
     *,
     scale: float,
+    scales: Scales | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q `[rows, H_q, q_len, head_dim]` over pages, as `kernels.reference.paged_attention` defines it.
 
-    `plan` is `make_plan` of the same starts, ends, window and shapes. fp16, bf16 or fp32. Returns
-    `[rows, q_len, H_q, head_dim]`, `out` if it is given.
+    `plan` is `make_plan` of the same starts, ends, window and shapes. fp16, bf16 or fp32; `scales` are
+    those of quantised pages. Returns `[rows, q_len, H_q, head_dim]`, `out` if it is given.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    check(q, k_pages, v_pages, block_table, starts, ends)
+    check(q, k_pages, v_pages, block_table, starts, ends, scales)
     rows, heads, q_len, head_dim = q.shape
     if len(plan.row_tiles) != rows + 1:
         raise ValueError(f"plan is of {len(plan.row_tiles) - 1} rows, q has {rows}: make a plan of these bounds")
@@ -219,9 +229,11 @@ def decode_workqueue(
     ml = torch.empty((slots, 2, block_m), dtype=torch.float32, device=q.device)
     acc = torch.empty((slots, block_m, block_d), dtype=torch.float32, device=q.device)
     workqueue_kernel[(plan.programs,)](
-        q, k_pages, v_pages, block_table, starts, ends, plan.row_tiles, plan.first_items, out, ml, acc,
+        q, k_pages, v_pages, *(scales or (out, out)), block_table, starts, ends, plan.row_tiles, plan.first_items,
+        out, ml, acc,
         scale * math.log2(math.e), rows, num_kv_heads, q_len, plan.window, plan.programs, *q.stride()[:3],
-        *k_pages.stride()[:2], *v_pages.stride()[:2], block_table.stride(0), *out.stride()[:3],
+        *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
+        block_table.stride(0), *out.stride()[:3],
         G=group, D=head_dim, PAGE=page_size, TOKENS=tile.tokens, BLOCK_M=block_m, BLOCK_D=block_d,
         STAGES=tile.num_stages, num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip

@@ -1,23 +1,29 @@
 """Fast long-context `generate()` for HuggingFace transformers: KV caches in pages, decode kernels that read them there.
 
-`patch(model)` is all that an existing script needs. See `PagedCache` for the cache alone and `report` for what ran.
+`patch(model)` is all that an existing script needs. See `PagedCache` for the cache alone, `report` for what ran and
+`explain` for why it took the route that it took.
 """
 
 from pkv_hf.cache import CacheMemory, PagedCache
 from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
 from pkv_hf.patch import patch, patched, unpatch
-from pkv_hf.report import Report, report
+from pkv_hf.policy import Decision
+from pkv_hf.report import Report, explain, report
+from pkv_hf.routes import StepShape
 from pkv_hf.version import __version__
 
 __all__ = [
     "CacheMemory",
+    "Decision",
     "PagedCache",
     "PoolAllocationError",
     "Report",
     "RouteError",
+    "StepShape",
     "UnsupportedModelError",
     "UnsupportedVersionError",
     "__version__",
+    "explain",
     "patch",
     "patched",
     "report",

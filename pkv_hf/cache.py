@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from pkv_hf.compat import layer_windows
+from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.layer import PagedLayer
 from pkv_hf.pool import PagePool
 from pkv_hf.table import BlockTable
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from pkv_hf.step import Step
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-KV_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KV_DTYPES: dict[Any, torch.dtype] = {
+    **{dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, *LARGEST)},
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""What pages can hold, by what a caller may write for it."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,12 @@ class CacheMemory:
     """Pages of the pools that nobody holds."""
     pages_shared: int
     """Pages held more than once, by several rows or by forks."""
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
+    """Raises ValueError for what no pages can hold."""
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {list(KV_DTYPES)}, or None for the dtype of the states")
 
 
 class DecodeSteps(dict[tuple, Any]):
@@ -58,6 +70,7 @@ class PagedCache(Cache):
         max_length: positions to reserve pages for when the first tokens come, at least 1. A longer sequence still
             works. None reserves nothing; the pool then grows by a factor as tokens come.
         kv_dtype: `torch.float16`, `torch.bfloat16` or `torch.float32` for the pages; None takes that of the states.
+            "int8" and "fp8" (float8_e4m3) quantise them, with a float32 scale for each token and head: half the bytes.
 
     Raises:
         ValueError: an argument outside of these, or a layer that is neither full nor sliding attention.
@@ -71,24 +84,24 @@ class PagedCache(Cache):
         config: PreTrainedConfig,
         page_size: int = 16,
         max_length: int | None = None,
-        kv_dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | str | None = None,
     ) -> None:
         if page_size not in PAGE_SIZES:
             raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
             raise ValueError(f"max_length={max_length!r} is not a positive number of tokens: pass one, or None to grow")
-        if kv_dtype is not None and kv_dtype not in KV_DTYPES:
-            raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {KV_DTYPES}, or None for the dtype of the states")
+        check_kv_dtype(kv_dtype)
         windows = layer_windows(config)
         self.page_size = page_size
-        self.kv_dtype = kv_dtype
+        self.kv_dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
         self.tables = {
             window: BlockTable(PagePool(page_size, windows.count(window)), window, max_length or 0)
             for window in sorted(set(windows))
         }
         self.step: Step | None = None  # set while a patched model's forward serves this cache
         self.decode_steps = DecodeSteps()
-        layers = [PagedLayer(self.tables[window], i, kv_dtype) for i, window in enumerate(windows)]
+        self.last_route: str | None = None  # of its last step in a patched model
+        layers = [PagedLayer(self.tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
 
     def update(
@@ -178,6 +191,7 @@ class PagedCache(Cache):
         twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
         twin.tables = {window: table.fork(length) for window, table in self.tables.items()}
         twin.step = None
+        twin.last_route = self.last_route
         twin.decode_steps = DecodeSteps()
         layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:
@@ -219,7 +233,7 @@ class PagedCache(Cache):
     def dtypes(self) -> set[torch.dtype]:
         """Of the K and the V pages, which differ where autocast made them; empty before the first tokens."""
         storage = next(iter(self.tables.values())).pool.storage
-        return {pages.dtype for pages in next(iter(storage.values()))} if storage else set()
+        return {pages.dtype for pages in next(iter(storage.values()))[:2]} if storage else set()
 
     @property
     def device(self) -> torch.device:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from pkv_hf import demo
+from pkv_hf import calibrate, demo
 from pkv_hf.errors import TraceError, UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
@@ -17,8 +17,10 @@ def main() -> int:
     parser.add_argument("--version", action="version", version=f"pkv-hf {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     demo.add_arguments(commands.add_parser("demo", help="generate with and without pages, and compare"))
+    calibrate.add_arguments(commands.add_parser("calibrate", help="measure this GPU for route='auto'"))
     arguments = parser.parse_args()
-    return status(f"pkv-hf {arguments.command}", lambda: demo.main(arguments))
+    command = {"demo": demo.main, "calibrate": calibrate.main}[arguments.command]
+    return status(f"pkv-hf {arguments.command}", lambda: command(arguments))
 
 
 def status(command: str, run: Callable[[], object]) -> int:

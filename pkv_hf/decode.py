@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,15 +10,12 @@ import torch
 from torch import nn
 
 from pkv_hf.cache import PagedCache
+from pkv_hf.graphs import GraphMemories, GraphMemory
 from pkv_hf.routes import Bounds, Route
 from pkv_hf.step import Step
 
 Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
 """decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
-
-
-class CaptureError(RuntimeError):
-    """A forward cannot be captured in a CUDA graph."""
 
 
 class DecodeStep:
@@ -39,9 +35,8 @@ class DecodeStep:
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.horizon = 0
-        self.nbytes = 0
-        """Memory that the graph keeps for itself."""
         self.captures = 0
+        self._memory: GraphMemory | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._addresses: tuple[Any, ...] = ()
@@ -55,11 +50,17 @@ class DecodeStep:
         self.ends = torch.zeros_like(self.starts)
 
     def run(
-        self, cache: PagedCache, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, capture: bool
+        self,
+        cache: PagedCache,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None,
+        starts: np.ndarray,
+        memories: GraphMemories | None,
     ) -> torch.Tensor:
         """Appends tokens (int64 `[B, q_len]`) to the cache; returns what `forward` does, in a buffer of the graph.
 
         `positions` are `[1 or B, q_len]`; None continues from the step before. `starts` are the first real positions.
+        `memories` are what to capture into, None to run without a graph.
 
         Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
         """
@@ -82,11 +83,10 @@ class DecodeStep:
                 if positions is not None:
                     self.positions.copy_(positions)
                 self.tokens.copy_(tokens)
-                if not capture:
+                if memories is None:
                     output = self._body(cache, begin)
                 else:
-                    if self._graph is None:
-                        self._capture(cache, begin)
+                    self._capture(cache, begin, memories)
                     assert self._graph is not None
                     assert self._output is not None
                     self._graph.replay()
@@ -111,6 +111,7 @@ class DecodeStep:
         addresses: list[Any] = []
         for table in cache.tables.values():
             table.prepare(begin, end)
+            self.route.prepare(table, self.device)
             addresses.append(table.pool.version)
             addresses += (tensor.data_ptr() for tensor in table.on(self.device))
         if tuple(addresses) != self._addresses:
@@ -130,25 +131,12 @@ class DecodeStep:
     def drop(self) -> None:
         """Gives up the graph and its memory."""
         self._graph = self._output = None
-        self.nbytes = 0
 
-    def _capture(self, cache: PagedCache, begin: int) -> None:
-        device = self.device
-        self.drop()
-        held = torch.cuda.memory_reserved(device)
-        graph = torch.cuda.CUDAGraph()
-        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            try:
-                graph.capture_begin(capture_error_mode="thread_local")
-                self._output = self._body(cache, begin)
-                graph.capture_end()
-            except RuntimeError as error:
-                with contextlib.suppress(RuntimeError):  # a capture that failed says so a second time
-                    graph.capture_end()
-                raise CaptureError(str(error)) from error
-        current.wait_stream(stream)
-        self._graph = graph
-        self.captures += 1
-        self.nbytes = max(torch.cuda.memory_reserved(device) - held, 0)
+    def _capture(self, cache: PagedCache, begin: int, memories: GraphMemories) -> None:
+        """Captures the step, unless its graph can be replayed in this thread, on this stream."""
+        memory = memories.here(self.device)
+        if self._graph is None or memory is not self._memory:
+            self.drop()
+            self._memory = memory
+            self._graph, self._output = memory.capture(lambda: self._body(cache, begin))
+            self.captures += 1

@@ -27,3 +27,7 @@ class UsageError(ValueError):
 
 class TraceError(ValueError):
     """A trace file holds something that is not a request; the message names the file and the line."""
+
+
+class WrongResultError(RuntimeError):
+    """A benchmark found a result that is not right, and measures nothing."""

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+from pkv_hf.kernels.quantize import dequantize, quantize
 from pkv_hf.packing import Packing
+from pkv_hf.pool import movable
 from pkv_hf.table import BlockTable
 
 
@@ -95,17 +97,26 @@ class PagedLayer(CacheLayerMixin):
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Appends states `[B, H_kv, q_len, head_dim]` to the pages, without building anything dense."""
         begin, end = self.length, self.prepare(key_states, value_states)
-        for states, storage in zip((key_states, value_states), self.table.pool.storage[self.layer_idx]):
-            write_tokens(storage, self.table, begin, end, list(states.detach()))
+        self._write(begin, end, [list(states.detach()) for states in (key_states, value_states)])
         self.length = end
 
     def write_packed(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: Packing) -> None:
         """Writes the first tokens of all rows, states `[1, H_kv, packing.tokens, head_dim]` without their padding."""
         self.prepare(key_states, value_states, len(packing.starts), packing.length)
-        for states, storage in zip((key_states, value_states), self.table.pool.storage[self.layer_idx]):
-            rows = [states[0, :, segment].detach() for segment in packing.segments()]
-            write_tokens(storage, self.table, 0, packing.length, rows)
+        segments = list(packing.segments())
+        rows = [[states[0, :, segment].detach() for segment in segments] for states in (key_states, value_states)]
+        self._write(0, packing.length, rows)
         self.length = packing.length
+
+    def _write(self, begin: int, end: int, states: list[list[torch.Tensor]]) -> None:
+        """Writes K and V of every row, `[H_kv, tokens, head_dim]` each, as `write_tokens` does."""
+        k, v, *scales = self.table.pool.storage[self.layer_idx]
+        for rows, storage, storage_scales in zip(states, (k, v), scales):
+            if storage_scales is not None:
+                quantized = [quantize(row, storage.dtype) for row in rows]
+                rows = [values for values, _ in quantized]
+                write_tokens(storage_scales[..., None], self.table, begin, end, [s[..., None] for _, s in quantized])
+            write_tokens(storage, self.table, begin, end, rows)
 
     def prepare(
         self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int | None = None, q_len: int | None = None
@@ -135,13 +146,24 @@ class PagedLayer(CacheLayerMixin):
         """K and V pages, each `[num_pages, H_kv, page_size, head_dim]`."""
         return self.table.pool.layer(self.layer_idx)
 
+    @property
+    def scales(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scales of quantised K and V, each float32 `[num_pages, H_kv, page_size]`; None where they are not."""
+        return self.table.pool.scales(self.layer_idx)
+
     def dense(self, begin: int, end: int, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of positions [begin, end) of some rows, each `[rows, H_kv, end - begin, head_dim]`.
 
         Views of the pages where every row's are consecutive and evenly apart, else copies; null pages read as zeros.
+        Quantised pages come in the dtype of the states that were written.
         """
-        k, v = self.table.pool.storage[self.layer_idx]
-        return read_dense(k, self.table, begin, end, rows), read_dense(v, self.table, begin, end, rows)
+        k, v, *scales = self.table.pool.storage[self.layer_idx]
+        dense = [read_dense(storage, self.table, begin, end, rows) for storage in (k, v)]
+        for i, storage_scales in enumerate(scales):
+            if storage_scales is not None:
+                apart = read_dense(storage_scales[..., None], self.table, begin, end, rows)
+                dense[i] = dequantize(dense[i], apart[..., 0], self.table.pool.state_dtype)
+        return dense[0], dense[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         first = self.first_visible()
@@ -166,18 +188,18 @@ def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int,
     Positions in null pages are left out. Held positions before the states are padding: they become zeros, since a mask
     does not keep a NaN of fresh memory out of a softmax.
     """
-    flat = storage.view(storage.shape[0], -1, storage.shape[3])
+    flat = movable(storage).view(storage.shape[0], -1, storage.shape[3])
     for row, (held, offset) in enumerate(zip(table.first_held(), table.offsets())):
         padding = max(begin, held)
         first = max(padding, end - states[row].shape[1])
-        tokens = states[row][:, first - end :]
+        tokens = movable(states[row][:, first - end :])
         if offset is not None:
             flat[:, padding + offset : first + offset] = 0
             flat[:, first + offset : end + offset] = tokens
         elif first < end:
             slots = torch.from_numpy(table.slots(row, padding, end)).to(storage.device)
             flat.index_fill_(1, slots[: first - padding], 0)
-            flat.index_copy_(1, slots[first - padding :], tokens.to(storage.dtype))
+            flat.index_copy_(1, slots[first - padding :], tokens.to(flat.dtype))
 
 
 def read_dense(storage: torch.Tensor, table: BlockTable, begin: int, end: int, rows: slice) -> torch.Tensor:
@@ -196,6 +218,12 @@ def read_dense(storage: torch.Tensor, table: BlockTable, begin: int, end: int, r
     first_page, last_page = begin // page_size, -(-end // page_size)
     pages = table.pages[rows, first_page:last_page]
     index = torch.from_numpy(pages.reshape(-1).astype(np.int64)).to(storage.device)
-    tokens = storage.index_select(1, index).view(heads, len(offsets), -1, head_dim).transpose(0, 1)
+    tokens = (
+        movable(storage)
+        .index_select(1, index)
+        .view(storage.dtype)
+        .view(heads, len(offsets), -1, head_dim)
+        .transpose(0, 1)
+    )
     inside = begin - first_page * page_size
     return tokens[:, :, inside : inside + end - begin]

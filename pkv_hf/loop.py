@@ -22,6 +22,9 @@ from pkv_hf.decode import DecodeStep
 from pkv_hf.serving import choose_route, plan, run_static, static_step
 from pkv_hf.state import STATE, NotServed, PatchState
 
+CHOOSE_EVERY = 64
+"""Positions after which the loop asks for the fastest route again: lengths have hardly changed before."""
+
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a patched model's `generate`: transformers' own, with the run-ahead loop where that serves."""
@@ -139,8 +142,20 @@ class _Forward:
             position_ids = torch.tensor([[step.bounds.begin]], device=model.device)
         self.positions: torch.Tensor | None = position_ids[:, -1:]
 
+    def _choose_again(self) -> None:
+        """Takes another route's step where rows have grown into another route's lengths."""
+        assert self.static is not None
+        route = choose_route(self.state, self.cache, self.starts, 1, self.static.device, self.static.dtype)
+        if route.name != self.static.route.name:
+            other = static_step(self.static.decoder, self.state, self.cache, route, 1, self.static.head)
+            if other is not None:
+                self.positions = self.static.positions.clone()
+                self.static = other
+
     def __call__(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
         if self.static is not None:
+            if self.positions is None and self.cache.get_seq_length() % CHOOSE_EVERY == 0:
+                self._choose_again()
             tokens, positions = next_tokens[:, None], self.positions
             self.positions = None  # from here on they count on the device
             return run_static(self.state, self.static, self.cache, tokens, positions, self.starts)

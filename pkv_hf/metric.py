@@ -19,10 +19,11 @@ from pkv_hf.cache import PagedCache
 from pkv_hf.compare import check_patchable
 from pkv_hf.errors import UsageError
 from pkv_hf.models import check_positions
+from pkv_hf.patch import unwrap
 from pkv_hf.perplexity import Scores, by_chunks, by_forward, by_generate
-from pkv_hf.report import state_of
 from pkv_hf.resume import Store, digest
 from pkv_hf.routes import MAX_DECODE_QUERIES
+from pkv_hf.state import STATE
 from pkv_hf.texts import begin_ids, token_ids
 
 MODES = ("chunk", "decode")
@@ -186,7 +187,8 @@ def perplexity(log_probs: np.ndarray) -> float:
 
 
 def _paged_cache(model: Any, length: int) -> PagedCache:
-    return PagedCache(model.config, state_of(model).page_size, max_length=length)
+    state = getattr(unwrap(model), STATE)
+    return PagedCache(model.config, state.page_size, length, state.kv_dtype)
 
 
 def _check(mode: str, context: int, chunk: int, decode_tokens: int, max_windows: int | None) -> None:

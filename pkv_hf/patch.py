@@ -9,15 +9,17 @@ from contextlib import contextmanager
 from types import MethodType
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from pkv_hf import compat
-from pkv_hf.cache import PAGE_SIZES, PagedCache
+from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, PagedCache, check_kv_dtype
 from pkv_hf.errors import UnsupportedModelError
+from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
-from pkv_hf.routes import ROUTES
+from pkv_hf.policy import ROUTES
 from pkv_hf.serving import attention, decoder_forward, mask
 from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
 from pkv_hf.watch import FORWARD
@@ -30,6 +32,7 @@ def patch(
     *,
     route: str = "auto",
     page_size: int = 16,
+    kv_dtype: torch.dtype | str | None = None,
     cuda_graphs: bool = True,
     run_ahead: bool = True,
     fuse: bool = True,
@@ -40,15 +43,18 @@ def patch(
 
     Args:
         model: a Llama, Mistral, Qwen2 or Qwen3 causal LM (a PEFT model around one is unwrapped).
-        route: how decode attention runs: "split", "workqueue" (Triton), "sdpa" (torch), or "auto" for the first that
-            serves the step. A route named here raises RouteError at the first step that it cannot serve.
+        route: how decode attention runs: "split", "workqueue" (Triton), "flashinfer", "flashinfer_tc",
+            "flashinfer_xqa" (where that package is installed), "sdpa" (torch), or "auto" for the one that is predicted
+            to be fastest. A route named here raises RouteError at the first step that it cannot serve.
         page_size: tokens a page of the caches that `generate()` makes, a power of two from 16 to 256.
+        kv_dtype: what those pages hold: "int8" or "fp8" quantise K and V with a scale for each token and head (half the
+            bytes; "fp8" needs sm_89 or newer), a floating dtype converts them, None keeps that of the model.
         cuda_graphs: capture decode steps on a GPU in a CUDA graph and replay it.
         run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
         fuse: run decode steps by the family's fused kernels; False runs transformers' layers, attention apart.
 
     Raises:
-        ValueError: an unknown route or page size.
+        ValueError: an unknown route, page size or kv_dtype, or "fp8" on an older GPU.
         UnsupportedModelError: (a ValueError) no layer of the model can be served; says why.
         UnsupportedVersionError: transformers is too old.
     """
@@ -57,17 +63,21 @@ def patch(
         raise ValueError(f"route={route!r} is not one of {['auto', *ROUTES]}")
     if page_size not in PAGE_SIZES:
         raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+    check_kv_dtype(kv_dtype)
     unpatch(model)
     inner = unwrap(model)
     decoder, family, attentions = served_layers(inner)
     first = attentions[0]
+    _check_fp8(kv_dtype, first)
     compat.register(NAME, attention, mask)
     state = PatchState(
         route=route,
         page_size=page_size,
+        kv_dtype=kv_dtype,
         family=family.name,
         layers=len(attentions),
         group=first.num_key_value_groups,
+        kv_heads=decoder.config.num_key_value_heads,
         head_dim=first.head_dim,
         implementation=decoder.config._attn_implementation,
         model=inner,
@@ -76,6 +86,7 @@ def patch(
         settings={
             "route": route,
             "page_size": page_size,
+            "kv_dtype": kv_dtype,
             "cuda_graphs": cuda_graphs,
             "run_ahead": run_ahead,
             "fuse": fuse,
@@ -153,6 +164,16 @@ def served_layers(model: nn.Module) -> tuple[Any, Family, list[Any]]:
     return decoder, family, attentions
 
 
+def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:
+    """Raises ValueError for fp8 pages on a GPU that does not convert them."""
+    device = next(attention.parameters()).device
+    if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn or device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FP8_CAPABILITY:
+        raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")
+
+
 def _replace(state: PatchState, module: nn.Module, name: str, value: Any) -> None:
     """Sets an instance attribute, and notes how to take it back."""
     if name in module.__dict__:
@@ -176,7 +197,7 @@ def _prepare_cache_for_generation(
     asked = generation_config.cache_implementation
     if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
         if asked in (None, "dynamic"):
-            model_kwargs["past_key_values"] = PagedCache(self.config, state.page_size, max_cache_length)
+            model_kwargs["past_key_values"] = PagedCache(self.config, state.page_size, max_cache_length, state.kv_dtype)
             if generation_config.is_assistant:
                 model_kwargs["past_key_values"].activate_past_recording()
             return None

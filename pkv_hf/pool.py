@@ -4,13 +4,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 
 from pkv_hf.errors import PoolAllocationError
+from pkv_hf.kernels.quantize import LARGEST
+
+
+class LayerStorage(NamedTuple):
+    """One layer's memory, head-major: pages `[H_kv, num_pages, page_size, head_dim]`, scales `[H_kv, num_pages,
+    page_size]` in float32 where pages are quantised."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_scales: torch.Tensor | None
+    v_scales: torch.Tensor | None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        return [tensor for tensor in self if tensor is not None]
+
+
+def movable(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as torch moves it about: its bytes where it is of float8, which torch does not index."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
+
 
 NULL_PAGE = 0
 """Table entries of pages that hold no token (left padding, behind a window) name this page; it is all zeros."""
@@ -81,9 +102,10 @@ class PagePool:
         self.page_size = page_size
         self.num_layers = num_layers
         self.allocator = PageAllocator()
-        self.storage: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.storage: dict[int, LayerStorage] = {}
         self.version = 0  # counts changes of `storage`: whoever keeps its addresses must look
         self.device = torch.device("cpu")
+        self.state_dtype = torch.float32  # of the states that came first
         self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
@@ -96,7 +118,7 @@ class PagePool:
 
     @property
     def nbytes(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self.storage.values())
+        return sum(tensor.nbytes for storage in self.storage.values() for tensor in storage.tensors)
 
     @property
     def page_nbytes(self) -> int:
@@ -105,24 +127,35 @@ class PagePool:
 
     def layer(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V pages of a layer, each `[num_pages, H_kv, page_size, head_dim]`."""
-        k, v = self.storage[layer_idx]
+        k, v, *_ = self.storage[layer_idx]
         return k.transpose(0, 1), v.transpose(0, 1)
+
+    def scales(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Scales of a layer's K and V, each float32 `[num_pages, H_kv, page_size]`; None where it is not quantised."""
+        *_, k, v = self.storage[layer_idx]
+        return None if k is None or v is None else (k.transpose(0, 1), v.transpose(0, 1))
 
     def expect(self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Learns the size of a page from states `[B, H_kv, q_len, head_dim]`, before the first page is asked for."""
-        self.device = key.device
+        self.device, self.state_dtype = key.device, key.dtype
         self.layer_page_nbytes = self.page_size * sum(
-            states.shape[1] * states.shape[3] * (dtype or states.dtype).itemsize for states in (key, value)
+            states.shape[1] * (states.shape[3] * (dtype or states.dtype).itemsize + 4 * (dtype in LARGEST))
+            for states in (key, value)
         )
 
     def add_layer(self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
         """Makes the pages of a layer for states like `key` and `value` (`[B, H_kv, q_len, head_dim]`)."""
-        pages = self.allocator.capacity + 1
+        both = (key, value)
+        shapes = [(states.shape[1], self.allocator.capacity + 1, self.page_size) for states in both]
         self.version += 1
-        self.storage[layer_idx] = (
-            self._allocate((key.shape[1], pages, self.page_size, key.shape[3]), dtype or key.dtype, key.device),
-            self._allocate((value.shape[1], pages, self.page_size, value.shape[3]), dtype or value.dtype, value.device),
+        k, v = (
+            self._allocate((*shape, states.shape[3]), dtype or states.dtype, states.device)
+            for shape, states in zip(shapes, both)
         )
+        scales: list[torch.Tensor | None] = [None, None]
+        if dtype in LARGEST:
+            scales = [self._allocate(shape, torch.float32, states.device) for shape, states in zip(shapes, both)]
+        self.storage[layer_idx] = LayerStorage(k, v, *scales)
 
     def require(self, pages: int, exact: bool = False) -> None:
         """Makes sure that `pages` pages are free: grows every layer to just that many (`exact`) or by a factor.
@@ -139,8 +172,9 @@ class PagePool:
         if capacity * self.layer_page_nbytes * layers_here > free_bytes(self.device) + self.nbytes:
             raise self._out_of_memory(capacity)
         self.version += 1
-        for layer_idx, (k, v) in self.storage.items():  # one at a time: old and new of one layer stand side by side
-            self.storage[layer_idx] = (self._grown(k, capacity + 1), self._grown(v, capacity + 1))
+        for layer_idx, storage in self.storage.items():  # one at a time: old and new of one layer stand side by side
+            grown = [None if tensor is None else self._grown(tensor, capacity + 1) for tensor in storage]
+            self.storage[layer_idx] = LayerStorage(*grown)  # type: ignore[arg-type]
         self.allocator.grow(capacity)
 
     def forget_unfinished(self) -> None:
@@ -150,14 +184,14 @@ class PagePool:
             self.allocator = PageAllocator()
 
     def _grown(self, old: torch.Tensor, pages: int) -> torch.Tensor:
-        heads, kept, page_size, head_dim = old.shape
+        heads, kept, *page = old.shape
         if kept >= pages:  # an earlier growth got this far before it ran out of memory
             return old
-        new = self._allocate((heads, pages, page_size, head_dim), old.dtype, old.device)
+        new = self._allocate((heads, pages, *page), old.dtype, old.device)
         new[:, :kept] = old
         return new
 
-    def _allocate(self, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         try:
             with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
                 tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -175,8 +209,8 @@ class PagePool:
 
     def copy_pages(self, source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray) -> None:
         """Copies whole pages, in every layer (copy-on-write)."""
-        for tensors in self.storage.values():
-            for tensor in tensors:
+        for storage in self.storage.values():
+            for tensor in map(movable, storage.tensors):
                 src = torch.as_tensor(source, dtype=torch.long, device=tensor.device)
                 dst = torch.as_tensor(target, dtype=torch.long, device=tensor.device)
                 tensor.index_copy_(1, dst, tensor.index_select(1, src))

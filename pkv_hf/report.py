@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pkv_hf.cache import KV_DTYPES
 from pkv_hf.patch import unwrap
+from pkv_hf.policy import Decision, choose
+from pkv_hf.routes import StepShape
 from pkv_hf.state import STATE, PatchState
 
 
@@ -17,6 +20,8 @@ class Report:
     family: str
     layers: int
     page_size: int
+    kv_dtype: str
+    """What the pages hold."""
     asked: str
     """The route that `patch` was given."""
     route: str | None
@@ -26,17 +31,17 @@ class Report:
     graphs: int
     """CUDA graphs that live caches hold."""
     graph_bytes: int
-    """Memory that those keep for themselves."""
+    """Memory that they share, kept for graphs to come."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
     def __str__(self) -> str:
         lines = [
             f"family    {self.family}, {self.layers} attention layers patched",
-            f"cache     PagedCache, pages of {self.page_size} tokens",
+            f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
             f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
-            if self.graphs
+            if self.graph_bytes
             else "graphs    none",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
@@ -51,19 +56,43 @@ def report(model: nn.Module) -> Report:
     return result
 
 
+def explain(model_or_step: nn.Module | StepShape) -> Decision:
+    """Prints every route with its predicted time, or why it is not taken, and returns that as a `Decision`.
+
+    For a patched model that is its last step, for a `StepShape` what "auto" would take.
+
+    Raises ValueError for a model that is not patched or has not run a step.
+    """
+    if isinstance(model_or_step, StepShape):
+        decision = choose("auto", model_or_step)
+    else:
+        last = _state_of(model_or_step).decision
+        if last is None:
+            raise ValueError(f"{type(model_or_step).__name__} has run no step yet: call generate() first")
+        decision = last
+    print(decision)
+    return decision
+
+
 def state_of(model: nn.Module) -> Report:
     """`report` without printing."""
-    state: PatchState | None = getattr(unwrap(model), STATE, None)
-    if state is None:
-        raise ValueError(f"{type(model).__name__} is not patched: call pkv_hf.patch(model) first")
+    state = _state_of(model)
     return Report(
         family=state.family,
         layers=state.layers,
         page_size=state.page_size,
+        kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
         asked=state.route,
-        route=state.last_route,
-        rejected=dict(state.rejected),
+        route=state.decision.route.name if state.decision else None,
+        rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.decode_steps),
-        graph_bytes=sum(step.nbytes for step in state.decode_steps),
+        graph_bytes=state.graph_memories.nbytes,
         left=tuple(state.said),
     )
+
+
+def _state_of(model: nn.Module) -> PatchState:
+    state: PatchState | None = getattr(unwrap(model), STATE, None)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call pkv_hf.patch(model) first")
+    return state

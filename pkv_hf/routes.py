@@ -1,23 +1,26 @@
-"""The ways to run decode attention over pages, and which one a step takes.
+"""The ways to run decode attention over pages.
 
-A route says `Accepted` or `Rejected(reason)` to a step before anything of it has run. `auto` takes the first that
-accepts; a route that the caller named runs or raises.
+A route says `Accepted` or `Rejected(reason)` to a step before anything of it has run; `policy` takes one of those that
+accept.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from pkv_hf.attention import over_pages
-from pkv_hf.errors import RouteError
-from pkv_hf.kernels.launch import choose_tile, device_limits
+from pkv_hf.costs import Work
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, choose_tile, device_limits, splits_for
+from pkv_hf.kernels.quantize import FP8_CAPABILITY, LARGEST
 from pkv_hf.layer import PagedLayer
+from pkv_hf.table import BlockTable
 
 MAX_DECODE_QUERIES = 8
 """Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
@@ -39,18 +42,50 @@ class Rejected:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What routes decide on: one step of one kind of layers. Lengths and counts are in tokens and rows."""
+    """What routes and the policy decide on: one step, by its layers of full attention if it has any.
+
+    Lengths and counts are in tokens and rows; `tokens` and `longest` are of what rows attend to, by their windows.
+    """
 
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
     q_len: int
     group: int
+    """Query heads a KV head."""
+    kv_heads: int
     head_dim: int
-    ragged: bool
+    page_size: int
+    layers: int
+    rows: int
+    tokens: int
+    """Of all rows together."""
+    longest: int
+    padded: bool
+    """Some row begins after position 0."""
+    windowed: bool
+    """Some layer has a sliding window."""
     autocast: bool
+    captured: bool
+    """A CUDA graph replays the step."""
     named: bool
     """The caller asked for one route by name: then Triton's interpreter counts as a device too."""
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's K and V of one head."""
+        return 2 * (self.head_dim * self.kv_dtype.itemsize + 4 * (self.kv_dtype in LARGEST))
+
+    def work(self, tokens_a_program: int, launches: float, partials: int = 0) -> Work:
+        """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`."""
+        heads_tokens = self.tokens * self.kv_heads
+        processors = device_limits(self.device)[0]
+        return Work(
+            kv_bytes=heads_tokens * self.token_bytes,
+            parallel=max(heads_tokens, 1) / (max(tokens_a_program, 1) * processors),
+            launches=launches,
+            merge_bytes=2 * partials * self.q_len * self.group * (self.head_dim + 2) * 4,
+        )
 
 
 @dataclass
@@ -63,7 +98,7 @@ class Bounds:
     horizon: int = 0
     """Launches must do for rows that end up to here, as a captured step's must; 0 for this step's own end."""
     mirrors: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    plans: dict[tuple, object] = field(default_factory=dict)
+    plans: dict[tuple, Any] = field(default_factory=dict)
 
     @property
     def end(self) -> int:
@@ -83,6 +118,14 @@ class Route(Protocol):
     """Whether `rope_append` is worth calling: RoPE and append in one launch."""
 
     def supports(self, shape: StepShape) -> Accepted | Rejected: ...
+
+    def work(self, shape: StepShape) -> Work | None:
+        """What a layer of an accepted step costs; None for a route that only steps in where no other serves."""
+        ...
+
+    def prepare(self, table: BlockTable, device: torch.device) -> None:
+        """Makes what `decode` keeps for a table, so that a capture need not."""
+        ...
 
     def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
         """Writes k and v `[rows, H_kv, q_len, D]` to a layer's pages at the step's positions."""
@@ -112,6 +155,12 @@ class Sdpa:
     def supports(self, shape: StepShape) -> Accepted | Rejected:
         return Accepted()
 
+    def work(self, shape: StepShape) -> Work | None:
+        return None
+
+    def prepare(self, table: BlockTable, device: torch.device) -> None:
+        pass
+
     def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
         layer.write(k, v)
 
@@ -122,28 +171,29 @@ class Sdpa:
         return over_pages(layer, q, scale, bounds.starts, bounds.begin).transpose(1, 2)
 
 
-class _Triton:
-    """What the two Triton routes share: what they take, and how they append."""
+class Triton:
+    """What routes that append by Triton share: what they take, and how they append."""
 
     name: str
     fuses_rope = True
 
     def supports(self, shape: StepShape) -> Accepted | Rejected:
-        if importlib.util.find_spec("triton") is None:
+        if not installed("triton"):
             return Rejected("triton is not installed")
         interpreted = shape.named and os.environ.get("TRITON_INTERPRET") == "1"
         if shape.device.type != "cuda" and not interpreted:
             return Rejected(f"Triton kernels need a GPU, the step is on {shape.device.type}")
         if shape.autocast:
             return Rejected("under autocast queries and pages differ in dtype")
-        if shape.kv_dtype != shape.dtype:
+        if shape.kv_dtype != shape.dtype and shape.kv_dtype not in LARGEST:
             return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16, float32")
-        if shape.dtype == torch.bfloat16 and shape.device.type == "cuda":
-            capability = torch.cuda.get_device_capability(shape.device)
-            if capability[0] < 8:
-                return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}")
+        capability = torch.cuda.get_device_capability(shape.device) if shape.device.type == "cuda" else (99, 0)
+        if shape.dtype == torch.bfloat16 and capability < (8, 0):
+            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}")
+        if shape.kv_dtype == torch.float8_e4m3fn and capability < FP8_CAPABILITY:
+            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{capability[0]}{capability[1]}: use int8")
         if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:
@@ -154,12 +204,15 @@ class _Triton:
             return Rejected(f"{queries} queries a KV head do not fit {shared_memory} bytes of shared memory")
         return Accepted()
 
+    def prepare(self, table: BlockTable, device: torch.device) -> None:
+        pass
+
     def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
         from pkv_hf.kernels.append import append
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
-        append(*layer.pages, k, v, table, first_held, bounds.on(k.device)[1])
+        append(*layer.pages, k, v, table, first_held, bounds.on(k.device)[1], layer.scales)
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -169,13 +222,21 @@ class _Triton:
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
-        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, bounds.on(k.device)[1], norms)
+        ends = bounds.on(k.device)[1]
+        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, ends, norms, layer.scales)
 
 
-class Split(_Triton):
+class Split(Triton):
     """A rectangular grid (row, KV head, split): sequence splitting, for one row or rows of equal length."""
 
     name = "split"
+
+    def work(self, shape: StepShape) -> Work:
+        tile = tile_of(shape)
+        items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile) + 1
+        splits = splits_for(items, tiles, device_limits(shape.device)[0])
+        merges = splits > 1
+        return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
 
     def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
         from pkv_hf.kernels.split import decode_split
@@ -186,13 +247,22 @@ class Split(_Triton):
         longest = max(bounds.end, bounds.horizon) - int(bounds.starts.min())
         if window:
             longest = min(longest, window + bounds.q_len)
-        return decode_split(q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest)
+        return decode_split(
+            q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest, scales=layer.scales
+        )
 
 
-class Workqueue(_Triton):
+class Workqueue(Triton):
     """Tiles of all rows and heads in equal shares, one a resident CTA (stream-K): for rows of unequal length."""
 
     name = "workqueue"
+
+    def work(self, shape: StepShape) -> Work:
+        tile = tile_of(shape)
+        tiles = (-(-shape.tokens // tile) + shape.rows) * shape.kv_heads  # a row's last tile is part of one
+        programs = min(PROGRAMS_PER_SM * device_limits(shape.device)[0], tiles)
+        items = shape.rows * shape.kv_heads
+        return shape.work(-(-tiles // programs) * tile, 2 + 1 / shape.layers, items + programs)
 
     def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
         from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
@@ -203,29 +273,18 @@ class Workqueue(_Triton):
         key = (window, q.device)
         if key not in bounds.plans:
             bounds.plans[key] = make_plan(q, layer.pages[0], starts, ends, window=window)
-        return decode_workqueue(q, *layer.pages, table, starts, ends, bounds.plans[key], scale=scale)
+        plan = bounds.plans[key]
+        return decode_workqueue(q, *layer.pages, table, starts, ends, plan, scale=scale, scales=layer.scales)
 
 
-ROUTES: dict[str, Route] = {route.name: route for route in (Split(), Workqueue(), Sdpa())}
+@functools.cache
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
-def choose(name: str, shape: StepShape) -> tuple[Route, dict[str, str]]:
-    """The route of a step, and for every route that was asked and refused its reason.
-
-    `auto` asks `workqueue` first for ragged rows and `split` first for the rest, then the other, then `sdpa`.
-
-    Raises RouteError where the caller named a route that rejects the step.
-    """
-    order = ["workqueue", "split", "sdpa"] if shape.ragged else ["split", "workqueue", "sdpa"]
-    if name != "auto":
-        order = [name, *(other for other in order if other != name)]
-    rejected = {}
-    for candidate in order:
-        answer = ROUTES[candidate].supports(shape)
-        if isinstance(answer, Accepted):
-            break
-        rejected[candidate] = answer.reason
-    if name != "auto" and name in rejected:
-        reasons = "; ".join(f"{route}: {reason}" for route, reason in rejected.items())
-        raise RouteError(f"route={name!r} cannot serve this step ({reasons}). Use route='auto' or {candidate!r}.")
-    return ROUTES[candidate], rejected
+def tile_of(shape: StepShape) -> int:
+    """Tokens of a tile of the Triton routes, for a step that they take."""
+    queries = shape.q_len * shape.group
+    tile = choose_tile(shape.head_dim, shape.dtype.itemsize, queries, device_limits(shape.device)[1])
+    assert tile is not None
+    return tile.tokens

@@ -12,9 +12,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
-from pkv_hf.decode import CaptureError, DecodeStep
+from pkv_hf.decode import DecodeStep
+from pkv_hf.graphs import CaptureError
 from pkv_hf.packing import Packing
-from pkv_hf.routes import Bounds, Route, StepShape, choose
+from pkv_hf.policy import choose
+from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
 from pkv_hf.state import NAME, STATE, NotServed, PatchState, original_forward, original_implementation
 from pkv_hf.step import Step, handle_of
 from pkv_hf.watch import Watch
@@ -123,13 +125,13 @@ def run_static(
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
-    capture = captures(state, step.device) and shape in state.compiled
+    memories = state.graph_memories if captures(state, step.device) and shape in state.compiled else None
     try:
-        output = step.run(cache, tokens, positions, starts, capture)
+        output = step.run(cache, tokens, positions, starts, memories)
     except CaptureError as error:
         state.cuda_graphs = False
         state.say(f"CUDA graphs, decode steps run without: {error}")
-        output = step.run(cache, tokens, positions, starts, capture=False)
+        output = step.run(cache, tokens, positions, starts, None)
     state.compiled.add(shape)
     return output
 
@@ -213,20 +215,38 @@ def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patch
 def choose_route(
     state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, device: torch.device, dtype: torch.dtype
 ) -> Route:
+    """The route of a cache's next step, of rows that begin at `starts` (int64 `[rows]`).
+
+    Of a prompt a route only appends; its attention is torch's, as that of any block longer than a decode step's.
+    """
+    begin, windows = cache.get_seq_length(), list(cache.tables)
+    lengths = begin + q_len - starts
+    if not begin or q_len > MAX_DECODE_QUERIES:
+        q_len = 1
+    if 0 not in windows:
+        lengths = np.minimum(lengths, min(windows) + q_len - 1)
     shape = StepShape(
         device=device,
         dtype=dtype,
         kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
         q_len=q_len,
         group=state.group,
+        kv_heads=state.kv_heads,
         head_dim=state.head_dim,
-        ragged=bool((starts != starts[0]).any()),
+        page_size=cache.page_size,
+        layers=state.layers,
+        rows=len(starts),
+        tokens=int(lengths.sum()),
+        longest=int(lengths.max()),
+        padded=bool(starts.any()),
+        windowed=any(windows),
         autocast=torch.is_autocast_enabled(device.type),
+        captured=captures(state, device),
         named=state.route != "auto",
     )
-    route, state.rejected = choose(state.route, shape)
-    state.last_route = route.name
-    return route
+    state.decision = choose(state.route, shape, cache.last_route)
+    cache.last_route = state.decision.route.name
+    return state.decision.route
 
 
 def attention(

@@ -8,9 +8,12 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from pkv_hf.decode import DecodeStep, Forward
+from pkv_hf.graphs import GraphMemories
+from pkv_hf.policy import Decision
 from pkv_hf.watch import FORWARD, Watch
 
 logger = logging.getLogger("pkv_hf")
@@ -31,9 +34,11 @@ class PatchState:
 
     route: str
     page_size: int
+    kv_dtype: torch.dtype | str | None
     family: str
     layers: int
     group: int
+    kv_heads: int
     head_dim: int
     implementation: str
     """The attention implementation that the model had."""
@@ -47,12 +52,12 @@ class PatchState:
     undo: list[Callable[[], None]] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """Why calls were left to transformers, each reason once."""
-    last_route: str | None = None
-    rejected: dict[str, str] = field(default_factory=dict)
-    """Why the last step's other routes were refused."""
+    decision: Decision | None = None
+    """On the last step's route."""
     watch: Watch | None = None
     decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
     """The steps on static buffers of all caches, for `report`."""
+    graph_memories: GraphMemories = field(default_factory=GraphMemories)
     compiled: set[Hashable] = field(default_factory=set)
     """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,8 @@ class BlockTable:
         self._first_held: list[int] | None = None
         self._version = 0  # counts changes of the host copy
         self._mirrors: dict[torch.device, Mirror] = {}
+        self.held_by_routes: dict[Hashable, Any] = {}
+        """What routes keep from step to step, such as workspace."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockTable:
         """The same table over a copy of the pool; forks that are not copied along leave no page held there."""
@@ -50,6 +53,7 @@ class BlockTable:
         twin = memo[id(self)] = copy.copy(self)
         twin.pool = pool
         twin.pages, twin.pads, twin._mirrors = self.pages.copy(), self.pads.copy(), {}
+        twin.held_by_routes = {}
         twin.pool.allocator.retain(twin.pages)
         return twin
 

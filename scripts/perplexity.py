@@ -17,6 +17,7 @@ from typing import Any
 
 from accelerate import PartialState
 
+import pkv_hf
 from pkv_hf import models, texts
 from pkv_hf.charts import perplexity_chart
 from pkv_hf.cli import status
@@ -32,6 +33,10 @@ def measure(arguments: argparse.Namespace) -> None:
     processes = PartialState(cpu=arguments.device == "cpu")
     device = processes.device if arguments.device in (None, processes.device.type) else arguments.device
     model, tokenizer = models.load(arguments.model, models.DTYPES[arguments.dtype], device, arguments.rope_scaling)
+    try:
+        pkv_hf.patch(model, kv_dtype=arguments.kv_dtype)
+    except ValueError as error:  # this GPU has no fp8
+        raise UsageError(str(error)) from error
     for context in arguments.contexts:
         models.check_positions(model, context, f"--contexts {context}")
     if arguments.max_windows is not None and arguments.max_windows < 1:
@@ -40,7 +45,7 @@ def measure(arguments: argparse.Namespace) -> None:
     ids = texts.token_ids(tokenizer, texts.load_texts(arguments), needed)
     case = {
         "bench": "perplexity", "model": arguments.model, "dtype": arguments.dtype, "text": texts.source_name(arguments),
-        "rope_scaling": arguments.rope_scaling, "chunk": arguments.chunk if arguments.mode == "chunk" else None,
+        "rope_scaling": arguments.rope_scaling, "kv_dtype": arguments.kv_dtype, "chunk": arguments.chunk if arguments.mode == "chunk" else None,
         "decode_tokens": arguments.decode_tokens if arguments.mode == "decode" else None,
         "processes": processes.num_processes,
     }  # fmt: skip
@@ -94,6 +99,7 @@ def main() -> int:
     parser.add_argument("--max-windows", type=int, metavar="N", help="windows of each context; default: all")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a forward in chunk mode")
     parser.add_argument("--decode-tokens", type=int, default=64, metavar="N", help="tokens scored in decode mode")
+    parser.add_argument("--kv-dtype", choices=("int8", "fp8"), help="quantise the pages; default: the model's dtype")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/perplexity.jsonl"))
     parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()

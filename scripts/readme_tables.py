@@ -18,11 +18,11 @@ MARKS = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def newest(name: str, case: Iterable[str]) -> list[dict[str, Any]]:
-    """The newest record of every case, in the order in which the cases first came."""
+    """The newest record of every case, in the order in which the cases first came; fields of later records may miss."""
     records: dict[str, dict[str, Any]] = {}
     for line in (RESULTS / name).read_text().splitlines():
         record = json.loads(line)
-        records[json.dumps([record[key] for key in case])] = record
+        records[json.dumps([record.get(key) for key in case])] = record
     return list(records.values())
 
 
@@ -133,7 +133,19 @@ NO_GPU_RUN = "No record of a GPU run is committed yet.\n"
 
 
 def perplexity_records() -> list[dict[str, Any]]:
-    case = ("model", "dtype", "text", "rope_scaling", "mode", "context", "chunk", "decode_tokens", "processes", "gpu")
+    case = (
+        "model",
+        "dtype",
+        "kv_dtype",
+        "text",
+        "rope_scaling",
+        "mode",
+        "context",
+        "chunk",
+        "decode_tokens",
+        "processes",
+        "gpu",
+    )
     return newest("perplexity.jsonl", case)
 
 

@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
@@ -12,6 +13,8 @@ import interpreter
 
 interpreter.use()
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
+os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
 
@@ -32,7 +35,11 @@ def fresh_pages_hold_nan(monkeypatch):
 
     def poisoned(self, *args):
         tensor = allocate(self, *args)
-        tensor[:, NULL_PAGE + 1 :] = float("nan")
+        fresh = tensor[:, NULL_PAGE + 1 :]
+        if fresh.is_floating_point() and fresh.dtype.itemsize > 1:
+            fresh.fill_(float("nan"))
+        else:
+            fresh.view(torch.uint8).fill_(0x7F)  # NaN in float8; in int8 the NaN is the scale's
         return tensor
 
     monkeypatch.setattr(PagePool, "_allocate", poisoned)

@@ -1,7 +1,8 @@
-"""Triton's interpreter for the kernels under test, with its bfloat16 mended.
+"""Triton's interpreter for the kernels under test, with its bfloat16 and float8 mended.
 
-The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, and its casts to bfloat16 cut off what a
-GPU rounds to nearest; here products are of float32 values, which are exact, and casts round.
+The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, its casts of integers to bfloat16 are bits
+too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32 values, which are exact,
+and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does.
 """
 
 from __future__ import annotations
@@ -30,8 +31,20 @@ def use() -> None:
         if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
             rounded = torch.from_numpy(src.data.copy()).to(torch.bfloat16).view(torch.uint16)
             return TensorHandle(rounded.numpy(), tl.bfloat16)
+        if dst_type.scalar == tl.bfloat16 != src.dtype.scalar:  # integers, which it would take for bits
+            return self.cast_impl(plain_cast(self, src, tl.float32), tl.bfloat16)
         return plain_cast(self, src, dst_type)
 
+    def create_fp_to_fp(self, src, dst_type, rounding_mode):
+        if dst_type.scalar == tl.float8e4nv:
+            exact = self.cast_impl(src, tl.float32).data
+            rounded = torch.from_numpy(exact.copy()).to(torch.float8_e4m3fn).view(torch.uint8)
+            return TensorHandle(rounded.numpy(), tl.float8e4nv)
+        assert src.dtype.scalar == tl.float8e4nv
+        exact = torch.from_numpy(src.data.copy()).view(torch.float8_e4m3fn).float()
+        return self.cast_impl(TensorHandle(exact.numpy(), tl.float32), dst_type)
+
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))

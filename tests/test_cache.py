@@ -215,7 +215,8 @@ def test_gradients_reach_the_new_states():
         ({"page_size": 512}, "page_size=512"),
         ({"max_length": 0}, "max_length=0"),
         ({"max_length": 2.5}, "max_length=2.5"),
-        ({"kv_dtype": torch.int8}, "kv_dtype=torch.int8"),
+        ({"kv_dtype": torch.int16}, "kv_dtype=torch.int16"),
+        ({"kv_dtype": "int4"}, "kv_dtype='int4'"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):

@@ -24,7 +24,7 @@ from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "row_tiles_ptr": "i32",
-            "first_items_ptr": "i32", "ml_ptr": "fp32", "acc_ptr": "fp32"}
+            "first_items_ptr": "i32", "ml_ptr": "fp32", "acc_ptr": "fp32", "k_scale_ptr": "fp32", "v_scale_ptr": "fp32"}
 
 def compiled(target, kernel, dtype, constants, warps, **alike):
     constants, signature = {**constants, "PDL": target.arch >= 90}, {}
@@ -61,9 +61,20 @@ for head_dim, group, q_len, dtype in cases:
     used[f"merge_splits {case}"] = compiled(gpu, split.merge_splits_kernel, dtype, dict(**common, PARTS=32), 4)
     used[f"merge_items {case}"] = compiled(gpu, workqueue.merge_items_kernel, dtype, dict(**common, PARTS=32), 4)
     width = dict(D=head_dim, PAGE=16)
-    used[f"append {case}"] = compiled(gpu, append.append_kernel, dtype, dict(**width, BLOCK_D=block_d), 1)
-    used[f"rope_append {case}"] = compiled(
-        gpu, append.rope_append_kernel, dtype, dict(**width, BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=True), 1)
+    half_d = next_power_of_2(head_dim // 2)
+    quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if head_dim == 128 else []
+    for pages, largest in ((dtype, 0.0), *quantized):
+        held = {"k_ptr": "*" + pages, "v_ptr": "*" + pages}
+        if largest:
+            used[f"split {case} {pages}"] = compiled(
+                gpu, split.split_kernel, dtype, dict(**attend, DIRECT=False), tile.num_warps, **held)
+            used[f"workqueue {case} {pages}"] = compiled(
+                gpu, workqueue.workqueue_kernel, dtype, attend, tile.num_warps, **held)
+        held = {"k_pages_ptr": "*" + pages, "v_pages_ptr": "*" + pages}
+        used[f"append {case} {pages}"] = compiled(
+            gpu, append.append_kernel, dtype, dict(**width, BLOCK_D=block_d, LARGEST=largest), 1, **held)
+        rope = dict(**width, BLOCK_HALF=half_d, NORM=True, LARGEST=largest)
+        used[f"rope_append {case} {pages}"] = compiled(gpu, append.rope_append_kernel, dtype, rope, 1, **held)
 half = next(dtype for *_, dtype in cases if dtype != "fp32")
 for rows in (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -99,6 +110,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + 13
+    assert len(used) >= 7 * must + 13 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

@@ -139,7 +139,8 @@ def test_a_step_without_position_ids_counts_from_the_past():
 
 def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
     from pkv_hf import serving
-    from pkv_hf.decode import CaptureError, DecodeStep
+    from pkv_hf.decode import DecodeStep
+    from pkv_hf.graphs import CaptureError
 
     def fails(*_):
         raise CaptureError("out of memory")

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.check import DTYPES, GROUPS, HEAD_DIMS, PAGE_SIZES, ROUTES, Case, build, measure, random_case, run
+from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
 from pkv_hf.kernels.reference import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,6 +94,56 @@ def test_a_single_token_comes_out_as_it_is(route):
         page = inputs["block_table"][row, position // 16].long()
         v = inputs["v_pages"][page, :, position % 16]
         assert torch.equal(out[row, 0], v.repeat_interleave(case.group, dim=0))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+def test_quantized_pages(kv_dtype, dtype, route):
+    for group, head_dim, page_size, q_len in ((4, 128, 16, 1), (1, 80, 64, 1), (7, 64, 32, 3)):
+        ends = (6 + q_len, 64, 83)
+        settings = {"group": group, "head_dim": head_dim, "page_size": page_size, "q_len": q_len, "ends": ends}
+        assert_right(case_of(dtype=dtype, kv_dtype=kv_dtype, **settings), route)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_appends_quantize_as_the_reference_does(head_dim, kv_dtype, dtype):
+    k_pages, _, table, first_held, ends = pools(torch.float32, head_dim)
+    states = torch.randn(2, 3, 3, 2, head_dim, device=DEVICE) * 10 ** torch.randn(2, 3, 3, 2, 1, device=DEVICE)
+    states[0, 1, 1] = 0  # a vector of zeros
+    k, v = states.to(dtype).transpose(2, 3)
+    ones, zeros = torch.ones(1, 3, head_dim, dtype=dtype, device=DEVICE), torch.zeros(1, 3, head_dim, dtype=dtype)
+    for roped in (False, True):
+        pages = [torch.full_like(k_pages, 0).to(kv_dtype) for _ in range(2)]
+        scales = tuple(torch.full(k_pages.shape[:3], float("nan"), device=DEVICE) for _ in range(2))
+        where = (table, first_held, ends)
+        if roped:  # by angles of 0
+            q = torch.zeros(3, 4, 3, head_dim, dtype=dtype, device=DEVICE)
+            rope_append(*pages, q, k, v, ones, zeros.to(DEVICE), *where, scales=scales)
+        else:
+            append(*pages, k, v, *where, scales=scales)
+        for values, of_values, exact in zip(pages, scales, (k, v)):
+            expected, expected_scales = quantize(exact, kv_dtype)
+            for row in range(3):
+                for t in range(3):
+                    position = int(ends[row]) - 3 + t
+                    at = (int(table[row, position // 16]), slice(None), position % 16)
+                    assert torch.equal(values[at].view(torch.uint8), expected[row, :, t].view(torch.uint8))
+                    assert torch.equal(of_values[at], expected_scales[row, :, t])
+            assert int(torch.isfinite(of_values).sum()) == exact[..., 0].numel()
+
+
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+def test_quantizing_errs_by_half_a_step(kv_dtype):
+    states = torch.randn(50, 7, 96) * 10 ** torch.randn(50, 7, 1)
+    states[3] = 0
+    back = dequantize(*quantize(states, kv_dtype), torch.float32)
+    largest = states.abs().amax(-1, keepdim=True)
+    half_steps = largest / 254 if kv_dtype == torch.int8 else (states.abs() / 16).maximum(largest / 448 / 1024)
+    assert ((back - states).abs() <= half_steps * 1.001).all()
+    assert not back[3].any()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -151,6 +151,17 @@ def test_the_metric_takes_token_ids_and_leaves_a_patched_model_with_its_settings
     assert of_ids["windows"] == 1
 
 
+@pytest.mark.parametrize("mode", ["chunk", "decode"])
+def test_the_metric_shows_what_quantised_pages_cost(loaded, mode):
+    model, tokenizer = loaded
+    with pkv_hf.patched(model, kv_dtype="int8"):
+        found = PagedPerplexity().compute(
+            model=model, tokenizer=tokenizer, texts=TEXTS, context=40, mode=mode, chunk=8, decode_tokens=10
+        )
+    assert 1e-3 < found["largest_log_prob_difference"] < 1
+    assert found["largest_log_prob_difference_unpatched"] < 5e-5
+
+
 def test_a_call_that_pages_cannot_serve_is_said(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(metric, "_paged_cache", lambda model, length: transformers.DynamicCache(config=model.config))

@@ -100,10 +100,11 @@ def test_benchmark_traces_measures_every_route_and_the_oracle(run, tmp_path):
     small = ("--max-active", 2, "--steps", 3, "--samples", 1, "--kv-heads", 2, "--head-dim", 64, "--dtype", "float16")
     status, lines = run("benchmark_traces", "--trace-file", trace, *small, "--holes", 0.5, "--out", out)
     assert status == 0
-    assert json.loads(lines[-1])["records"] == 3
+    assert json.loads(lines[-1])["records"] == 4
     by_engine = {r["engine"]: r for r in records(out)}
-    walls = [by_engine[engine]["tokens_per_s_wall"] for engine in ("split", "workqueue", "oracle")]
-    assert walls[2] >= max(walls[:2])
+    walls = [by_engine[engine]["tokens_per_s_wall"] for engine in ("split", "workqueue", "policy", "oracle")]
+    assert walls[3] >= max(walls[:3])
+    assert by_engine["oracle"]["regret_wall_mean"] == 0 <= by_engine["policy"]["regret_wall_mean"]
     assert all(0 < r["max_abs_err"] < 2e-3 for r in by_engine.values())
 
 
@@ -119,9 +120,45 @@ def test_benchmark_traces_refuses_a_bad_file_and_a_wrong_kernel(run, tmp_path, m
     trace.write_text("prompt_len,decode_len\n40,3\n")
     right = split.decode_split
     monkeypatch.setattr(split, "decode_split", lambda *args, **kwargs: right(*args, **kwargs) + 1)
-    with pytest.raises(SystemExit, match="split is off by"):
+    with pytest.raises(SystemExit, match="split is off float64 by"):
         run("benchmark_traces", "--trace-file", trace, "--kv-heads", 2, "--head-dim", 64, "--out", out)
     assert not out.exists()
+
+
+def test_attention_plots_are_drawn_from_records(run, tmp_path):
+    attention = [
+        {"rows": rows, "length": length, "query_heads": 32, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0,
+         "dtype": "float16", "kv_dtype": "same", "splits": 0, "engine": engine, "gpu": "NVIDIA X", "gpu_us": 20.0,
+         "percent_of_read": 50.0 + rows + length / 2000 + 5 * (engine == "split")}
+        for rows in (1, 8) for length in (8192, 32_768) for engine in ("split", "flashinfer")
+    ]  # fmt: skip
+    traces = [
+        {"trace": "bimodal", "seed": seed, "max_active": 8, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0,
+         "dtype": "float16", "layers": 1, "graph": graph, "engine": engine, "gpu": "NVIDIA X",
+         "tokens_per_s_wall": 1000.0 + seed % 7 * 20 + 600 * (engine == "policy")}
+        for seed in (20260623, 20260624) for graph in (False, True) for engine in ("policy", "flashinfer")
+    ]  # fmt: skip
+    for name, found in (("attention", attention), ("traces", traces)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    status, lines = run("plot_attention", "--results", tmp_path, "--out", tmp_path / "plots")
+    assert status == 0
+    files = [Path(file) for file in json.loads(lines[-1])["plots"]]
+    assert [file.name for file in files] == ["attention-nvidia-x.png", "traces-nvidia-x.png"]
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files)
+
+
+def test_benchmark_attention_measures_every_value_that_is_swept(run, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "attention.jsonl"
+    small = ("--query-heads", 4, "--head-dim", 64, "--samples", 1, "--engines", "split", "workqueue", "--out", out)
+    status, lines = run("benchmark_attention", "--rows", 1, 3, "--length", 50, "--group", 1, 4, "--splits", 3, *small)
+    assert status == 0
+    assert json.loads(lines[-1])["records"] == 8
+    assert {(r["rows"], r["group"], r["engine"]) for r in records(out)} == {
+        (rows, group, engine) for rows in (1, 3) for group in (1, 4) for engine in ("split", "workqueue")
+    }
+    with pytest.raises(SystemExit):
+        run("benchmark_attention", "--query-heads", 4, "--group", 3)
 
 
 def test_the_readme_shows_the_committed_results(run):

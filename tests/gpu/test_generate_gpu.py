@@ -15,13 +15,14 @@ def generate(model, inputs, new_tokens=40):
     return model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
 
 
-@pytest.mark.parametrize(("lengths", "route"), [((50,), "split"), ((60, 53, 27, 1), "workqueue")])
+@pytest.mark.parametrize("lengths", [(50,), (60, 53, 27, 1)])
+@pytest.mark.parametrize("route", ["split", "workqueue", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_identical(family, lengths, route):
     model = tiny(family).cuda()
     inputs = {name: tensor.cuda() for name, tensor in left_padded(*lengths).items()}
     expected = generate(model, inputs, 200)
-    with pkv_hf.patched(model):
+    with pkv_hf.patched(model, route=route):
         assert torch.equal(generate(model, inputs, 200), expected)
         assert pkv_hf.report(model).route == route
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 
 import pytest
 import torch
@@ -117,6 +118,57 @@ def test_one_capture_serves_a_generation():
     del result, step
     gc.collect()
     assert pkv_hf.report(model).graphs == 0
+
+
+def test_calls_to_come_capture_into_the_memory_of_calls_gone_by():
+    model, reserved = pkv_hf.patch(tiny("llama").cuda()), []
+    for call in range(30):
+        generate(model, on_gpu(20 + call % 3, 9), max_new_tokens=100)
+        reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved[10:]) == reserved[9]
+    kept = pkv_hf.report(model).graph_bytes
+    generate(model, on_gpu(20, 9), max_new_tokens=100)
+    assert pkv_hf.report(model).graph_bytes == kept > 0
+
+
+def test_threads_and_streams_have_graphs_of_their_own():
+    model = tiny("llama").cuda()
+    prompts = [on_gpu(20, 9, seed=seed) for seed in range(4)]
+    expected = [generate(model, prompt, max_new_tokens=100) for prompt in prompts]
+    pkv_hf.patch(model)
+    generate(model, prompts[0])
+    found: dict[int, torch.Tensor] = {}
+
+    def run(index):
+        stream = torch.cuda.Stream() if index % 2 else torch.cuda.default_stream()
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                found[index] = generate(model, prompts[index], max_new_tokens=100)
+            stream.synchronize()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, tokens in enumerate(expected):
+        assert torch.equal(found[index], tokens)
+
+
+def test_a_chat_goes_on_on_another_stream():
+    model, inputs = tiny("llama").cuda(), on_gpu(20)
+    expected = generate(model, inputs, max_new_tokens=60)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            first = generate(model, inputs, max_new_tokens=30, return_dict_in_generate=True)
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            rest = model.generate(
+                first.sequences, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False
+            )
+        stream.synchronize()
+    assert torch.equal(rest, expected)
 
 
 def test_a_cache_that_grows_is_captured_anew():

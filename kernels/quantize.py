@@ -1,0 +1,28 @@
+"""K and V in 8 bits: one scale for each token and head, as pages hold them."""
+
+from __future__ import annotations
+
+import torch
+
+LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+"""Quantised dtypes, and the value that the largest element of a vector becomes."""
+
+FP8_CAPABILITY = (8, 9)
+"""The first compute capability that converts float8_e4m3."""
+
+
+def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Vectors `[..., head_dim]` as `dtype` (int8 or float8_e4m3fn) times a scale each, float32 `[...]`.
+
+    scale = max |x| / largest, values = x / scale, to nearest even; a vector of zeros has scale 0.
+    """
+    exact = states.float()
+    scales = exact.abs().amax(dim=-1) / LARGEST[dtype]
+    values = torch.where(scales[..., None] > 0, exact / scales[..., None], 0.0)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scales
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The vectors `[..., head_dim]` that `quantize` stands for, multiplied in float32 (in float64 for that dtype)."""
+    wide = torch.promote_types(torch.float32, dtype)
+    return (values.to(wide) * scales.to(wide)[..., None]).to(dtype)

@@ -1,0 +1,65 @@
+"""CUDA graphs of one model that share their memory, so that calls to come capture into what calls gone by left."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable
+
+import torch
+
+
+class CaptureError(RuntimeError):
+    """A forward cannot be captured in a CUDA graph."""
+
+
+class GraphMemory:
+    """A pool of memory and the stream that captures into it, for graphs that are replayed one after the other.
+
+    Graphs in it write over each other's intermediate results, and a result over those of graphs captured before: it has
+    to be read before the next replay. torch gives a pool up with its last graph, so one of our own lives as long as it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.nbytes = 0
+        """Memory that captures have reserved."""
+        self._keeper, _ = self.capture(lambda: torch.zeros(1, device=device))
+
+    def capture(self, run: Callable[[], torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """Captures `run`; returns the graph and the tensor that a replay writes. Raises CaptureError."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        held = torch.cuda.memory_reserved(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            try:
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                result = run()
+                graph.capture_end()
+            except RuntimeError as error:
+                with contextlib.suppress(RuntimeError):  # a capture that failed says so a second time
+                    graph.capture_end()
+                raise CaptureError(str(error)) from error
+        current.wait_stream(self.stream)
+        self.nbytes += max(torch.cuda.memory_reserved(self.device) - held, 0)
+        return graph, result
+
+
+class GraphMemories:
+    """A model's graph memories: one for each thread and stream, whose replays come one after the other."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, int, torch.device], GraphMemory] = {}
+
+    def here(self, device: torch.device) -> GraphMemory:
+        """That of the thread and stream that call. Raises CaptureError where there can be none."""
+        key = (threading.get_ident(), torch.cuda.current_stream(device).cuda_stream, device)
+        if key not in self._held:
+            self._held[key] = GraphMemory(device)
+        return self._held[key]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(memory.nbytes for memory in self._held.values())

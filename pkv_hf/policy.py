@@ -1,0 +1,99 @@
+"""Which route a step takes: the one that is predicted to be fastest, of those that accept it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pkv_hf.calibration import constants_for
+from pkv_hf.costs import Constants, predict
+from pkv_hf.errors import RouteError
+from pkv_hf.flashinfer_routes import FlashInfer, FlashInferTensorCores, FlashInferXqa
+from pkv_hf.routes import Rejected, Route, Sdpa, Split, StepShape, Workqueue
+from pkv_hf.tables import table
+
+ROUTES: dict[str, Route] = {
+    route.name: route
+    for route in (Split(), Workqueue(), FlashInfer(), FlashInferTensorCores(), FlashInferXqa(), Sdpa())
+}
+
+HYSTERESIS = 0.05
+"""A cache leaves the route of its last step only for one that is predicted to be faster by more than this share, since
+another route means another captured graph."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A route, and what it is predicted to take in seconds a layer, or why it is not taken."""
+
+    route: str
+    seconds: float | None = None
+    rejected: str | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The route of a step, among all."""
+
+    route: Route
+    shape: StepShape
+    candidates: tuple[Candidate, ...]
+    source: str
+    """Where the constants come from."""
+
+    @property
+    def rejected(self) -> dict[str, str]:
+        """Why routes were refused, by name."""
+        return {other.route: other.rejected for other in self.candidates if other.rejected is not None}
+
+    def __str__(self) -> str:
+        shape = self.shape
+        lines = [
+            f"step       {shape.rows} x {shape.q_len} queries over {shape.tokens:,} tokens, {shape.longest:,} at most; "
+            f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}, {shape.group} query heads each, "
+            f"{str(shape.dtype).removeprefix('torch.')}, {'replayed' if shape.captured else 'not captured'}",
+            f"constants  {self.source}",
+        ]
+        rows = [
+            (
+                candidate.route,
+                "-" if candidate.seconds is None else f"{candidate.seconds * 1e6:,.1f}",
+                "taken" if candidate.route == self.route.name else candidate.rejected or "",
+            )
+            for candidate in sorted(self.candidates, key=lambda c: float("inf") if c.seconds is None else c.seconds)
+        ]
+        return "\n".join([*lines, table(("route", "us a layer", ""), rows)])
+
+
+def choose(name: str, shape: StepShape, last: str | None = None, constants: Constants | None = None) -> Decision:
+    """Decides on a step: the route `name`, or for "auto" the fastest by prediction; `last` is the cache's last route.
+
+    `constants` are those stored for the device where none are given. `sdpa` has no prediction and is taken where no
+    other route can be.
+
+    Raises RouteError where the caller named a route that rejects the step.
+    """
+    constants = constants or constants_for(shape.device)
+    measured = constants.of("graph" if shape.captured else "eager", shape.group)
+    candidates = {}
+    for route in ROUTES.values():
+        answer = route.supports(shape)
+        if isinstance(answer, Rejected):
+            candidates[route.name] = Candidate(route.name, rejected=answer.reason)
+            continue
+        work = route.work(shape)
+        if work is not None and route.name in measured:
+            candidates[route.name] = Candidate(route.name, predict(work, measured[route.name], shape.layers))
+        elif work is None or route.name == name:
+            candidates[route.name] = Candidate(route.name)
+        else:
+            candidates[route.name] = Candidate(route.name, rejected="not calibrated: run `pkv-hf calibrate`")
+    timed = {name: c.seconds for name, c in candidates.items() if c.seconds is not None}
+    fastest = min(timed, key=timed.__getitem__, default="sdpa")
+    if last in timed and timed[fastest] > timed[last] * (1 - HYSTERESIS):
+        fastest = last
+    taken = fastest if name == "auto" else name
+    decision = Decision(ROUTES[taken], shape, tuple(candidates.values()), constants.source)
+    if name != "auto" and candidates[name].rejected is not None:
+        reasons = "; ".join(f"{route}: {reason}" for route, reason in decision.rejected.items())
+        raise RouteError(f"route={name!r} cannot serve this step ({reasons}). Use route='auto' or {fastest!r}.")
+    return decision
