@@ -45,7 +45,8 @@ def measure(arguments: argparse.Namespace) -> None:
     ids = texts.token_ids(tokenizer, texts.load_texts(arguments), needed)
     case = {
         "bench": "perplexity", "model": arguments.model, "dtype": arguments.dtype, "text": texts.source_name(arguments),
-        "rope_scaling": arguments.rope_scaling, "kv_dtype": arguments.kv_dtype, "chunk": arguments.chunk if arguments.mode == "chunk" else None,
+        "rope_scaling": arguments.rope_scaling, "kv_dtype": arguments.kv_dtype,
+        "chunk": arguments.chunk if arguments.mode == "chunk" else None,
         "decode_tokens": arguments.decode_tokens if arguments.mode == "decode" else None,
         "processes": processes.num_processes,
     }  # fmt: skip

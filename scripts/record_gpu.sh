@@ -36,3 +36,7 @@ for dtype in float32 bfloat16; do
   python3 scripts/benchmark_dataset.py --device cuda --dtype "$dtype" --requests 64 --max-active 8 --new-tokens 128 \
     --out "$out/dataset.jsonl"
 done
+for mode in "chunk --chunk 8" "decode --decode-tokens 512"; do
+  # shellcheck disable=SC2086
+  perplexity --dtype bfloat16 --kv-dtype int8 --contexts 8192 --max-windows 4 --mode $mode
+done

@@ -119,6 +119,12 @@ def test_rope_scaling_gives_more_positions(perplexity, out):
     assert yarn["perplexity"] != pytest.approx(linear["perplexity"], rel=1e-4)
 
 
+def test_quantised_pages_are_measured(perplexity, out):
+    assert perplexity("--contexts", 64, "--max-windows", 1, "--kv-dtype", "int8")[0] == 0
+    assert records(out)[0]["kv_dtype"] == "int8"
+    assert records(out)[0]["largest_log_prob_difference"] > 1e-3
+
+
 def test_a_killed_run_goes_on_and_equals_one_that_was_not(perplexity, out, monkeypatch):
     arguments = ("--contexts", 40, 64, "--max-windows", 2)
     calls = []
