@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 
 from pkv_hf import calibrate, demo
-from pkv_hf.errors import UnsupportedModelError, UsageError
+from pkv_hf.errors import TraceError, UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
 
@@ -19,9 +20,14 @@ def main() -> int:
     calibrate.add_arguments(commands.add_parser("calibrate", help="measure this GPU for route='auto'"))
     arguments = parser.parse_args()
     command = {"demo": demo.main, "calibrate": calibrate.main}[arguments.command]
+    return status(f"pkv-hf {arguments.command}", lambda: command(arguments))
+
+
+def status(command: str, run: Callable[[], object]) -> int:
+    """Runs a command. Returns the exit status: 0, or 2 for what cannot be served (one line on stderr)."""
     try:
-        command(arguments)
-    except (UnsupportedModelError, UsageError) as error:
-        print(f"pkv-hf {arguments.command}: {error}", file=sys.stderr)
+        run()
+    except (TraceError, UnsupportedModelError, UsageError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
         return 2
     return 0

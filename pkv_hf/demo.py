@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,15 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pkv_hf import models
 from pkv_hf.errors import UsageError
 from pkv_hf.measure import Run, generate
 from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.report import report
-from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+from pkv_hf.smollm2 import pydoc_text
 from pkv_hf.tables import mebibytes, table
+from pkv_hf.texts import read_text
 from pkv_hf.version import __version__
 
 SHOWN_CHARACTERS = 100
@@ -43,8 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Runs the demo. Raises UsageError for what cannot be done."""
     text = _text(arguments)
-    transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = _load(arguments.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model, tokenizer = models.load(arguments.model, torch.float32, device)
     inputs = _prompt(arguments, text, model, tokenizer)
     new_tokens = arguments.new_tokens
     unpatch(patch(model))  # a model that patch refuses is refused before anything is measured
@@ -114,25 +114,7 @@ def _text(arguments: argparse.Namespace) -> str:
         raise UsageError(f"--json {arguments.json} cannot be written: name a file in a folder that exists")
     if arguments.text_file is None:
         return pydoc_text()
-    try:
-        return arguments.text_file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text-file {arguments.text_file} cannot be read as text: {error}") from error
-
-
-def _load(name: str) -> tuple[Any, Any]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        if name == "smollm2":
-            model: Any = load_smollm2()
-            return model.to(device), load_tokenizer()
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        return model.eval().to(device), AutoTokenizer.from_pretrained(name)
-    except (OSError, ModuleNotFoundError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
-            reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
-        raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
+    return read_text(arguments.text_file)
 
 
 def _prompt(arguments: argparse.Namespace, text: str, model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:

@@ -50,7 +50,7 @@ def generate(
 ) -> Run:
     """A greedy `model.generate()` of exactly `new_tokens` tokens a row (at least 2); `on_token` follows each step."""
     clock = _Clock(on_token)
-    with _PeakMemory(inputs["input_ids"].device) as peak:
+    with PeakMemory(inputs["input_ids"].device) as peak:
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -93,12 +93,14 @@ class _Clock(BaseStreamer):
         pass
 
 
-class _PeakMemory:
+class PeakMemory:
+    """The most memory that was in use while this context ran, `nbytes`: as `Run.peak_bytes`."""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.nbytes = 0
 
-    def __enter__(self) -> _PeakMemory:
+    def __enter__(self) -> PeakMemory:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:

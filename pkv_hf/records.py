@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from pkv_hf.errors import UsageError
 from pkv_hf.version import __version__
 
 
@@ -48,6 +49,13 @@ def commit() -> str:
 def _git(*arguments: str) -> str:
     root = Path(__file__).parent.parent
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def check_out(path: Path) -> None:
+    """Raises UsageError where records cannot be written to a path, before anything is measured for them."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UsageError(f"--out {path} cannot be written: name a file in a folder that can")
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

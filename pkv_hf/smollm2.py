@@ -48,11 +48,16 @@ def load_smollm2(cls: Any = LlamaForCausalLM, dtype: torch.dtype = torch.float32
     return model.eval()
 
 
+def pydoc_topics() -> list[str]:
+    """Texts that every Python has: the topics of its `help()`, sorted by name."""
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]
+
+
 def pydoc_text() -> str:
-    """A text that every Python has: the topics of its `help()`, sorted by name, a blank line between two.
+    """Those topics as one text, a blank line between two.
 
     About 113,000 tokens. With Python 3.11, SmolLM2 in float32 has a perplexity of 10.83 on the first 4,096.
     """
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(pydoc_topics())

@@ -1,6 +1,6 @@
-"""Writes the tables of README.md, between `<!-- generated: NAME -->` and `<!-- end -->` marks, from committed results.
+"""Writes the tables of README.md and docs/, between `<!-- generated: NAME -->` and `<!-- end -->` marks, from results.
 
-The newest record of a case counts. `--check` changes nothing and fails where README.md is stale.
+The newest record of a case counts. `--check` changes nothing and fails where a page is stale.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ MARKS = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOT
 
 
 def newest(name: str, case: Iterable[str]) -> list[dict[str, Any]]:
-    """The newest record of every case, in the order in which the cases first came."""
+    """The newest record of every case, in the order in which the cases first came; fields of later records may miss."""
     records: dict[str, dict[str, Any]] = {}
     for line in (RESULTS / name).read_text().splitlines():
         record = json.loads(line)
-        records[json.dumps([record[key] for key in case])] = record
+        records[json.dumps([record.get(key) for key in case])] = record
     return list(records.values())
 
 
@@ -129,6 +129,114 @@ def kernels_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
+NO_GPU_RUN = "No record of a GPU run is committed yet.\n"
+
+
+def perplexity_records() -> list[dict[str, Any]]:
+    case = (
+        "model",
+        "dtype",
+        "kv_dtype",
+        "text",
+        "rope_scaling",
+        "mode",
+        "context",
+        "chunk",
+        "decode_tokens",
+        "processes",
+        "gpu",
+    )
+    return newest("perplexity.jsonl", case)
+
+
+def perplexity_case(r: dict[str, Any]) -> list[str]:
+    scaling = f", {r['rope_scaling']}" if r["rope_scaling"] else ""
+    size = r["chunk"] or r["decode_tokens"]
+    return [
+        f"{r['model']} {r['dtype']}{scaling}, {r['text']}, {r['windows']} x {r['context']:,}",
+        f"{r['mode']}, {size}",
+    ]
+
+
+def perplexity_table() -> str:
+    records = perplexity_records()
+    rows = [
+        [
+            *perplexity_case(r),
+            f"{r['perplexity_forward']:.4f}",
+            f"{r['perplexity']:.4f}",
+            f"{r['difference_percent']:+.6f} %",
+            f"{r['difference_percent_unpatched']:+.6f} %",
+            f"{r['largest_log_prob_difference']:.1e}",
+            f"{r['largest_log_prob_difference_unpatched']:.1e}",
+        ]
+        for r in records
+    ]
+    header = ["windows", "mode", "perplexity, one forward", "on pages", "difference", "transformers' own",
+              "largest log-prob difference", "transformers' own"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
+def perplexity_speed_table() -> str:
+    records = [r for r in perplexity_records() if not r["gpu"].startswith("none")]
+    if not records:
+        return NO_GPU_RUN
+    rows = [
+        [
+            *perplexity_case(r),
+            f"{r['tokens_per_s_unpatched']:,.1f}",
+            f"{r['tokens_per_s']:,.1f}",
+            f"{r['tokens_per_s'] / r['tokens_per_s_unpatched']:.2f}x",
+            *(f"{r['peak_bytes' + suffix] / 2**20:,.0f} MiB" for suffix in ("_unpatched", "")),
+        ]
+        for r in records
+    ]
+    header = ["windows", "mode", "tokens/s, transformers", "on pages", "speed", "peak memory, transformers", "on pages"]
+    return markdown(header, rows) + measured_on(records)
+
+
+def passkey_table() -> str:
+    records = newest("passkey.jsonl", ("model", "dtype", "rope_scaling", "length", "depth", "gpu"))
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for r in records:
+        scaling = f", {r['rope_scaling']}" if r["rope_scaling"] else ""
+        place = "CPU" if r["gpu"].startswith("none") else r["gpu"]
+        groups.setdefault((f"{r['model']} {r['dtype']}{scaling}, {place}", f"{r['length']:,}"), []).append(r)
+    rows = [
+        [*group, f"{sum(r['trials'] for r in of_group)}",
+         *(f"{100 * sum(r[key] for r in of_group) / len(of_group):.0f} %"
+           for key in ("found_unpatched", "found", "same_tokens"))]
+        for group, of_group in groups.items()
+    ]  # fmt: skip
+    header = ["model", "prompt, tokens", "keys", "found, transformers", "found, on pages", "same tokens"]
+    return markdown(header, rows) + measured_on(records)
+
+
+def dataset_table() -> str:
+    if not (RESULTS / "dataset.jsonl").exists():
+        return NO_GPU_RUN
+    case = ("model", "dtype", "source", "rope_scaling", "requests", "max_active", "prompt_tokens", "engine", "gpu")
+    records = newest("dataset.jsonl", case)
+    rows = [
+        [
+            f"{r['model']} {r['dtype']}, {r['source']}: {r['requests']} requests, {r['max_active']} at a time, "
+            f"{r['prompt_tokens']:,} + {r['new_tokens']:,} tokens",
+            "transformers" if r["engine"] == "unpatched" else f"on pages ({r['route']})",
+            f"{r['tokens_per_s']:,.1f}",
+            *(f"{r[f'latency_s_p{p}']:.2f} s" for p in (50, 95, 99)),
+            f"{r['first_token_s_p50']:.2f} s",
+            f"{r['step_ms_p50']:.1f} ms",
+            f"{r['peak_bytes'] / 2**20:,.0f} MiB",
+            f"{r['kv_bytes'] / 2**20:,.0f} MiB",
+            f"{100 * r['same_tokens']:.0f} %",
+        ]
+        for r in records
+    ]
+    header = ["workload", "engine", "tokens/s", "latency p50", "p95", "p99", "first token p50", "step p50",
+              "peak memory", "KV cache", "same answers"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
 def demo_output() -> str:
     return f"```\n{(RESULTS / 'demo.txt').read_text()}```\n"
 
@@ -140,6 +248,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "linear": linear_table,
     "kernels": kernels_table,
     "demo": demo_output,
+    "perplexity": perplexity_table,
+    "perplexity-speed": perplexity_speed_table,
+    "passkey": passkey_table,
+    "dataset": dataset_table,
 }
 
 
@@ -147,14 +259,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    readme = ROOT / "README.md"
-    before = readme.read_text()
-    after = MARKS.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", before)
-    if arguments.check:
+    stale = []
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        before = page.read_text()
+        after = MARKS.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", before)
         if after != before:
-            print("README.md is stale: run make readme")
-        return int(after != before)
-    readme.write_text(after)
+            stale.append(page.name)
+            if not arguments.check:
+                page.write_text(after)
+    if arguments.check and stale:
+        print(f"{', '.join(stale)} stale: run make readme")
+        return 1
     return 0
 
 

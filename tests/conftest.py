@@ -1,5 +1,8 @@
+import importlib.util
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
 
@@ -9,6 +12,7 @@ import torch
 import interpreter
 
 interpreter.use()
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
 os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -62,3 +66,20 @@ def smollm2_tokenizer():
     from pkv_hf.smollm2 import load_tokenizer
 
     return load_tokenizer()
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script's main() with arguments; returns its status and the lines of stdout; `run.stderr` is stderr."""
+
+    def run(name, *arguments):
+        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        status = script.main()
+        printed = capsys.readouterr()
+        run.stderr = printed.err
+        return status, printed.out.splitlines()
+
+    return run

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 
-from pkv_hf import cli, demo
+from pkv_hf import cli, models
+from pkv_hf import smollm2 as smollm2_package
 from tiny import tiny
 
 
@@ -24,7 +25,7 @@ def run(monkeypatch, capsys):
 
 
 def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
-    monkeypatch.setattr(demo, "load_smollm2", lambda: smollm2)
+    monkeypatch.setattr(smollm2_package, "load_smollm2", lambda dtype: smollm2)
     status, printed = run("--prompt-tokens", 300, "--new-tokens", 8, "--json", tmp_path / "result.json")
     assert status == 0
     result = json.loads(printed.out.splitlines()[-1])
@@ -48,7 +49,7 @@ def test_a_model_that_patch_refuses_is_one_line_and_status_2(run, monkeypatch):
     )
     encoded = type("Encoded", (), {"input_ids": torch.ones(1, 20, dtype=torch.long)})
     loaded = transformers.GPT2LMHeadModel(config).eval(), lambda *_, **__: encoded
-    monkeypatch.setattr(demo, "_load", lambda name: loaded)
+    monkeypatch.setattr(models, "load", lambda *_: loaded)
     status, printed = run("--prompt-tokens", 20, "--new-tokens", 3)
     assert status == 2
     assert "model_type 'gpt2' is not one of" in printed.err.splitlines()[-1]
@@ -73,7 +74,7 @@ def test_bad_input_is_one_line_and_status_2(run, monkeypatch, arguments, says):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     if "--model" not in arguments:
         encoded = type("Encoded", (), {"input_ids": torch.zeros(1, 200, dtype=torch.long)})
-        monkeypatch.setattr(demo, "_load", lambda name: (tiny("llama"), lambda *_, **__: encoded))
+        monkeypatch.setattr(models, "load", lambda *_: (tiny("llama"), lambda *_, **__: encoded))
     status, printed = run(*arguments)
     assert status == 2
     assert says in printed.err.splitlines()[-1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +10,6 @@ import pytest
 from tiny import tiny
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script's main() with arguments; returns its status and the lines that it printed."""
-
-    def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        status = script.main()
-        return status, capsys.readouterr().out.splitlines()
-
-    return run
 
 
 def records(path: Path) -> list[dict]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tokenizers
 import torch
 import transformers
+from tokenizers import decoders, pre_tokenizers, processors
 
 import pkv_hf
 
@@ -41,6 +43,19 @@ def tiny(name: str, seed: int = 0, **overrides: object) -> transformers.PreTrain
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.2)
     return model
+
+
+def byte_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer with a token for every byte, 256 of them, then the special ones; with a bos_token texts begin so."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special.values()))
+    if "bos_token" in special:
+        bos = special["bos_token"], tokenizer.token_to_id(special["bos_token"])
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def left_padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
