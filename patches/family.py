@@ -12,6 +12,5 @@ class Family:
     `attention_class` is the name of transformers' attention module.
     """
 
-    name: str
     model_type: str
     attention_class: str

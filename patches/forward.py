@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from pkv_hf.cache import PagedCache
+from pkv_hf.interface import changes_nothing
 from pkv_hf.state import original_forward
 
 
@@ -23,7 +24,7 @@ def attention_forward(
     hidden_states is `[B, q_len, hidden]`, position_embeddings cos and sin `[1 or B, q_len, D]`.
     """
     step = past_key_values.step if isinstance(past_key_values, PagedCache) else None
-    if step is None or position_embeddings is None or not step.fuses_rope:
+    if step is None or position_embeddings is None or not step.fuses_rope or not changes_nothing(kwargs):
         return original_forward(self)(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,

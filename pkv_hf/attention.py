@@ -27,10 +27,20 @@ def sdpa(
     scale: float,
     mask: torch.Tensor | None = None,
     causal: bool = False,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
-    """torch's attention of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, never by the math kernel."""
+    """torch's attention of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, never by the math kernel.
+
+    `softcap` caps scores, which no kernel of torch does: all scores are built, and causality is the mask's part.
+    """
     k, v = k.to(q.dtype), v.to(q.dtype)
     group = q.shape[1] // k.shape[1]
+    if softcap:
+        grouped = q.unflatten(1, (k.shape[1], group))  # [B, H_kv, G, q_len, D]
+        scores = (grouped @ k.unsqueeze(2).transpose(3, 4)).mul_(scale / softcap).tanh_().mul_(softcap)
+        if mask is not None:
+            scores.masked_fill_(~mask, float("-inf"))
+        return (scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v.unsqueeze(2)).flatten(1, 2)
     if group > 1 and not _takes_grouped_heads(q, mask):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         group = 1
@@ -47,11 +57,11 @@ def _takes_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
     return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
 
 
-def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
     """Attention of one query a row over all of k and v: a KV head's group of query heads is one block of queries."""
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])  # [B, H_kv, G, D]
-    if q.is_cuda or not (q.dtype == k.dtype == torch.float32) or k.shape[2] < LONG_ON_CPU:
-        return sdpa(grouped, k, v, scale).reshape(q.shape)
+    if softcap or q.is_cuda or not (q.dtype == k.dtype == torch.float32) or k.shape[2] < LONG_ON_CPU:
+        return sdpa(grouped, k, v, scale, softcap=softcap).reshape(q.shape)
     rows = [_in_parts(grouped[row], k[row], v[row], scale) for row in range(len(q))]
     return torch.stack(rows).view_as(q)
 
@@ -77,7 +87,14 @@ def _in_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -
 
 
 def attend_block(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, q_begin: int, k_begin: int, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    q_begin: int,
+    k_begin: int,
+    window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Causal attention of queries at positions q_begin, ... with keys at positions k_begin, ...
 
@@ -87,11 +104,13 @@ def attend_block(
     q_len, length = q.shape[2], k.shape[2]
     if q_len == 1:
         seen = slice(max(length - window, 0) if window else 0, None)
-        return _one_query(q, k[:, :, seen], v[:, :, seen], scale)
-    if q_begin == k_begin and (not window or length <= window):
+        return _one_query(q, k[:, :, seen], v[:, :, seen], scale, softcap)
+    if not softcap and q_begin == k_begin and (not window or length <= window):
         return sdpa(q, k, v, scale, causal=True)
     out = torch.empty_like(q)
     block = max(MASK_ELEMENTS // length, 16) if not window else max(window, 256)
+    if softcap:  # scores are built, of all heads
+        block = min(block, max(MASK_ELEMENTS // (length * q.shape[0] * q.shape[1]), 16))
     for begin in range(0, q_len, block):
         end = min(begin + block, q_len)
         positions = torch.arange(q_begin + begin, q_begin + end, device=q.device)[:, None]
@@ -101,23 +120,30 @@ def attend_block(
         mask = keys <= positions
         if window:
             mask &= keys > positions - window
-        out[:, :, begin:end] = sdpa(q[:, :, begin:end], k[:, :, first:last], v[:, :, first:last], scale, mask)
+        keys_values = k[:, :, first:last], v[:, :, first:last]
+        out[:, :, begin:end] = sdpa(q[:, :, begin:end], *keys_values, scale, mask, softcap=softcap)
     return out
 
 
 def prefill(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, starts: np.ndarray, window: int
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    starts: np.ndarray,
+    window: int,
+    softcap: float = 0.0,
 ) -> torch.Tensor:
     """Attention of a first step: each row's real tokens, from starts[row] on, among themselves.
 
     q `[B, H_q, S, D]`, k and v `[B, H_kv, S, D]`; returns `[B, H_q, S, D]`, 0 for padding.
     """
     if not starts.any():
-        return attend_block(q, k, v, scale, 0, 0, window)
+        return attend_block(q, k, v, scale, 0, 0, window, softcap)
     out = torch.zeros_like(q)
     for row, start in enumerate(starts.tolist()):
         part = (slice(row, row + 1), slice(None), slice(start, None))
-        out[part] = attend_block(q[part], k[part], v[part], scale, start, start, window)
+        out[part] = attend_block(q[part], k[part], v[part], scale, start, start, window, softcap)
     return out
 
 
@@ -131,7 +157,9 @@ def packed(
     return out
 
 
-def over_pages(layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int) -> torch.Tensor:
+def over_pages(
+    layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndarray, begin: int, softcap: float = 0.0
+) -> torch.Tensor:
     """Attention of queries `[B, H_q, q_len, D]` at positions begin, ... over a layer's pages.
 
     The queries' own tokens are in the pages too. Rows whose pages are consecutive are read in place, others gathered
@@ -141,11 +169,11 @@ def over_pages(layer: PagedLayer, q: torch.Tensor, scale: float, starts: np.ndar
     seen = np.maximum(starts, max(begin - window + 1, 0)) if window else starts
     if (seen == seen[0]).all() and seen[0] <= begin:
         k, v = layer.dense(int(seen[0]), end)
-        return attend_block(q, k, v, scale, begin, int(seen[0]), window)
+        return attend_block(q, k, v, scale, begin, int(seen[0]), window, softcap)
     out = torch.zeros_like(q)
     for row, first in enumerate(seen.tolist()):
         k, v = layer.dense(first, end, slice(row, row + 1))
         real = max(first - begin, 0)  # queries before it are padding
         part = (slice(row, row + 1), slice(None), slice(real, None))
-        out[part] = attend_block(q[part], k, v, scale, begin + real, first, window)
+        out[part] = attend_block(q[part], k, v, scale, begin + real, first, window, softcap)
     return out

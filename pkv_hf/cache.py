@@ -116,6 +116,19 @@ class PagedCache(Cache):
             return self.step.update(key_states, value_states, layer_idx)
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens a row that a layer holds, padding included.
+
+        Raises RuntimeError in a step that is being captured: its graph would keep this step's length.
+        """
+        if self.step is not None and self.step.captured:
+            raise RuntimeError("the model reads the length of its cache on the host")
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The position of the next token, for masks."""
+        return super().get_seq_length(layer_idx)
+
     def start(self, rows: int, pads: np.ndarray) -> None:
         """Begins `rows` rows whose first `pads[row]` positions are padding, which costs no page."""
         for table in self.tables.values():

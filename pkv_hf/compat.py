@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,10 +57,50 @@ def layer_windows(config: PreTrainedConfig) -> list[int]:
 
 def dynamic_rope(decoder: Any) -> str:
     """Why a decoder's RoPE cannot be captured: its frequencies follow the length. Empty where they do not."""
-    kinds = getattr(decoder.rotary_emb, "rope_type", "default")
-    kinds = set(kinds.values()) if isinstance(kinds, dict) else {kinds}
+    kinds: set[str] = set()
+    for module in decoder.modules():
+        kind = getattr(module, "rope_type", "default")
+        kinds.update(kind.values() if isinstance(kind, dict) else [kind])
     moving = sorted(kind for kind in kinds if "dynamic" in kind or kind == "longrope")
     return f"rope_type {moving[0]!r} changes with the length" if moving else ""
+
+
+def not_captured(decoder: Any) -> str:
+    """Why a decoder of no known family is not captured in a CUDA graph. Empty where transformers says that it can be.
+
+    What torch compiles whole waits for nothing on the device; positions have to come from outside.
+    """
+    if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        return "its forward takes no position_ids"
+    if not getattr(decoder, "_can_compile_fullgraph", False):
+        return f"transformers does not compile {type(decoder).__name__} in one graph"
+    return ""
+
+
+def attention_modules(decoder: nn.Module) -> list[Any]:
+    """The modules that look their attention function up by the decoder's own configuration."""
+    config = decoder.config
+    return [
+        module
+        for module in decoder.modules()
+        if getattr(module, "config", None) is config and "_attn_implementation" in _names(type(module).forward)
+    ]
+
+
+def _names(function: Callable) -> tuple[str, ...]:
+    """The globals and attributes that a function refers to."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return () if code is None else code.co_names
+
+
+def plainly_causal(mask_arguments: dict[str, Any]) -> bool:
+    """Whether a mask function was asked for a causal mask, windowed or not, with nothing added to it or taken away."""
+    return mask_arguments.get("allow_is_causal_skip") is True and not mask_arguments.get("use_vmap")
+
+
+def mask_window(mask_arguments: dict[str, Any]) -> int:
+    """The window, in tokens, of the mask that a mask function was asked for; 0 for full attention."""
+    return mask_arguments.get("local_size") or 0
 
 
 def register(name: str, attention: Callable, mask: Callable) -> None:

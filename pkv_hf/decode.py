@@ -118,11 +118,11 @@ class DecodeStep:
             self._addresses = tuple(addresses)
             self.drop()
 
-    def _body(self, cache: PagedCache, begin: int) -> torch.Tensor:
+    def _body(self, cache: PagedCache, begin: int, captured: bool = False) -> torch.Tensor:
         assert self._starts is not None
         mirrors = {self.device: (self.starts, self.ends)}
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
-        with Step(cache, bounds, self.route) as step:
+        with Step(cache, bounds, self.route, captured=captured) as step:
             output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
@@ -138,5 +138,5 @@ class DecodeStep:
         if self._graph is None or memory is not self._memory:
             self.drop()
             self._memory = memory
-            self._graph, self._output = memory.capture(lambda: self._body(cache, begin))
+            self._graph, self._output = memory.capture(lambda: self._body(cache, begin, captured=True))
             self.captures += 1

@@ -21,6 +21,17 @@ class RouteError(RuntimeError):
     """A route that the caller named cannot serve a step; the message gives every route's reason."""
 
 
+class NotServed(Exception):
+    """A call that pages cannot serve exactly, which transformers' own path then takes: no user sees it.
+
+    Its message is the reason, empty where there is nothing to say.
+    """
+
+
+class LayerNotServed(NotServed):
+    """What a layer asks of attention cannot be had from pages, in this call or, unless its caller asked, in any."""
+
+
 class UsageError(ValueError):
     """A command was asked for something that cannot be done; the message is one line with the way out."""
 

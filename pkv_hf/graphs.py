@@ -38,10 +38,12 @@ class GraphMemory:
                 graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
                 result = run()
                 graph.capture_end()
-            except RuntimeError as error:
+            except BaseException as error:
                 with contextlib.suppress(RuntimeError):  # a capture that failed says so a second time
                     graph.capture_end()
-                raise CaptureError(str(error)) from error
+                if isinstance(error, RuntimeError):
+                    raise CaptureError(str(error)) from error
+                raise
         current.wait_stream(self.stream)
         self.nbytes += max(torch.cuda.memory_reserved(self.device) - held, 0)
         return graph, result

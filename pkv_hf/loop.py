@@ -19,8 +19,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
+from pkv_hf.errors import NotServed
 from pkv_hf.serving import choose_route, plan, run_static, static_step
-from pkv_hf.state import STATE, NotServed, PatchState
+from pkv_hf.state import STATE, PatchState
 
 CHOOSE_EVERY = 64
 """Positions after which the loop asks for the fastest route again: lengths have hardly changed before."""

@@ -12,16 +12,18 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, PagedCache, check_kv_dtype
 from pkv_hf.errors import UnsupportedModelError
+from pkv_hf.interface import attention, mask
 from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.policy import ROUTES
-from pkv_hf.serving import attention, decoder_forward, mask
-from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
+from pkv_hf.serving import decoder_forward
+from pkv_hf.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
 from pkv_hf.watch import FORWARD
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +44,8 @@ def patch(
     Only this instance changes; its class, other instances and its weights do not. Patching again replaces the settings.
 
     Args:
-        model: a Llama, Mistral, Qwen2 or Qwen3 causal LM (a PEFT model around one is unwrapped).
+        model: a decoder-only causal LM whose attention goes through transformers' attention interface (a PEFT model
+            around one is unwrapped).
         route: how decode attention runs: "split", "workqueue" (Triton), "flashinfer", "flashinfer_tc",
             "flashinfer_xqa" (where that package is installed), "sdpa" (torch), or "auto" for the one that is predicted
             to be fastest. A route named here raises RouteError at the first step that it cannot serve.
@@ -51,7 +54,8 @@ def patch(
             bytes; "fp8" needs sm_89 or newer), a floating dtype converts them, None keeps that of the model.
         cuda_graphs: capture decode steps on a GPU in a CUDA graph and replay it.
         run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
-        fuse: run decode steps by the family's fused kernels; False runs transformers' layers, attention apart.
+        fuse: run decode steps of Llama, Mistral, Qwen2 and Qwen3 by fused kernels; False runs transformers' layers,
+            attention apart, as all other models do.
 
     Raises:
         ValueError: an unknown route, page size or kv_dtype, or "fp8" on an older GPU.
@@ -67,21 +71,20 @@ def patch(
     unpatch(model)
     inner = unwrap(model)
     decoder, family, attentions = served_layers(inner)
-    first = attentions[0]
-    _check_fp8(kv_dtype, first)
+    _check_fp8(kv_dtype, attentions[0])
     compat.register(NAME, attention, mask)
     state = PatchState(
         route=route,
         page_size=page_size,
         kv_dtype=kv_dtype,
-        family=family.name,
+        family=decoder.config.model_type,
+        generic=family is None,
         layers=len(attentions),
-        group=first.num_key_value_groups,
-        kv_heads=decoder.config.num_key_value_heads,
-        head_dim=first.head_dim,
+        shapes=set() if family is None else {_shape(decoder.config, module) for module in attentions},
         implementation=decoder.config._attn_implementation,
         model=inner,
-        fused_forward=decode_forward if fuse else None,
+        fused_forward=decode_forward if fuse and family is not None else None,
+        output_type=None if family is None else BaseModelOutputWithPast,
         cuda_graphs=cuda_graphs,
         settings={
             "route": route,
@@ -95,13 +98,17 @@ def patch(
     config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
     config._attn_implementation_internal = NAME
     setattr(config, ORIGINAL, decoder.config)
-    for module, forward in [(decoder, decoder_forward), *((module, attention_forward) for module in attentions)]:
-        _replace(state, module, FORWARD, module.__dict__.get("forward"))
-        _replace(state, module, "forward", MethodType(forward, module))
+    for module in [decoder, *attentions]:
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
+    fused = [] if family is None else [(module, attention_forward) for module in attentions]
+    for module, forward in [(decoder, decoder_forward), *fused]:
+        _replace(state, module, FORWARD, module.__dict__.get("forward"))
+        _replace(state, module, "forward", MethodType(forward, module))
     _replace(state, inner, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, inner))
-    if run_ahead and "generate" not in inner.__dict__:  # a checkpoint may bring a generate() of its own
+    # The loop runs the decoder and the output embeddings: what else a model does with logits only its family says. A
+    # checkpoint may bring a generate() of its own.
+    if run_ahead and family is not None and "generate" not in inner.__dict__:
         _replace(state, inner, "generate", MethodType(generate, inner))
     _replace(state, inner, STATE, state)
     return model
@@ -138,30 +145,58 @@ def unwrap(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
-def served_layers(model: nn.Module) -> tuple[Any, Family, list[Any]]:
-    """The decoder, its family and its attention modules. Raises UnsupportedModelError with the reason for none."""
+def served_layers(model: nn.Module) -> tuple[Any, Family | None, list[Any]]:
+    """The decoder, its family and its attention modules. Raises UnsupportedModelError with the reason for none.
+
+    The family is None for a model whose own layers run.
+    """
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(f"patch() got a {type(model).__name__}, not a transformers model")
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder: pages serve decoder-only models")
-    decoder: Any = model.base_model
-    model_type = decoder.config.model_type
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise UnsupportedModelError(
-            f"no layer of {type(model).__name__} was patched: model_type {model_type!r} is not one of "
-            f"{sorted(FAMILIES)}"
-        )
-    attentions = [module for module in decoder.modules() if type(module).__name__ == family.attention_class]
-    if not attentions:
-        raise UnsupportedModelError(
-            f"no layer of {type(model).__name__} was patched: it has no {family.attention_class} modules"
-        )
-    try:
-        compat.layer_windows(decoder.config)
-    except ValueError as error:
-        raise UnsupportedModelError(f"no layer of {type(model).__name__} was patched: {error}") from error
+        raise UnsupportedModelError(f"{name} is an encoder-decoder: pages serve decoder-only models")
+    decoder: Any = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
+    attentions = compat.attention_modules(decoder)
+    family = FAMILIES.get(decoder.config.model_type)
+    if family is not None and {type(module).__name__ for module in attentions} != {family.attention_class}:
+        family = None
+    if reason := _not_served(model, decoder, family, attentions):
+        raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")
     return decoder, family, attentions
+
+
+def _not_served(model: Any, decoder: Any, family: Family | None, attentions: list[Any]) -> str:
+    """Why a model without an encoder cannot be served, empty where it may be."""
+    try:
+        windows = compat.layer_windows(decoder.config)
+    except ValueError as error:
+        return str(error)
+    if not attentions:
+        return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
+    if family is not None:
+        return ""
+    if decoder.config is not model.config:
+        return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
+    if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
+        return "it is not a causal LM that generates with a DynamicCache around a decoder"
+    if len(attentions) != len(windows):
+        return f"{len(attentions)} modules go through transformers' attention interface, for {len(windows)} layers"
+    for module in attentions:
+        if getattr(module, "kv_lora_rank", None):
+            return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"
+        dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
+        if dim != getattr(module, "v_head_dim", dim):
+            return f"its keys have {dim} dimensions and its values {module.v_head_dim}: pages hold one head_dim"
+    return ""
+
+
+def _shape(config: Any, attention: Any) -> LayerShape:
+    """The shape of a known family's attention layer."""
+    return LayerShape(
+        attention.num_key_value_groups, config.num_key_value_heads, attention.head_dim, attention.scaling, 0
+    )
 
 
 def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:
@@ -195,7 +230,8 @@ def _prepare_cache_for_generation(
     prepare: Callable[..., Any] = type(self)._prepare_cache_for_generation
     state: PatchState = getattr(self, STATE)
     asked = generation_config.cache_implementation
-    if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+    served = not state.refused and model_kwargs.get("encoder_outputs") is None
+    if served and model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
         if asked in (None, "dynamic"):
             model_kwargs["past_key_values"] = PagedCache(self.config, state.page_size, max_cache_length, state.kv_dtype)
             if generation_config.is_assistant:

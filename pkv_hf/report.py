@@ -18,6 +18,9 @@ class Report:
     """The state of a patched model, as `str(report)` prints it."""
 
     family: str
+    """The model_type."""
+    generic: bool
+    """Of no family with fused layers: transformers' own run, and read pages through its attention interface."""
     layers: int
     page_size: int
     kv_dtype: str
@@ -37,7 +40,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"family    {self.family}, {self.layers} attention layers patched",
+            f"family    {self.family}, {self.layers} attention layers patched"
+            + (", transformers' own layers run" if self.generic else ""),
             f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
             f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
@@ -79,6 +83,7 @@ def state_of(model: nn.Module) -> Report:
     state = _state_of(model)
     return Report(
         family=state.family,
+        generic=state.generic,
         layers=state.layers,
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),

@@ -70,6 +70,8 @@ class StepShape:
     """A CUDA graph replays the step."""
     named: bool
     """The caller asked for one route by name: then Triton's interpreter counts as a device too."""
+    torch_alone: str = ""
+    """Why no kernel of ours or FlashInfer's serves the layers, empty where one may."""
 
     @property
     def token_bytes(self) -> int:
@@ -178,6 +180,8 @@ class Triton:
     fuses_rope = True
 
     def supports(self, shape: StepShape) -> Accepted | Rejected:
+        if shape.torch_alone:
+            return Rejected(shape.torch_alone)
         if not installed("triton"):
             return Rejected("triton is not installed")
         interpreted = shape.named and os.environ.get("TRITON_INTERPRET") == "1"

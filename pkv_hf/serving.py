@@ -9,17 +9,26 @@ import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
+from pkv_hf.errors import LayerNotServed, NotServed
 from pkv_hf.graphs import CaptureError
 from pkv_hf.packing import Packing
-from pkv_hf.policy import choose
+from pkv_hf.policy import ROUTES, choose
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
-from pkv_hf.state import NAME, STATE, NotServed, PatchState, original_forward, original_implementation
-from pkv_hf.step import Step, handle_of
+from pkv_hf.state import NAME, STATE, LayerShape, PatchState, original_forward, original_implementation
+from pkv_hf.step import Step
 from pkv_hf.watch import Watch
+
+PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}) | {
+    "use_cache",
+    "return_dict",
+    "cache_position",
+}
+"""Arguments of a decoder that a step accounts for; whatever else is given is for transformers' layers to see."""
 
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -29,26 +38,36 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         kwargs = {**inspect.signature(type(self).forward).bind_partial(self, *args).arguments, **kwargs}
         del kwargs["self"]
     try:
-        step = plan(self, state, kwargs)
+        return serve(self, state, plan(self, state, kwargs), kwargs)
     except NotServed as reason:
         if str(reason):
             state.say(str(reason))
-        return original_forward(self)(**kwargs)
+        if isinstance(reason, LayerNotServed) and not _extra_arguments(kwargs):
+            state.refused = str(reason)
+    return original_forward(self)(**kwargs)
+
+
+def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> Any:
+    """A call of the decoder on pages. Raises NotServed, with the cache as it was, where a layer cannot be served."""
     cache, bounds = step.cache, step.bounds
+    alone = _last_hidden_alone(decoder, call)
     static = None
-    if step.fuses_rope and kwargs.get("input_ids") is not None and _last_hidden_alone(self, kwargs):
-        static = static_step(self, state, cache, step.route, bounds.q_len)
+    if step.fuses_rope and call.get("input_ids") is not None and alone and state.output_type is not None:
+        static = static_step(decoder, state, cache, step.route, bounds.q_len)
     if static is not None:
-        positions = kwargs.get("position_ids")
+        positions = call.get("position_ids")
         if positions is None:
             positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
-        hidden = run_static(state, static, cache, kwargs["input_ids"], positions, bounds.starts)
-        return BaseModelOutputWithPast(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[arg-type]
-    if not bounds.begin and bounds.starts.any() and _last_hidden_alone(self, kwargs):
-        return packed_prefill(self, step, kwargs)
-    kwargs["attention_mask"] = no_mask(len(step.bounds.starts))
+        hidden = run_static(state, static, cache, call["input_ids"], positions, bounds.starts)
+        return state.output_type(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[misc]
+    if not state.generic and not bounds.begin and bounds.starts.any() and alone:
+        return packed_prefill(decoder, step, dict(call))
     with step:
-        return original_forward(self)(**kwargs)
+        output = original_forward(decoder)(**call)
+    if state.generic and alone:
+        plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", "past_key_values"}
+        state.output_type = type(output) if plain else None
+    return output
 
 
 def packed_prefill(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelOutputWithPast:
@@ -61,23 +80,25 @@ def packed_prefill(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelO
     positions = positions.expand(len(packing.starts), -1)
     for name, tensor in (("input_ids", call.get("input_ids")), ("inputs_embeds", call.get("inputs_embeds"))):
         call[name] = None if tensor is None else packing.pack(tensor)
-    call.update(position_ids=packing.pack(positions), attention_mask=no_mask(1))
+    call.update(position_ids=packing.pack(positions), attention_mask=None)
     with Step(step.cache, step.bounds, step.route, packing):
         output = original_forward(decoder)(**call)
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
 
 
-def no_mask(rows: int) -> torch.Tensor:
-    """A 4-D mask is passed on as it is: this empty one keeps transformers from building the real one."""
-    return torch.empty((rows, 1, 0, 0), dtype=torch.bool)
+def _extra_arguments(call: dict[str, Any]) -> list[str]:
+    """The arguments of a call that say more than which tokens there are and where they go."""
+    given = [name for name, value in call.items() if value is not None and name not in PLAIN_ARGUMENTS]
+    return [name for name in given if not name.startswith("output_") or call[name]]
 
 
 def _last_hidden_alone(decoder: Any, call: dict[str, Any]) -> bool:
     """Whether a call asks for the last hidden states and nothing else."""
     config, positions = decoder.config, call.get("position_ids")
     return (
-        not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        not _extra_arguments(call)
+        and not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
         and call.get("return_dict", getattr(config, "return_dict", True)) is not False
         and call.get("use_cache") is not False
         and (positions is None or positions.ndim == 2)
@@ -94,7 +115,7 @@ def static_step(
         state.watch = Watch([state.model])
         for step in state.decode_steps:
             step.drop()
-    reason = state.watch.reason or compat.dynamic_rope(decoder)
+    reason = state.watch.reason or compat.dynamic_rope(decoder) or (state.generic and compat.not_captured(decoder))
     if reason:
         state.say(f"the decoder's layers, attention stays on pages: {reason}")
         return None
@@ -143,7 +164,7 @@ def transformers_forward(
     output = original_forward(decoder)(
         input_ids=tokens,
         position_ids=positions,
-        attention_mask=no_mask(len(tokens)),
+        attention_mask=None,
         past_key_values=step.cache,
         use_cache=True,
     )
@@ -161,6 +182,8 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed("the model is in training mode")
     if cache is None:
         raise NotServed
+    if state.refused:
+        raise NotServed(state.refused)
     if not isinstance(cache, PagedCache):
         raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
     if torch.compiler.is_compiling():
@@ -219,6 +242,9 @@ def choose_route(
 
     Of a prompt a route only appends; its attention is torch's, as that of any block longer than a decode step's.
     """
+    if not state.shapes:  # no layer has been seen yet: torch serves any
+        return ROUTES["sdpa"]
+    layer = next(iter(state.shapes))
     begin, windows = cache.get_seq_length(), list(cache.tables)
     lengths = begin + q_len - starts
     if not begin or q_len > MAX_DECODE_QUERIES:
@@ -230,9 +256,9 @@ def choose_route(
         dtype=dtype,
         kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
         q_len=q_len,
-        group=state.group,
-        kv_heads=state.kv_heads,
-        head_dim=state.head_dim,
+        group=layer.group,
+        kv_heads=layer.kv_heads,
+        head_dim=layer.head_dim,
         page_size=cache.page_size,
         layers=state.layers,
         rows=len(starts),
@@ -243,34 +269,15 @@ def choose_route(
         autocast=torch.is_autocast_enabled(device.type),
         captured=captures(state, device),
         named=state.route != "auto",
+        torch_alone=torch_alone(state.shapes),
     )
     state.decision = choose(state.route, shape, cache.last_route)
     cache.last_route = state.decision.route.name
     return state.decision.route
 
 
-def attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Our attention function: pages for keys that a step appended, transformers' own for any other.
-
-    query is `[B, H_q, q_len, D]`, key and value `[B, H_kv, S, D]`; returns `[B, q_len, H_q, D]` and the weights if any.
-    """
-    handle = handle_of(key)
-    if handle is None:
-        function = compat.attention_function(original_implementation(module.config), module)
-        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    step, layer_idx = handle
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return step.attend(query, key, value, layer_idx, scale).contiguous(), None
-
-
-def mask(*args: Any, config: Any, **kwargs: Any) -> Any:
-    """Our mask function. Steps need no mask and never ask for one, so this is transformers' own."""
-    return compat.mask_function(original_implementation(config))(*args, config=config, **kwargs)
+def torch_alone(shapes: set[LayerShape]) -> str:
+    """Why layers of these shapes are left to torch on any device, empty where kernels may serve them."""
+    if len(shapes) > 1:
+        return "layers differ in their heads, head_dim or scale"
+    return "attention scores are capped" if any(shape.softcap for shape in shapes) else ""

@@ -6,10 +6,11 @@ import logging
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.utils import ModelOutput
 
 from pkv_hf.decode import DecodeStep, Forward
 from pkv_hf.graphs import GraphMemories
@@ -28,6 +29,18 @@ STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
 
 
+class LayerShape(NamedTuple):
+    """What the kernels of an attention layer depend on."""
+
+    group: int
+    """Query heads a KV head."""
+    kv_heads: int
+    head_dim: int
+    scale: float
+    softcap: float
+    """Scores are `softcap * tanh(scores / softcap)`; 0 for scores as they are."""
+
+
 @dataclass
 class PatchState:
     """What one patched model was asked for and what it has done. What steps need is on their caches, not here."""
@@ -36,10 +49,12 @@ class PatchState:
     page_size: int
     kv_dtype: torch.dtype | str | None
     family: str
+    """The model_type."""
+    generic: bool
+    """Of no family in `patches`: all that is known of its layers is what they ask of attention."""
     layers: int
-    group: int
-    kv_heads: int
-    head_dim: int
+    shapes: set[LayerShape]
+    """Of the attention layers; those of a generic model are seen in its first forward."""
     implementation: str
     """The attention implementation that the model had."""
     model: nn.Module
@@ -50,6 +65,10 @@ class PatchState:
     settings: dict[str, Any]
     """What `patch` was called with."""
     undo: list[Callable[[], None]] = field(default_factory=list)
+    refused: str = ""
+    """Why no call can be served, as the model's layers turned out; empty where calls can."""
+    output_type: type[ModelOutput] | None = None
+    """What the decoder returns where it has no more to say than hidden states; None until that is known."""
     said: list[str] = field(default_factory=list)
     """Why calls were left to transformers, each reason once."""
     decision: Decision | None = None
@@ -65,10 +84,6 @@ class PatchState:
         if reason not in self.said:
             self.said.append(reason)
             logger.warning("pkv_hf: left to transformers' own path: %s", reason)
-
-
-class NotServed(Exception):
-    """A call that pages cannot serve exactly. Its message is the reason, empty where there is nothing to say."""
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

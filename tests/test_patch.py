@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import pkv_hf
 from pkv_hf import PagedCache
@@ -209,15 +209,15 @@ def test_positional_arguments():
 
 
 def test_models_that_cannot_be_served_are_named_with_the_reason():
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64))
-    with pytest.raises(pkv_hf.UnsupportedModelError, match="model_type 'gpt2'"):
-        pkv_hf.patch(gpt2)
+    bloom = BloomForCausalLM(BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=64))
+    with pytest.raises(pkv_hf.UnsupportedModelError, match="no module of its BloomModel goes through"):
+        pkv_hf.patch(bloom)
     t5 = T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16))
     with pytest.raises(pkv_hf.UnsupportedModelError, match="encoder-decoder"):
         pkv_hf.patch(t5)
     with pytest.raises(pkv_hf.UnsupportedModelError, match="Linear"):
         pkv_hf.patch(torch.nn.Linear(2, 2))
-    assert not hasattr(gpt2, "_pkv_hf_state")
+    assert not hasattr(bloom, "_pkv_hf_state")
 
 
 @pytest.mark.parametrize(

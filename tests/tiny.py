@@ -33,11 +33,18 @@ FAMILIES: dict[str, tuple[str, dict]] = {
 
 
 def tiny(name: str, seed: int = 0, **overrides: object) -> transformers.PreTrainedModel:
-    """A model by its name in `FAMILIES`, fp32, in eval mode, with weights large enough for sharp attention."""
+    """A model by its name in `FAMILIES`, as `randomized` makes it."""
     family, settings = FAMILIES[name]
     config = getattr(transformers, f"{family}Config")(**{**COMMON, **settings, **overrides})
+    return randomized(getattr(transformers, f"{family}ForCausalLM"), config, seed)
+
+
+def randomized(
+    model_class: type[transformers.PreTrainedModel], config: transformers.PreTrainedConfig, seed: int = 0
+) -> transformers.PreTrainedModel:
+    """A model with weights large enough for sharp attention, fp32, in eval mode."""
     torch.manual_seed(seed)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
