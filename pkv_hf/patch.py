@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +22,8 @@ from pkv_hf.policy import ROUTES
 from pkv_hf.serving import attention, decoder_forward, mask
 from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
 from pkv_hf.watch import FORWARD
+
+compat.register(NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,7 +70,6 @@ def patch(
     decoder, family, attentions = served_layers(inner)
     first = attentions[0]
     _check_fp8(kv_dtype, first)
-    compat.register(NAME, attention, mask)
     state = PatchState(
         route=route,
         page_size=page_size,
@@ -95,14 +95,15 @@ def patch(
     config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
     config._attn_implementation_internal = NAME
     setattr(config, ORIGINAL, decoder.config)
+    # partials: pickle would look a bound method up by its name on the module
     for module, forward in [(decoder, decoder_forward), *((module, attention_forward) for module in attentions)]:
         _replace(state, module, FORWARD, module.__dict__.get("forward"))
-        _replace(state, module, "forward", MethodType(forward, module))
+        _replace(state, module, "forward", functools.partial(forward, module))
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
-    _replace(state, inner, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, inner))
+    _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
     if run_ahead and "generate" not in inner.__dict__:  # a checkpoint may bring a generate() of its own
-        _replace(state, inner, "generate", MethodType(generate, inner))
+        _replace(state, inner, "generate", functools.partial(generate, inner))
     _replace(state, inner, STATE, state)
     return model
 

@@ -231,7 +231,7 @@ def choose_route(
         kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
         q_len=q_len,
         group=state.group,
-        kv_heads=state.kv_heads,
+        kv_heads=cache.kv_heads or state.kv_heads,
         head_dim=state.head_dim,
         page_size=cache.page_size,
         layers=state.layers,

@@ -25,7 +25,7 @@ class Watch:
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         stores = [store for m in modules for store in (m._parameters, m._buffers)]
         self._tensors = [
-            (store, name, tensor.data_ptr()) for store in stores for name, tensor in store.items() if tensor is not None
+            (store, name, _address(tensor)) for store in stores for name, tensor in store.items() if tensor is not None
         ]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
@@ -50,7 +50,10 @@ class Watch:
         )
 
 
-def _address(tensor: Any) -> int | None:
+def _address(tensor: Any) -> Any:
+    """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     return None if tensor is None else tensor.data_ptr()
 
 
