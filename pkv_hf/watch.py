@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 FORWARD = "_pkv_hf_forward"
@@ -54,7 +55,7 @@ def _address(tensor: Any) -> Any:
     """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are."""
     if hasattr(tensor, "__tensor_flatten__"):
         return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-    return None if tensor is None else tensor.data_ptr()
+    return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else id(tensor)  # no tensor, or a wrapper's mesh
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

@@ -10,9 +10,6 @@ from accelerate.utils import gather_object
 from transformers import AutoModelForCausalLM
 
 import interpreter
-
-interpreter.use()
-
 import pkv_hf
 from pkv_hf.report import explain
 from tiny import left_padded, tiny
@@ -25,6 +22,7 @@ def tokens(model, lengths, **settings) -> list[list[int]]:
 
 
 def main(folder: str) -> None:
+    interpreter.use()
     state = PartialState(cpu=True)
     assert state.num_processes == 2
     expected = tokens(tiny("llama"), (20, 9))

@@ -156,8 +156,9 @@ OPERATIONS = {
     "disabled": lambda m: m.base_model.disable_adapter_layers(),
     "merged": lambda m: m.merge_adapter(),
     "unmerged": lambda m: m.merge_adapter() or m.unmerge_adapter(),
-    "weighted": lambda m: m.add_weighted_adapter(["default", "other"], [0.3, 0.7], "mix", combination_type="cat")
-    or m.set_adapter("mix"),
+    "weighted": lambda m: (
+        m.add_weighted_adapter(["default", "other"], [0.3, 0.7], "mix", combination_type="cat") or m.set_adapter("mix")
+    ),
     "unloaded": lambda m: m.unload(),
     "merged and unloaded": lambda m: m.merge_and_unload(),
 }
