@@ -292,3 +292,21 @@ def test_smollm2_trains_to_the_same_losses_and_serves(smollm2, tmp_path):
     assert losses[0][0] > losses[0][-1]
     assert torch.equal(*tokens)
     assert pkv_hf.report(model).route == "sdpa"
+
+
+def test_a_wrapper_that_mixed_precision_leaves_is_named_and_comes_off(tmp_path):
+    pytest.importorskip("triton")
+    model = pkv_hf.patch(tiny("llama"), route="split")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, bf16=True, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=blocks(8))
+    trainer.train()
+    model.eval()
+    with pytest.raises(pkv_hf.RouteError, match="autocast"):
+        generate(model)
+    assert trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False) is model
+    assert "forward" not in vars(model)
+    cache = generate(model, return_dict_in_generate=True).past_key_values
+    assert cache.decode_steps  # fused steps
+    assert torch.equal(generate(model), generate(pkv_hf.unpatch(model)))
