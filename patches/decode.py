@@ -64,13 +64,16 @@ class Stream:
 
 
 def gemv_takes(modules: list[Any], x: torch.Tensor) -> bool:
-    """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours."""
+    """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours.
+
+    A quantised or sharded weight can be a subclass of tensor in a plain layer, and give its dtype as the plain one's.
+    """
     from pkv_hf.kernels.gemv import DTYPES, MAX_ROWS, outruns_cublas
 
     return (
         x.dtype in DTYPES
         and len(x) <= MAX_ROWS
-        and all(type(module) is nn.Linear for module in modules)
+        and all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in modules)
         and all(module.weight.dtype == x.dtype and module.weight.is_contiguous() for module in modules)
         and len({module.bias is None for module in modules}) == 1
         and outruns_cublas(x, sum(len(module.weight) for module in modules))

@@ -7,6 +7,7 @@
 from pkv_hf.cache import CacheMemory, PagedCache
 from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
 from pkv_hf.patch import patch, patched, unpatch
+from pkv_hf.planner import MemoryPlan, plan
 from pkv_hf.policy import Decision
 from pkv_hf.report import Report, explain, report
 from pkv_hf.routes import StepShape
@@ -15,6 +16,7 @@ from pkv_hf.version import __version__
 __all__ = [
     "CacheMemory",
     "Decision",
+    "MemoryPlan",
     "PagedCache",
     "PoolAllocationError",
     "Report",
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "patch",
     "patched",
+    "plan",
     "report",
     "unpatch",
 ]

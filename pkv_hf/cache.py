@@ -249,6 +249,12 @@ class PagedCache(Cache):
         return {pages.dtype for pages in next(iter(storage.values()))[:2]} if storage else set()
 
     @property
+    def kv_heads(self) -> int | None:
+        """Of the pages: with tensor parallelism fewer than the configuration names. None before the first tokens."""
+        storage = next(iter(self.tables.values())).pool.storage
+        return len(next(iter(storage.values())).k) if storage else None
+
+    @property
     def device(self) -> torch.device:
         """Where the first tokens were."""
         return next(iter(self.tables.values())).pool.device

@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from pkv_hf.errors import UnsupportedVersionError
 
@@ -101,6 +103,14 @@ def plainly_causal(mask_arguments: dict[str, Any]) -> bool:
 def mask_window(mask_arguments: dict[str, Any]) -> int:
     """The window, in tokens, of the mask that a mask function was asked for; 0 for full attention."""
     return mask_arguments.get("local_size") or 0
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether several processes hold parts of a model: tensor parallelism, FSDP or DeepSpeed's ZeRO-3."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    tensor_parallel = (getattr(model, "tp_size", None) or 1) > 1
+    return tensor_parallel or is_fsdp_managed_module(model) or is_deepspeed_zero3_enabled()
 
 
 def register(name: str, attention: Callable, mask: Callable) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
+from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
 from pkv_hf.errors import NotServed
@@ -40,8 +41,8 @@ def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
     """Whether a call of generate() is greedy decoding or sampling that needs nothing of the host at each step."""
     if any(call.get(name) for name in ("assistant_model", "synced_gpus", "stopping_criteria")):
         return False
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return False  # sharded models take their steps together: transformers' loop waits for the slowest
+    if compat.is_sharded(model):
+        return False  # its processes take their steps together: transformers' loop waits for the slowest
     config, _ = model._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
     return (
         config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -121,6 +122,8 @@ def run_ahead(
 
 def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
     """Whether decode steps go by Triton kernels, for which queueing ahead is worth it."""
+    if model.device.type == "meta":
+        return False  # accelerate brings the weights in for each forward
     return choose_route(state, cache, np.zeros(1), 1, model.device, model.dtype).fuses_rope
 
 

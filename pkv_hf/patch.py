@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +24,8 @@ from pkv_hf.policy import ROUTES
 from pkv_hf.serving import decoder_forward
 from pkv_hf.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
 from pkv_hf.watch import FORWARD
+
+compat.register(NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -72,7 +73,6 @@ def patch(
     inner = unwrap(model)
     decoder, family, attentions = served_layers(inner)
     _check_fp8(kv_dtype, attentions[0])
-    compat.register(NAME, attention, mask)
     state = PatchState(
         route=route,
         page_size=page_size,
@@ -101,15 +101,16 @@ def patch(
     for module in [decoder, *attentions]:
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
+    # partials: pickle would look a bound method up by its name on the module
     fused = [] if family is None else [(module, attention_forward) for module in attentions]
     for module, forward in [(decoder, decoder_forward), *fused]:
         _replace(state, module, FORWARD, module.__dict__.get("forward"))
-        _replace(state, module, "forward", MethodType(forward, module))
-    _replace(state, inner, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, inner))
+        _replace(state, module, "forward", functools.partial(forward, module))
+    _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
     # The loop runs the decoder and the output embeddings: what else a model does with logits only its family says. A
     # checkpoint may bring a generate() of its own.
     if run_ahead and family is not None and "generate" not in inner.__dict__:
-        _replace(state, inner, "generate", MethodType(generate, inner))
+        _replace(state, inner, "generate", functools.partial(generate, inner))
     _replace(state, inner, STATE, state)
     return model
 

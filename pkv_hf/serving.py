@@ -257,7 +257,7 @@ def choose_route(
         kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
         q_len=q_len,
         group=layer.group,
-        kv_heads=layer.kv_heads,
+        kv_heads=cache.kv_heads or layer.kv_heads,
         head_dim=layer.head_dim,
         page_size=cache.page_size,
         layers=state.layers,

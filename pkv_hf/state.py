@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,9 @@ NAME = "pkv_hf"
 
 ORIGINAL = "pkv_hf_original"
 """The attribute of a patched decoder's own configuration that holds the one it was made from."""
+
+OF_ONE_PROCESS = ("decision", "watch", "decode_steps", "graph_memories", "compiled")
+"""The fields of a `PatchState` that neither a copy nor a pickle takes over: they hold addresses, graphs and streams."""
 
 STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
@@ -79,6 +82,15 @@ class PatchState:
     graph_memories: GraphMemories = field(default_factory=GraphMemories)
     compiled: set[Hashable] = field(default_factory=set)
     """Shapes of steps that ran before, so that a capture compiles and loads nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OF_ONE_PROCESS}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        for own in fields(self):
+            if own.name in OF_ONE_PROCESS:
+                setattr(self, own.name, own.default if own.default_factory is MISSING else own.default_factory())
 
     def say(self, reason: str) -> None:
         if reason not in self.said:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 FORWARD = "_pkv_hf_forward"
@@ -25,7 +26,7 @@ class Watch:
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         stores = [store for m in modules for store in (m._parameters, m._buffers)]
         self._tensors = [
-            (store, name, tensor.data_ptr()) for store in stores for name, tensor in store.items() if tensor is not None
+            (store, name, _address(tensor)) for store in stores for name, tensor in store.items() if tensor is not None
         ]
         self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
@@ -50,8 +51,11 @@ class Watch:
         )
 
 
-def _address(tensor: Any) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Any) -> Any:
+    """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else id(tensor)  # no tensor, or a wrapper's mesh
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

@@ -165,6 +165,50 @@ def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
     judge(model, inputs)
 
 
+class HalvedWeight(torch.Tensor):
+    """A weight kept in another form, in a plain layer, as torchao's are: it names a dtype that it is not stored in."""
+
+    @staticmethod
+    def __new__(cls, stored: torch.Tensor, dtype: torch.dtype):
+        return torch.Tensor._make_wrapper_subclass(cls, stored.shape, dtype=dtype)
+
+    def __init__(self, stored: torch.Tensor, dtype: torch.dtype) -> None:
+        self.stored = stored
+
+    def __tensor_flatten__(self):
+        return ["stored"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].stored, args[0].dtype)
+        plain = [2 * arg.stored.to(arg.dtype) if isinstance(arg, cls) else arg for arg in args]
+        return function(*plain, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
+    from pkv_hf.patches.decode import gemv_takes
+
+    model, inputs = tiny("llama").to(dtype), left_padded(9)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            stored = module.weight.detach() / 2
+            module.weight = torch.nn.Parameter(HalvedWeight(stored, dtype), requires_grad=False)
+    linear = model.model.layers[0].mlp.gate_proj
+    assert type(linear) is torch.nn.Linear
+    assert not gemv_takes([linear], torch.zeros(1, 64, dtype=dtype))
+    expected = decode_logits(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        torch.testing.assert_close(
+            decode_logits(model, inputs), expected, atol=0.1 if dtype != torch.float32 else 1e-4, rtol=1e-3
+        )
+    watch = Watch([model])
+    assert watch.unchanged()
+    linear.weight = torch.nn.Parameter(HalvedWeight(linear.weight.stored.clone(), dtype), requires_grad=False)
+    assert not watch.unchanged()
+
+
 class TestWatch:
     def test_nothing_changed(self):
         model = tiny("llama")

@@ -1,0 +1,296 @@
+"""What a patched model's `generate()` needs of a GPU's memory, before it runs: weights, pages, prompt, workspace."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.utils.modeling import convert_file_size_to_int
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from pkv_hf.attention import MASK_ELEMENTS
+from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, check_kv_dtype
+from pkv_hf.compat import layer_windows
+from pkv_hf.errors import UnsupportedModelError
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
+from pkv_hf.kernels.quantize import LARGEST
+from pkv_hf.patch import served_layers, unwrap
+from pkv_hf.tables import table
+
+MIB = 1 << 20
+CUBLAS_WORKSPACE = 32 * MIB
+"""torch's for one stream, on sm_90; older GPUs take less. A captured step's stream has one of its own."""
+
+CUDA_CONTEXT = 512 * MIB
+"""The driver's context and the loaded kernels, outside of torch's allocator; 300 to 600 MiB by GPU and driver."""
+
+PROCESSORS = 132
+"""Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
+
+QUANTISED_BITS = {4: 4.5, 8: 8.0}
+"""bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one GPU, by what they are for. `str()` is a table."""
+
+    gpu_memory: int
+    batch: int
+    prompt_tokens: int
+    """Of the longest row."""
+    new_tokens: int
+    weights: int
+    pages: int
+    """K and V, as `generate()` reserves them, the null page of each layer included."""
+    prefill: int
+    """The largest intermediate results of one layer while it takes the prompt."""
+    workspace: int
+    """cuBLAS's workspaces, the decode kernels' partial results, the masks of blocks of a prompt in chunks."""
+    graphs: int
+    """Intermediate results of a decode step, which its CUDA graph keeps; logits included."""
+    context: int = CUDA_CONTEXT
+    max_prompt_tokens: int = 0
+    """The longest prompt of `batch` equal rows that fits with `new_tokens` more, by memory alone; 0 where none does."""
+    max_batch: int = 0
+    """The most rows of `prompt_tokens` that fit; 0 where none does."""
+
+    @property
+    def allocated(self) -> int:
+        """What `torch.cuda.max_memory_allocated()` is to show."""
+        return self.weights + self.pages + self.prefill + self.workspace + self.graphs
+
+    @property
+    def total(self) -> int:
+        return self.allocated + self.context
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.gpu_memory
+
+    def __str__(self) -> str:
+        parts = ("weights", "pages", "prefill", "workspace", "graphs", "context", "total", "gpu_memory")
+        rows = [(name.replace("gpu_memory", "GPU"), f"{getattr(self, name) / 2**30:,.2f}") for name in parts]
+        asked = f"{self.batch} x {self.prompt_tokens:,} tokens and {self.new_tokens:,} new ones"
+        return "\n".join([
+            f"{asked} {'fit' if self.fits else 'do not fit'}",
+            table(("", "GiB"), rows),
+            f"longest prompt of {self.batch} rows: {self.max_prompt_tokens:,} tokens",
+            f"most rows of {self.prompt_tokens:,} tokens: {self.max_batch:,}",
+        ])  # fmt: skip
+
+
+def plan(
+    model_or_config: nn.Module | PreTrainedConfig,
+    *,
+    prompt_tokens: int | Sequence[int],
+    new_tokens: int = 256,
+    batch: int = 1,
+    gpu_memory: int | str | None = None,
+    dtype: torch.dtype | None = None,
+    weight_bits: int | None = None,
+    kv_dtype: torch.dtype | str | None = None,
+    page_size: int = 16,
+    prefill_chunk_size: int | None = None,
+) -> MemoryPlan:
+    """What `generate()` of a patched model takes on one GPU, and how long a prompt and how large a batch would fit.
+
+    Sums of first principles, not measurements: the peak that torch reports is within a tenth of `allocated` in every
+    case recorded under benchmarks/results.
+
+    Args:
+        model_or_config: a causal LM, patched or not, whose weights count as they are; or a configuration.
+        prompt_tokens: tokens of each of `batch` prompts, or the lengths of left-padded prompts one by one.
+        new_tokens: `max_new_tokens`, for which pages are reserved from the start.
+        batch: rows, where `prompt_tokens` is one number.
+        gpu_memory: bytes, or a string such as "15GiB"; None for the present GPU's.
+        dtype: of a configuration's weights, and of activations; None for the configuration's own.
+        weight_bits: 4 or 8 where a configuration's linear layers are to be loaded quantised; None for `dtype`.
+        kv_dtype, page_size: as for `patch`.
+        prefill_chunk_size: as for `generate`; None for the whole prompt at once.
+
+    Raises ValueError for anything else, and UnsupportedModelError (a ValueError) for what `patch` would refuse.
+    """
+    lengths = list(prompt_tokens) if isinstance(prompt_tokens, Sequence) else [prompt_tokens]
+    for name, value in (
+        ("batch", batch),
+        *(("prompt_tokens", length) for length in lengths or [0]),
+        ("new_tokens", new_tokens),
+        ("prefill_chunk_size", 1 if prefill_chunk_size is None else prefill_chunk_size),
+    ):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} is not a positive number: pass at least 1")
+    if not isinstance(prompt_tokens, Sequence):
+        lengths *= batch
+    elif batch not in (1, len(lengths)):
+        raise ValueError(f"batch={batch}, but prompt_tokens names {len(lengths)} rows: leave batch out")
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+    if weight_bits is not None and weight_bits not in QUANTISED_BITS:
+        raise ValueError(f"weight_bits={weight_bits!r} is not one of {list(QUANTISED_BITS)}, or None for dtype")
+    check_kv_dtype(kv_dtype)
+    memory = _gpu_bytes(gpu_memory)
+    needs = _Needs.of(model_or_config, dtype, weight_bits)
+    settings = (new_tokens, kv_dtype, page_size, prefill_chunk_size)
+
+    def planned(rows: list[int]) -> MemoryPlan:
+        return needs.plan(memory, rows, *settings)
+
+    made = planned(lengths)
+    return replace(
+        made,
+        max_prompt_tokens=_largest(lambda n: planned([n] * len(lengths)).fits),
+        max_batch=_largest(lambda n: planned([max(lengths)] * n).fits),
+    )
+
+
+def _gpu_bytes(gpu_memory: int | str | None) -> int:
+    if gpu_memory is None:
+        if not torch.cuda.is_available():
+            raise ValueError("gpu_memory=None asks for this GPU's, and there is none: pass bytes, or '15GiB' say")
+        return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    try:
+        nbytes = convert_file_size_to_int(gpu_memory)
+    except ValueError:
+        nbytes = 0
+    if nbytes < 1:
+        raise ValueError(f"gpu_memory={gpu_memory!r} is no size: pass bytes, or '15GiB' say")
+    return nbytes
+
+
+def _largest(fits: Any) -> int:
+    """The largest number that fits, by bisection; 0 for none."""
+    low, high = 0, 1
+    while fits(high) and high < 1 << 32:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What the sums need to know of a model. Counts are of elements, a token's where it says so."""
+
+    weights: int
+    """Bytes."""
+    dtype: torch.dtype
+    windows: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, source: Any, dtype: torch.dtype | None, weight_bits: int | None) -> _Needs:
+        if isinstance(source, PreTrainedConfig):
+            with init_empty_weights(include_buffers=True):
+                model: Any = AutoModelForCausalLM.from_config(source)
+            model.tie_weights()
+            own = source.dtype or torch.float32
+            dtype = dtype or (getattr(torch, own) if isinstance(own, str) else own)
+            weights = _weight_bytes(model, dtype, weight_bits)
+        elif isinstance(source, nn.Module):
+            if weight_bits is not None or dtype is not None:
+                raise ValueError("dtype and weight_bits are for a configuration: a model's weights count as they are")
+            model = unwrap(source)
+            weights = sum(parameter.nbytes for parameter in source.parameters())
+            dtype = next(parameter.dtype for parameter in source.parameters() if parameter.is_floating_point())
+        else:
+            raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")
+        decoder, _, attentions = served_layers(model)
+        config = decoder.config
+        return cls(
+            weights=weights,
+            dtype=dtype,
+            windows=tuple(layer_windows(config)),
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=attentions[0].head_dim,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            vocabulary=config.vocab_size,
+        )
+
+    def plan(
+        self, memory: int, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int, chunk: int | None
+    ) -> MemoryPlan:
+        longest, width = max(lengths), self.dtype.itemsize
+        whole = chunk is None or chunk >= longest
+        tokens = sum(lengths) if whole else len(lengths) * (chunk or 0)
+        return MemoryPlan(
+            gpu_memory=memory,
+            batch=len(lengths),
+            prompt_tokens=longest,
+            new_tokens=new_tokens,
+            weights=self.weights,
+            pages=self._pages(lengths, new_tokens, kv_dtype, page_size),
+            prefill=tokens * self._token_elements() * width,
+            workspace=2 * CUBLAS_WORKSPACE + self._partials() + (0 if whole else self._over_pages(longest)),
+            graphs=len(lengths) * (4 * self.hidden + 3 * self.intermediate) * width
+            + len(lengths) * self.vocabulary * (width + 4),  # and float32 scores
+        )
+
+    def _pages(self, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int) -> int:
+        """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
+        dtype = self.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+        token = 2 * self.kv_heads * (self.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
+        longest = max(lengths)
+        reserved = math.ceil((longest + new_tokens - 1) / page_size)
+        pages = 0
+        for window in self.windows:
+            if window:
+                pages += len(lengths) * min(reserved, math.ceil(window / page_size) + 1)
+            else:
+                pages += sum(reserved - (longest - length) // page_size for length in lengths)
+        return (pages + len(self.windows)) * page_size * token
+
+    def _token_elements(self) -> int:
+        """The most that a layer of a prompt holds for a token.
+
+        Beside the embeddings, which the decoder's forward keeps, that is in the MLP the layer's input, the residual,
+        its norm, gate, up and their product; in attention q, k, v and q's products with cosines and sines, or K and V
+        repeated for every query head and the result; in a norm two float32 copies. Cosines and sines come on top.
+        """
+        query, states = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        mlp = 4 * self.hidden + 3 * self.intermediate
+        attention = 3 * self.hidden + 4 * query + 2 * states
+        norm = 3 * self.hidden + 2 * self.hidden * 4 // self.dtype.itemsize
+        return max(mlp, attention, norm) + 2 * self.head_dim
+
+    def _partials(self) -> int:
+        """Of the decode routes, float32: as many (row, head, part) items as programs, of one padded query block."""
+        programs = PROGRAMS_PER_SM * _processors()
+        block = padded_queries(self.heads // self.kv_heads)
+        return 2 * programs * block * (next_power_of_2(self.head_dim) + 2) * 4
+
+    def _over_pages(self, length: int) -> int:
+        """Later chunks of a prompt: K and V of one row repeated for every query head, and a block's mask as bias."""
+        return (2 * length * self.heads * self.head_dim + MASK_ELEMENTS) * self.dtype.itemsize + MASK_ELEMENTS
+
+
+def _processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else PROCESSORS
+
+
+def _weight_bytes(model: nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:
+    """Of a model without storage; the head stays as it is where linear layers are quantised, as bitsandbytes has it."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    quantised: set[int] = set()
+    if weight_bits is not None:
+        linears = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
+        quantised = {id(module.weight) for module in linears}
+    bits = sum(
+        parameter.numel()
+        * (QUANTISED_BITS[weight_bits] if weight_bits and id(parameter) in quantised else 8 * dtype.itemsize)
+        for parameter in model.parameters()
+    )
+    return int(bits) // 8

