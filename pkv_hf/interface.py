@@ -97,11 +97,16 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 def _check_keywords(
     module: Any, window: int, scaling: float | None, softcap: float | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know."""
+    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know.
+
+    transformers' sdpa attention does not cap scores: what it does instead is left to it.
+    """
     causal = kwargs.get("is_causal")
     known = {
-        "scaling": scaling is None or isinstance(scaling, (int, float)),
-        "softcap": softcap is None or (isinstance(softcap, (int, float)) and softcap > 0),
+        "scaling": isinstance(scaling, (int, float)),
+        "softcap": isinstance(softcap, (int, float))
+        and softcap > 0
+        and original_implementation(module.config) != "sdpa",
         "is_causal": getattr(module, "is_causal", True) if causal is None else causal,
         "dropout": not kwargs.get("dropout"),
         "sliding_window": (kwargs.get("sliding_window") or window) == window,

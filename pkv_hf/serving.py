@@ -14,7 +14,7 @@ from transformers.utils import ModelOutput
 from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
-from pkv_hf.errors import LayerNotServed, NotServed
+from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.graphs import CaptureError
 from pkv_hf.packing import Packing
 from pkv_hf.policy import ROUTES, choose
@@ -39,12 +39,21 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         del kwargs["self"]
     try:
         return serve(self, state, plan(self, state, kwargs), kwargs)
-    except NotServed as reason:
-        if str(reason):
-            state.say(str(reason))
-        if isinstance(reason, LayerNotServed) and not _extra_arguments(kwargs):
-            state.refused = str(reason)
-    return original_forward(self)(**kwargs)
+    except NotServed as error:
+        reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
+    except (RouteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not state.generic:
+            raise
+        # Layers that are not known may compute with the mask, which is empty here, and fail.
+        reason = LayerNotServed(f"{type(self).__name__} fails on pages with {type(error).__name__}: {error}")
+    output = original_forward(self)(**kwargs)
+    if str(reason):
+        state.say(str(reason))
+    if isinstance(reason, LayerNotServed) and not _extra_arguments(kwargs):
+        state.refused = str(reason)
+    return output
 
 
 def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> Any:
