@@ -8,6 +8,7 @@ from pkv_hf.cache import CacheMemory, PagedCache
 from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
 from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.policy import Decision
+from pkv_hf.prefix import Prefix, prefix
 from pkv_hf.report import Report, explain, report
 from pkv_hf.routes import StepShape
 from pkv_hf.version import __version__
@@ -17,6 +18,7 @@ __all__ = [
     "Decision",
     "PagedCache",
     "PoolAllocationError",
+    "Prefix",
     "Report",
     "RouteError",
     "StepShape",
@@ -26,6 +28,7 @@ __all__ = [
     "explain",
     "patch",
     "patched",
+    "prefix",
     "report",
     "unpatch",
 ]

@@ -20,6 +20,7 @@ from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.policy import ROUTES
+from pkv_hf.prefill import prefill
 from pkv_hf.serving import attention, decoder_forward, mask
 from pkv_hf.state import NAME, ORIGINAL, STATE, PatchState
 from pkv_hf.watch import FORWARD
@@ -101,6 +102,7 @@ def patch(
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
     _replace(state, inner, "_prepare_cache_for_generation", MethodType(_prepare_cache_for_generation, inner))
+    _replace(state, inner, "_prefill", MethodType(prefill, inner))
     if run_ahead and "generate" not in inner.__dict__:  # a checkpoint may bring a generate() of its own
         _replace(state, inner, "generate", MethodType(generate, inner))
     _replace(state, inner, STATE, state)

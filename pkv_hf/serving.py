@@ -19,7 +19,7 @@ from pkv_hf.policy import choose
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
 from pkv_hf.state import NAME, STATE, NotServed, PatchState, original_forward, original_implementation
 from pkv_hf.step import Step, handle_of
-from pkv_hf.watch import Watch
+from pkv_hf.watch import Watch, hooked
 
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
         hidden = run_static(state, static, cache, kwargs["input_ids"], positions, bounds.starts)
         return BaseModelOutputWithPast(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[arg-type]
-    if not bounds.begin and bounds.starts.any() and _last_hidden_alone(self, kwargs):
+    if not bounds.begin and bounds.starts.any() and _last_hidden_alone(self, kwargs) and not hooked(self):
         return packed_prefill(self, step, kwargs)
     kwargs["attention_mask"] = no_mask(len(step.bounds.starts))
     with step:

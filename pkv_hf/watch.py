@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -27,7 +28,7 @@ class Watch:
         self._tensors = [
             (store, name, tensor.data_ptr()) for store in stores for name, tensor in store.items() if tensor is not None
         ]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = _hooks(modules)
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
         self._settings = [(m, _settings(m)) for m in foreign]
         devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
@@ -48,6 +49,15 @@ class Watch:
             and any(self._hooks) == self._hooked
             and all(_settings(module) == settings for module, settings in self._settings)
         )
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether a forward of the model runs anybody's hooks, to which every row and its place in the batch may matter."""
+    return any(_hooks(model.modules()))
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[dict]:
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _address(tensor: Any) -> int | None:
