@@ -23,7 +23,7 @@ def decode_forward(
     cos, sin = decoder.rotary_emb(hidden, position_ids=positions)
     shape = hidden.shape
     stream = Stream(hidden.view(-1, shape[-1]))
-    for layer in decoder.layers:
+    for layer in decoder.layers[: decoder.config.num_hidden_layers]:  # fewer while a draft exits early
         _attention(layer, stream, cos, sin, step, shape[:2])
         _mlp(layer.post_attention_layernorm, layer.mlp, stream)
     if head is not None and gemv_takes([head], stream.hidden):

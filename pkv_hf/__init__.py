@@ -9,6 +9,7 @@ from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError
 from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.planner import MemoryPlan, plan
 from pkv_hf.policy import Decision
+from pkv_hf.prefix import Prefix, prefix
 from pkv_hf.report import Report, explain, report
 from pkv_hf.routes import StepShape
 from pkv_hf.version import __version__
@@ -19,6 +20,7 @@ __all__ = [
     "MemoryPlan",
     "PagedCache",
     "PoolAllocationError",
+    "Prefix",
     "Report",
     "RouteError",
     "StepShape",
@@ -29,6 +31,7 @@ __all__ = [
     "patch",
     "patched",
     "plan",
+    "prefix",
     "report",
     "unpatch",
 ]

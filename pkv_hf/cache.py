@@ -134,6 +134,14 @@ class PagedCache(Cache):
         for table in self.tables.values():
             table.start(rows, pads)
 
+    def expect_copies(self, copies: int, shared: int = 0) -> None:
+        """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
+
+        `batch_repeat_interleave(copies)` makes them.
+        """
+        for table in self.tables.values():
+            table.copies, table.shared = copies, shared
+
     def truncate(self, length: int) -> None:
         """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again."""
         for layer in self.layers:

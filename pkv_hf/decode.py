@@ -95,7 +95,8 @@ class DecodeStep:
                 cache.truncate(begin)
                 raise
             for layer in cache.layers:
-                layer.length = end
+                if layer.is_initialized:  # a draft that exits early has not been in the rest
+                    layer.length = end
             self._end = end + self.q_len
             return output
 

@@ -21,6 +21,7 @@ from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.policy import ROUTES
+from pkv_hf.prefill import prefill
 from pkv_hf.serving import decoder_forward
 from pkv_hf.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
 from pkv_hf.watch import FORWARD
@@ -107,6 +108,7 @@ def patch(
         _replace(state, module, FORWARD, module.__dict__.get("forward"))
         _replace(state, module, "forward", functools.partial(forward, module))
     _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
+    _replace(state, inner, "_prefill", functools.partial(prefill, inner))
     # The loop runs the decoder and the output embeddings: what else a model does with logits only its family says. A
     # checkpoint may bring a generate() of its own.
     if run_ahead and family is not None and "generate" not in inner.__dict__:

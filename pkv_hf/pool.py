@@ -209,10 +209,14 @@ class PagePool:
 
     def copy_pages(self, source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray) -> None:
         """Copies whole pages, in every layer (copy-on-write)."""
+        both = torch.from_numpy(np.array([source, target], dtype=np.int64))
+        on_device: dict[torch.device, torch.Tensor] = {}  # one upload for all layers there
         for storage in self.storage.values():
             for tensor in map(movable, storage.tensors):
-                src = torch.as_tensor(source, dtype=torch.long, device=tensor.device)
-                dst = torch.as_tensor(target, dtype=torch.long, device=tensor.device)
+                if tensor.device not in on_device:
+                    host = both.pin_memory() if tensor.is_cuda else both
+                    on_device[tensor.device] = host.to(tensor.device, non_blocking=True)
+                src, dst = on_device[tensor.device]
                 tensor.index_copy_(1, dst, tensor.index_select(1, src))
 
 

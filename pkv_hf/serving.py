@@ -21,7 +21,7 @@ from pkv_hf.policy import ROUTES, choose
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
 from pkv_hf.state import NAME, STATE, LayerShape, PatchState, original_forward, original_implementation
 from pkv_hf.step import Step
-from pkv_hf.watch import Watch
+from pkv_hf.watch import Watch, hooked
 
 PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}) | {
     "use_cache",
@@ -69,7 +69,7 @@ def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> 
             positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
         hidden = run_static(state, static, cache, call["input_ids"], positions, bounds.starts)
         return state.output_type(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[misc]
-    if not state.generic and not bounds.begin and bounds.starts.any() and alone:
+    if not state.generic and not bounds.begin and bounds.starts.any() and alone and not hooked(decoder):
         return packed_prefill(decoder, step, dict(call))
     with step:
         output = original_forward(decoder)(**call)

@@ -40,6 +40,8 @@ class BlockTable:
         self.reserved = 0  # positions [0, reserved) keep their pages when the cache is cropped
         self.live_from = 0  # positions before it have left the window and are not held any more
         self.keep_past = False  # keep pages behind the window, so that `crop` can go back to them
+        self.copies = 1  # rows that each row is to become, once its first `shared` positions are written
+        self.shared = 0
         self._offsets: list[int | None] | None = None
         self._first_held: list[int] | None = None
         self._version = 0  # counts changes of the host copy
@@ -73,13 +75,15 @@ class BlockTable:
 
     def _reserve(self) -> None:
         self.reserved = 0 if self.window else self.reserve
-        pages = self._pages_to(self.reserve)
+        pages, first = self._pages_to(self.reserve), self.pads // self.page_size
         if self.window:  # what a step of one token holds: a window of tokens, which may begin inside a page
-            wanted = self.rows * min(pages, self._pages_to(self.window) + 1)
+            wanted = self.copies * self.rows * min(pages, self._pages_to(self.window) + 1)
         else:
-            wanted = int(np.maximum(pages - self.pads // self.page_size, 0).sum())
+            shared = min(self.shared // self.page_size, pages)
+            own = np.maximum(pages - np.maximum(first, shared), 0)
+            wanted = int(np.maximum(shared - first, 0).sum() + self.copies * own.sum())
         self.pool.require(wanted, exact=True)
-        if self.reserved:
+        if self.reserved and self.copies == 1:
             self._fill(self.pads, self.reserved)
 
     def _changed(self) -> None:
@@ -104,7 +108,7 @@ class BlockTable:
         self._unshare(begin // self.page_size, self._pages_to(end))
         self.prepared = end
 
-    def _fill(self, first: np.ndarray, end: int) -> None:
+    def _fill(self, first: np.ndarray, end: int, exact: bool = False) -> None:
         """Gives every row pages for positions [first[row], end) where it has none yet."""
         width = self._pages_to(end)
         if width > self.pages.shape[1]:
@@ -117,7 +121,7 @@ class BlockTable:
         missing &= (first < end)[:, None]
         if not missing.any():
             return
-        self.pool.require(int(missing.sum()))
+        self.pool.require(int(missing.sum()), exact)
         for row in np.flatnonzero(missing.any(axis=1)):
             holes = np.flatnonzero(missing[row])
             before = self.pages[row, holes[0] - 1] if holes[0] else NULL_PAGE
@@ -131,7 +135,8 @@ class BlockTable:
         rows, columns = np.nonzero((counts[held] > 1) & (held != NULL_PAGE))
         if not len(rows):
             return
-        self.pool.require(len(rows))
+        pages, holders = np.unique(held[rows, columns], return_counts=True)
+        self.pool.require(int(holders.sum() - np.count_nonzero(holders == counts[pages])))  # the last holder keeps it
         allocator = self.pool.allocator
         source, target = [], []
         for row, column in zip(rows, columns + first_page):
@@ -174,23 +179,25 @@ class BlockTable:
     def select(self, rows: np.ndarray, length: int) -> None:
         """Keeps `rows` (repeats allowed, any order): table rows and reference counts move, K/V stay where they are.
 
-        Pages reserved beyond `length` hold nothing yet: they stay with the place in the batch, not with the row.
+        Pages reserved beyond `length` hold nothing yet: they stay with the place in the batch, not with the row. As
+        many are reserved for the rows that there are then.
         """
-        columns = self._pages_to(length)
+        columns, before = self._pages_to(length), self.rows
         chosen = self.pages[rows]
-        if len(rows) == self.rows:
+        if len(rows) == before:
             chosen[:, columns:] = self.pages[:, columns:]
         else:
             self.pool.allocator.release(self.pages[:, columns:])
             self.pages[:, columns:] = NULL_PAGE
             chosen = chosen[:, :columns]
-            self.reserved = 0
         self.pool.allocator.retain(chosen[:, :columns])
         self.pool.allocator.release(self.pages[:, :columns])
         self.pages = chosen
         self.pads = self.pads[rows]
         self.prepared = length  # a page may be shared now: ask before the next write
         self._changed()
+        if len(rows) != before and self.reserved > length:
+            self._fill(np.maximum(self.pads, length), self.reserved, exact=True)
 
     def fork(self, length: int) -> BlockTable:
         """A second table over the same pages, `length` tokens long; whoever writes first into a page copies it."""

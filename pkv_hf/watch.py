@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Watch:
         self._tensors = [
             (store, name, _address(tensor)) for store in stores for name, tensor in store.items() if tensor is not None
         ]
-        self._hooks = [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._hooks = _hooks(modules)
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
         self._settings = [(m, _settings(m)) for m in foreign]
         devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
@@ -56,6 +57,15 @@ def _address(tensor: Any) -> Any:
     if hasattr(tensor, "__tensor_flatten__"):
         return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else id(tensor)  # no tensor, or a wrapper's mesh
+
+
+def hooked(model: nn.Module) -> bool:
+    """Whether a forward of the model runs anybody's hooks, to which every row and its place in the batch may matter."""
+    return any(_hooks(model.modules()))
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[dict]:
+    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def _settings(module: nn.Module) -> dict[str, str]:

@@ -1,0 +1,110 @@
+"""A prefix that many continuations share: prefilled once, handed to any number of generate() calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkv_hf.cache import PagedCache
+from pkv_hf.patch import unwrap
+from pkv_hf.state import STATE, PatchState
+
+
+class Prefix:
+    """Tokens and their pages, as `prefix` makes them; all that `cache` and `inputs` return shares those pages.
+
+    A continuation copies the last page, where the prefix does not fill it, and no other. All caches of a prefix are on
+    one pool, so only one of them may be used at a time (threads need a prefix each).
+    """
+
+    def __init__(self, ids: torch.Tensor, cache: PagedCache, tokenizer: Any = None) -> None:
+        self.ids = ids
+        """The tokens, int64 `[1, length]`, on the model's device."""
+        self.tokenizer = tokenizer
+        self._cache = cache
+
+    def __len__(self) -> int:
+        return self.ids.shape[1]
+
+    def cache(self, rows: int = 1) -> PagedCache:
+        """A cache of `rows` rows, 1 or more, that hold the prefix each: what `past_key_values` takes."""
+        if rows < 1:
+            raise ValueError(f"rows={rows!r} is not a number of continuations: pass 1 or more")
+        fork = self._cache.fork()
+        fork.batch_repeat_interleave(rows)
+        return fork
+
+    def inputs(self, continuations: str | list[str] | Sequence[int] | torch.Tensor) -> dict[str, Any]:
+        """What `model.generate(**prefix.inputs(...))` takes to go on from the prefix, in one way or in several.
+
+        Args:
+            continuations: a text or a list of texts, tokenised without special tokens; or token ids, `[length]` or
+                `[rows, length]`.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and `past_key_values`. Texts
+            that are shorter in tokens than others are padded after the prefix; such a batch runs on transformers' own
+            path, so that a call for each is faster.
+
+        Raises:
+            ValueError: no tokenizer for texts, or a continuation without a token.
+        """
+        ids, mask = _tokens("continuations", continuations, self.tokenizer, add_special_tokens=False)
+        ids, mask = ids.to(self.ids.device), mask.to(self.ids.device)
+        before = self.ids.expand(len(ids), -1)
+        return {
+            "input_ids": torch.cat([before, ids], dim=1),
+            "attention_mask": torch.cat([torch.ones_like(before), mask], dim=1),
+            "past_key_values": self.cache(len(ids)),
+        }
+
+
+def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, tokenizer: Any = None) -> Prefix:
+    """Runs a system prompt, a document or examples through the model once, for many continuations.
+
+        shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
+        model.generate(**shared.inputs(["What is a page?", "What is a block?"]), max_new_tokens=100)
+
+    Tokens are continued as they are: a text cut where the tokenizer would have joined two tokens gives other tokens than
+    the whole text does.
+
+    Args:
+        model: a causal LM; one that `patch` was called on reads the pages in place, any other gets dense K and V.
+        text_or_ids: a text, which needs `tokenizer` and gets its special tokens, or token ids `[length]` or `[1, length]`.
+        tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
+
+    Raises:
+        ValueError: a text without a tokenizer, or no token, or several rows.
+        PoolAllocationError: the pages do not fit.
+    """
+    inner: Any = unwrap(model)
+    ids, _ = _tokens("text_or_ids", text_or_ids, tokenizer)
+    if len(ids) != 1:
+        raise ValueError(f"text_or_ids has {len(ids)} rows: a prefix is one row, make one prefix for each")
+    ids = ids.to(inner.device)
+    state: PatchState | None = getattr(inner, STATE, None)
+    settings = {} if state is None else {"page_size": state.page_size, "kv_dtype": state.kv_dtype}
+    cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return Prefix(ids, cache, tokenizer)
+
+
+def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and attention mask, int64 `[rows, length]` each, of texts or ids."""
+    several = isinstance(given, (list, tuple)) and bool(given) and not isinstance(given[0], int)
+    rows = list(given) if several or getattr(given, "ndim", 1) > 1 else [given]
+    if isinstance(rows[0], str):
+        if tokenizer is None:
+            raise ValueError(f"{name} is text, which needs a tokenizer: pass tokenizer=..., or token ids")
+        rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
+    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    if not all(len(row) for row in rows):
+        raise ValueError(f"{name} has a row without a token: there is nothing to go on from")
+    length = max(len(row) for row in rows)
+    ids = torch.stack([nn.functional.pad(row, (length - len(row), 0)) for row in rows])
+    mask = torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows])
+    return ids, mask
