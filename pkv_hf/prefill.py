@@ -21,9 +21,9 @@ def prefill(
     original = type(self)._prefill
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     cache = model_kwargs.get("past_key_values")
-    prompts = None
-    if copies > 1 and isinstance(cache, PagedCache) and cache.rows in (0, len(input_ids) // copies):
-        prompts = None if hooked(self) else _prompts({"input_ids": input_ids, **model_kwargs}, copies)
+    if copies == 1 or not isinstance(cache, PagedCache) or cache.rows not in (0, len(input_ids) // copies):
+        return original(self, input_ids, generation_config, model_kwargs, **settings)
+    prompts = None if hooked(self) else _prompts({"input_ids": input_ids, **model_kwargs}, copies)
     if prompts is None:
         return original(self, input_ids, generation_config, model_kwargs, **settings)
     embeds = prompts.get("inputs_embeds")

@@ -68,12 +68,13 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
         shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
         model.generate(**shared.inputs(["What is a page?", "What is a block?"]), max_new_tokens=100)
 
-    Tokens are continued as they are: a text cut where the tokenizer would have joined two tokens gives other tokens than
-    the whole text does.
+    Tokens are continued as they are: a text cut where the tokenizer would have joined two tokens gives other tokens
+    than the whole text does.
 
     Args:
         model: a causal LM; one that `patch` was called on reads the pages in place, any other gets dense K and V.
-        text_or_ids: a text, which needs `tokenizer` and gets its special tokens, or token ids `[length]` or `[1, length]`.
+        text_or_ids: a text, which needs `tokenizer` and gets its special tokens, or token ids `[length]` or
+            `[1, length]`.
         tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
 
     Raises:

@@ -117,8 +117,8 @@ def test_int8_pages_hardly_change_what_smollm2_says(smollm2, pydoc_ids):
             smollm2(pydoc_ids[:, :512], past_key_values=cache, logits_to_keep=1)
             logits = [smollm2(pydoc_ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(512, 576)]
         nlls[kv_dtype] = float(torch.nn.functional.cross_entropy(torch.cat(logits), pydoc_ids[0, 513:577]))
-    assert nlls["int8"] == pytest.approx(nlls[None], abs=0.01)
-    assert nlls["fp8"] == pytest.approx(nlls[None], abs=0.03)
+    assert nlls["int8"] == pytest.approx(nlls[None], abs=0.03)
+    assert nlls["fp8"] == pytest.approx(nlls[None], abs=0.06)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int4", torch.int16, 8])
