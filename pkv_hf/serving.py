@@ -209,6 +209,8 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
     if torch.is_grad_enabled() and (weight.requires_grad or tokens.requires_grad):
         raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
     rows, q_len = tokens.shape[:2]
+    if not rows * q_len:
+        raise NotServed  # transformers has its own error for that
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
     route = choose_route(state, cache, starts, q_len, tokens.device, weight.dtype)
     return Step(cache, Bounds(starts, cache.get_seq_length(), q_len), route)
