@@ -123,7 +123,8 @@ class DecodeStep:
         assert self._starts is not None
         mirrors = {self.device: (self.starts, self.ends)}
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
-        with Step(cache, bounds, self.route, captured=captured) as step:
+        layers = self.decoder.config.num_hidden_layers
+        with Step(cache, bounds, self.route, captured=captured, layers=layers) as step:
             output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)

@@ -118,8 +118,8 @@ def _text(arguments: argparse.Namespace) -> str:
 
 
 def _prompt(arguments: argparse.Namespace, text: str, model: Any, tokenizer: Any) -> dict[str, torch.Tensor]:
-    length, positions = arguments.prompt_tokens, model.config.max_position_embeddings
-    if length + arguments.new_tokens > positions:
+    length, positions = arguments.prompt_tokens, models.positions_of(model)
+    if positions is not None and length + arguments.new_tokens > positions:
         raise UsageError(
             f"--prompt-tokens {length} and --new-tokens {arguments.new_tokens} exceed the model's {positions} positions"
             f": pass at most --prompt-tokens {positions - arguments.new_tokens}"

@@ -44,15 +44,13 @@ def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
 
 
 def test_a_model_that_patch_refuses_is_one_line_and_status_2(run, monkeypatch):
-    config = transformers.GPT2Config(
-        vocab_size=128, n_embd=32, n_layer=1, n_head=2, n_positions=512, bos_token_id=1, eos_token_id=None
-    )
+    config = transformers.BloomConfig(vocab_size=128, hidden_size=32, n_layer=1, n_head=2, eos_token_id=None)
     encoded = type("Encoded", (), {"input_ids": torch.ones(1, 20, dtype=torch.long)})
-    loaded = transformers.GPT2LMHeadModel(config).eval(), lambda *_, **__: encoded
+    loaded = transformers.BloomForCausalLM(config).eval(), lambda *_, **__: encoded
     monkeypatch.setattr(models, "load", lambda *_: loaded)
     status, printed = run("--prompt-tokens", 20, "--new-tokens", 3)
     assert status == 2
-    assert "model_type 'gpt2' is not one of" in printed.err.splitlines()[-1]
+    assert "no layer of BloomForCausalLM was patched" in printed.err.splitlines()[-1]
     assert "Traceback" not in printed.err
 
 

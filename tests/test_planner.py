@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig
+from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
 from pkv_hf.benchmark import SHAPES
@@ -120,6 +120,6 @@ def test_bad_input_is_named(monkeypatch):
         pkv_hf.plan(tiny("llama"), prompt_tokens=100)
     with pytest.raises(ValueError, match="weights count as they are"):
         pkv_hf.plan(tiny("llama"), **good, weight_bits=4)
-    for wrong in ("llama", GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64)):
+    for wrong in ("llama", BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=64)):
         with pytest.raises(pkv_hf.UnsupportedModelError):
             pkv_hf.plan(wrong, **good)

@@ -212,7 +212,7 @@ BAD = [
     (["--mode", "decode", "--decode-tokens", 1], "decode tokens 1 is too small", "pass at least 2"),
     (["--mode", "decode", "--decode-tokens", 64], "decode tokens 64 leave no prompt", "pass fewer"),
     (["--model", "no/such-model"], "--model no/such-model cannot be loaded", "HF_HUB_OFFLINE=1: set it to 0"),
-    (["--model", "{gpt2}"], "no layer of GPT2LMHeadModel was patched", "'gpt2' is not one of"),
+    (["--model", "{bloom}"], "no layer of BloomForCausalLM was patched", "attention interface"),
     (["--device", "nonsense"], "--device nonsense cannot be used", "pass another"),
     (["--out", "{data}/out.jsonl"], "--out", "cannot be written"),
 ]
@@ -221,16 +221,16 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "says", "way_out"), BAD, ids=[case[1] for case in BAD])
 def test_bad_input_is_one_line_and_status_2(run, model, tmp_path, arguments, says, way_out):
     files = {"data": write_dataset(tmp_path / "data.csv", TEXTS), "empty": tmp_path / "empty.jsonl",
-             "binary": tmp_path / "data.bin", "short": tmp_path / "short.txt", "gpt2": tmp_path / "gpt2"}  # fmt: skip
+             "binary": tmp_path / "data.bin", "short": tmp_path / "short.txt", "bloom": tmp_path / "bloom"}  # fmt: skip
     files["empty"].write_text('{"text": ""}\n{"text": null}\n')
     files["binary"].write_bytes(b"\x00\xff")
     files["short"].write_text("ten tokens")
-    if "{gpt2}" in arguments:
+    if "{bloom}" in arguments:
         import transformers
 
-        config = transformers.GPT2Config(vocab_size=260, n_embd=32, n_layer=1, n_head=2)
-        transformers.GPT2LMHeadModel(config).save_pretrained(files["gpt2"])
-        byte_tokenizer().save_pretrained(files["gpt2"])
+        config = transformers.BloomConfig(vocab_size=260, hidden_size=32, n_layer=1, n_head=2)
+        transformers.BloomForCausalLM(config).save_pretrained(files["bloom"])
+        byte_tokenizer().save_pretrained(files["bloom"])
     arguments = [str(argument).format(**files) for argument in arguments]
     before = [
         "--model",
