@@ -45,19 +45,16 @@ class Prefix:
                 `[rows, length]`.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and `past_key_values`. Texts
-            that are shorter in tokens than others are padded after the prefix; such a batch runs on transformers' own
-            path, so that a call for each is faster.
+            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and `past_key_values`.
 
         Raises:
-            ValueError: no tokenizer for texts, or a continuation without a token.
+            ValueError: texts without a tokenizer, a continuation without a token, or rows of unequal length.
         """
-        ids, mask = _tokens("continuations", continuations, self.tokenizer, add_special_tokens=False)
-        ids, mask = ids.to(self.ids.device), mask.to(self.ids.device)
-        before = self.ids.expand(len(ids), -1)
+        ids = _tokens("continuations", continuations, self.tokenizer, add_special_tokens=False).to(self.ids.device)
+        whole = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return {
-            "input_ids": torch.cat([before, ids], dim=1),
-            "attention_mask": torch.cat([torch.ones_like(before), mask], dim=1),
+            "input_ids": whole,
+            "attention_mask": torch.ones_like(whole),
             "past_key_values": self.cache(len(ids)),
         }
 
@@ -66,15 +63,13 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     """Runs a system prompt, a document or examples through the model once, for many continuations.
 
         shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
-        model.generate(**shared.inputs(["What is a page?", "What is a block?"]), max_new_tokens=100)
+        model.generate(**shared.inputs("What is a page?"), max_new_tokens=100)
 
-    Tokens are continued as they are: a text cut where the tokenizer would have joined two tokens gives other tokens
-    than the whole text does.
+    Tokens stay as they are: a text cut where the tokenizer would join two tokens has other tokens than the whole text.
 
     Args:
         model: a causal LM; one that `patch` was called on reads the pages in place, any other gets dense K and V.
-        text_or_ids: a text, which needs `tokenizer` and gets its special tokens, or token ids `[length]` or
-            `[1, length]`.
+        text_or_ids: a text, tokenised with special tokens, or token ids, `[length]` or `[1, length]`.
         tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
 
     Raises:
@@ -82,7 +77,7 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
-    ids, _ = _tokens("text_or_ids", text_or_ids, tokenizer)
+    ids = _tokens("text_or_ids", text_or_ids, tokenizer)
     if len(ids) != 1:
         raise ValueError(f"text_or_ids has {len(ids)} rows: a prefix is one row, make one prefix for each")
     ids = ids.to(inner.device)
@@ -94,8 +89,8 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     return Prefix(ids, cache, tokenizer)
 
 
-def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and attention mask, int64 `[rows, length]` each, of texts or ids."""
+def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> torch.Tensor:
+    """Texts or ids as ids, int64 `[rows, length]`."""
     several = isinstance(given, (list, tuple)) and bool(given) and not isinstance(given[0], int)
     rows = list(given) if several or getattr(given, "ndim", 1) > 1 else [given]
     if isinstance(rows[0], str):
@@ -103,9 +98,12 @@ def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> tuple[tor
             raise ValueError(f"{name} is text, which needs a tokenizer: pass tokenizer=..., or token ids")
         rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
     rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
-    if not all(len(row) for row in rows):
+    lengths = [len(row) for row in rows]
+    if not min(lengths):
         raise ValueError(f"{name} has a row without a token: there is nothing to go on from")
-    length = max(len(row) for row in rows)
-    ids = torch.stack([nn.functional.pad(row, (length - len(row), 0)) for row in rows])
-    mask = torch.stack([(torch.arange(length) >= length - len(row)).long() for row in rows])
-    return ids, mask
+    if min(lengths) < max(lengths):
+        raise ValueError(
+            f"{name} have {min(lengths)} to {max(lengths)} tokens, and rows that share pages end together: call "
+            "generate() once for each length"
+        )
+    return torch.stack(rows)

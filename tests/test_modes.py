@@ -12,8 +12,6 @@ import pkv_hf
 from pkv_hf import PagedCache
 from tiny import left_padded, tiny
 
-pytestmark = pytest.mark.contract
-
 FAMILIES = ("llama", "mistral", "qwen2", "qwen2-windows", "qwen3")
 ONE, EQUAL, PADDED = (50,), (50, 50), (50, 31, 1)
 
@@ -36,11 +34,11 @@ MODES = {
     "scores of beams": (EQUAL, {"num_beams": 2, "output_scores": True, "output_hidden_states": True}),
     "prompt lookup": (ONE, {"prompt_lookup_num_tokens": 4}),
     "sampled prompt lookup": (ONE, {"prompt_lookup_num_tokens": 4, "do_sample": True}),
-    "early exit": (ONE, {"assistant_early_exit": 1}),
     "assistant": (ONE, {"assistant_model": "patched"}),
     "unpatched assistant": (ONE, {"assistant_model": "unpatched"}),
     "sampling assistant": (ONE, {"assistant_model": "patched", "do_sample": True}),
 }
+NEWEST = ("sampling assistant",)  # the oldest transformers' own sliding caches fail at it
 LEFT = {
     "attention weights": (EQUAL, {"output_attentions": True}, "output_attentions"),
     "attention weights of beams": (EQUAL, {"output_attentions": True, "num_beams": 2}, "output_attentions"),
@@ -81,7 +79,7 @@ def assert_same(ours, theirs) -> None:
         assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [pytest.param(m, marks=[] if m in NEWEST else [pytest.mark.contract]) for m in MODES])
 def test_served(model, draft, mode):
     lengths, settings = MODES[mode]
     inputs, helper = left_padded(*lengths), settings.get("assistant_model")
@@ -100,6 +98,7 @@ def test_served(model, draft, mode):
     assert isinstance(output.past_key_values, PagedCache) == settings.get("use_cache", True)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("mode", LEFT)
 def test_left_to_transformers(model, mode):
     lengths, settings, reason = LEFT[mode]
@@ -114,6 +113,7 @@ def test_left_to_transformers(model, mode):
     assert_same(output, expected)
 
 
+@pytest.mark.contract
 def test_a_patched_assistant_of_an_unpatched_model(model, draft):
     inputs = left_padded(*ONE)
     expected = generate(model, inputs, assistant_model=draft)
@@ -122,6 +122,7 @@ def test_a_patched_assistant_of_an_unpatched_model(model, draft):
         assert pkv_hf.report(draft).route == "sdpa"
 
 
+@pytest.mark.contract
 def test_inputs_embeds(model):
     inputs = left_padded(*PADDED)
     embedded = {"inputs_embeds": model.get_input_embeddings()(inputs.pop("input_ids")), **inputs}
@@ -133,6 +134,7 @@ def test_inputs_embeds(model):
         assert_same(output, expected)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("lengths", [ONE, PADDED])
 @pytest.mark.parametrize("inside", [False, True], ids=["", "padding inside"])
 def test_turns(model, lengths, inside):
@@ -156,11 +158,12 @@ def test_turns(model, lengths, inside):
     assert_same(output, expected)
     assert ("holes" in left) == inside
     if not inside:
-        table = output.past_key_values.tables[max(output.past_key_values.tables)]
-        length = output.past_key_values.get_seq_length()
-        assert (table.pages > 0).sum() <= sum(-(-(length - first + 16) // 16) for first in table.pads.tolist())
+        cache = output.past_key_values
+        real = cache.get_seq_length() - cache.pads
+        assert cache.memory().pages_in_use <= len(cache.tables) * (real // 16 + 2).sum()  # a turn grows by a step
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("route", ["split", "workqueue"])
 def test_triton_routes_read_shared_pages(route):
     pytest.importorskip("triton")
