@@ -95,8 +95,7 @@ class DecodeStep:
                 cache.truncate(begin)
                 raise
             for layer in cache.layers:
-                if layer.is_initialized:  # a draft that exits early has not been in the rest
-                    layer.length = end
+                layer.length = end
             self._end = end + self.q_len
             return output
 
@@ -123,8 +122,7 @@ class DecodeStep:
         assert self._starts is not None
         mirrors = {self.device: (self.starts, self.ends)}
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
-        layers = self.decoder.config.num_hidden_layers
-        with Step(cache, bounds, self.route, captured=captured, layers=layers) as step:
+        with Step(cache, bounds, self.route, captured=captured) as step:
             output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)

@@ -238,7 +238,10 @@ def _prepare_cache_for_generation(
         if asked in (None, "dynamic"):
             model_kwargs["past_key_values"] = PagedCache(self.config, state.page_size, max_cache_length, state.kv_dtype)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                cache = model_kwargs["past_key_values"]
+                cache.activate_past_recording()
+                depth = getattr(self.base_model.config, "num_hidden_layers", len(cache.layers))
+                del cache.layers[depth:]  # a draft that exits early never comes to the rest
             return None
         state.say(f"cache_implementation={asked!r} was asked for")
     return prepare(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

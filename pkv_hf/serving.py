@@ -90,7 +90,7 @@ def packed_prefill(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelO
     for name, tensor in (("input_ids", call.get("input_ids")), ("inputs_embeds", call.get("inputs_embeds"))):
         call[name] = None if tensor is None else packing.pack(tensor)
     call.update(position_ids=packing.pack(positions), attention_mask=None)
-    with Step(step.cache, step.bounds, step.route, packing, layers=step.layers):
+    with Step(step.cache, step.bounds, step.route, packing):
         output = original_forward(decoder)(**call)
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
@@ -213,8 +213,7 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed  # transformers has its own error for that
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
     route = choose_route(state, cache, starts, q_len, tokens.device, weight.dtype)
-    bounds = Bounds(starts, cache.get_seq_length(), q_len)
-    return Step(cache, bounds, route, layers=decoder.config.num_hidden_layers)
+    return Step(cache, Bounds(starts, cache.get_seq_length(), q_len), route)
 
 
 def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:

@@ -25,8 +25,7 @@ class Step:
 
     Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was, and so does one in
     which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
-    one row. `captured` says that a CUDA graph keeps what the forward does, `layers` how many of the cache's layers the
-    forward runs: a draft that exits early leaves the last ones out.
+    one row. `captured` says that a CUDA graph keeps what the forward does.
     """
 
     def __init__(
@@ -36,14 +35,12 @@ class Step:
         route: Route,
         packing: Packing | None = None,
         captured: bool = False,
-        layers: int | None = None,
     ) -> None:
         self.cache = cache
         self.bounds = bounds
         self.route = route
         self.packing = packing
         self.captured = captured
-        self.layers = layers
         self._unread: set[int] = set()  # layers that have appended and not attended yet
 
     def __enter__(self) -> Step:
@@ -56,8 +53,7 @@ class Step:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         _current.reset(self._outer)
         self.cache.step = None
-        run = self.cache.layers[: self.layers]
-        missed = self._unread.union(i for i, layer in enumerate(run) if layer.length != self.bounds.end)
+        missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
         if error is not None or missed:
             self.cache.truncate(self.bounds.begin)
         if error is None and missed:
