@@ -24,6 +24,7 @@ class Tile:
     num_stages: int
 
 
+@functools.cache
 def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: int) -> Tile | None:
     """The tile of a launch that fits `shared_memory` bytes, None where the queries leave no room for any.
 
@@ -54,16 +55,24 @@ def padded_queries(query_rows: int) -> int:
 
 
 @functools.cache
-def _properties(index: int) -> tuple[int, int]:
+def _properties(index: int) -> tuple[int, int, tuple[int, int]]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    capability = (properties.major, properties.minor)
+    return properties.multi_processor_count, properties.shared_memory_per_block_optin, capability
+
+
+def _index(device: torch.device) -> int:
+    return device.index if device.index is not None else torch.cuda.current_device()
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a GPU, (9, 0) for sm_90; above all of them for the interpreter's CPU."""
+    return _properties(_index(device))[2] if device.type == "cuda" else (99, 0)
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory a block can have; the interpreter's CPU is a small made-up GPU."""
-    if device.type != "cuda":
-        return 4, 227 * 1024
-    return _properties(device.index if device.index is not None else torch.cuda.current_device())
+    return _properties(_index(device))[:2] if device.type == "cuda" else (4, 227 * 1024)
 
 
 def splits_for(items: int, tiles: int, processors: int) -> int:

@@ -7,11 +7,11 @@ waits holds registers and shared memory.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
+
+from pkv_hf.kernels.launch import capability
 
 
 @triton.jit
@@ -28,14 +28,7 @@ def release(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
-@functools.cache
-def _overlaps(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] >= 9
-
-
 def options(device: torch.device) -> dict[str, bool]:
     """The arguments of a launch on a device."""
-    if device.type != "cuda":
-        return {"PDL": False}
-    overlaps = _overlaps(device.index if device.index is not None else torch.cuda.current_device())
+    overlaps = device.type == "cuda" and capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}

@@ -17,7 +17,8 @@ def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     scale = max |x| / largest, values = x / scale, to nearest even; a vector of zeros has scale 0.
     """
     exact = states.float()
-    scales = exact.abs().amax(dim=-1) / LARGEST[dtype]
+    largest = exact.abs().amax(dim=-1)
+    scales = largest / torch.full_like(largest, LARGEST[dtype])  # CUDA multiplies by the inverse of a number
     values = torch.where(scales[..., None] > 0, exact / scales[..., None], 0.0)
     return (values.round() if dtype == torch.int8 else values).to(dtype), scales
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pkv_hf.kernels.launch import capability
 from pkv_hf.layer import PagedLayer
 from pkv_hf.packing import Packing
 
@@ -54,7 +55,7 @@ def _takes_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
     # enable_gqa falls to the math kernel, which builds the whole score matrix.
     if not q.is_cuda:
         return True
-    return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_capability(q.device)[0] >= 8
+    return mask is None and q.dtype != torch.float32 and capability(q.device) >= (8, 0)
 
 
 def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:

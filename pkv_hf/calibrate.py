@@ -101,8 +101,7 @@ def calibrate(
                 if seconds is not None and work is not None:
                     samples.setdefault((mode, group, route), []).append(Sample(work, seconds))
     for (mode, group, route), found in samples.items():
-        plan_s = float(np.median(plans[group, route])) if route in ("flashinfer", "flashinfer_tc") else 0.0
-        constants, errors = fit(found, plan_s)
+        constants, errors = fit(found, float(np.median(plans[group, route])))
         routes[mode].setdefault(group, {})[route] = constants
         p50, p95 = np.percentile(np.abs(errors), (50, 95))
         quality[f"{mode} G{group} {route}"] = {"samples": len(found), "error_p50": float(p50), "error_p95": float(p95)}

@@ -7,7 +7,7 @@ import torch
 
 from pkv_hf.costs import Work
 from pkv_hf.kernels.flashinfer import PLANNED_GROUPS, XQA_CAPABILITIES, XQA_PAGE_SIZES, Planned, Xqa
-from pkv_hf.kernels.launch import device_limits
+from pkv_hf.kernels.launch import capability, device_limits
 from pkv_hf.layer import PagedLayer
 from pkv_hf.routes import Accepted, Bounds, Rejected, StepShape, Triton, installed
 from pkv_hf.table import BlockTable
@@ -87,7 +87,7 @@ class FlashInferXqa(_FlashInfer):
         if shape.page_size not in XQA_PAGE_SIZES:
             return f"page_size {shape.page_size} is not one of {XQA_PAGE_SIZES}"
         on_gpu = shape.device.type == "cuda"
-        if on_gpu and torch.cuda.get_device_capability(shape.device)[0] not in XQA_CAPABILITIES:
+        if on_gpu and capability(shape.device)[0] not in XQA_CAPABILITIES:
             return "XQA runs on sm_90, sm_100 and sm_120"
         return ""
 

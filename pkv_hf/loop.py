@@ -21,7 +21,7 @@ from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
 from pkv_hf.errors import NotServed
-from pkv_hf.serving import choose_route, plan, run_static, static_step
+from pkv_hf.serving import choose_route, decide, plan, run_static, static_step
 from pkv_hf.state import STATE, PatchState
 
 CHOOSE_EVERY = 64
@@ -124,7 +124,8 @@ def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
     """Whether decode steps go by Triton kernels, for which queueing ahead is worth it."""
     if model.device.type == "meta":
         return False  # accelerate brings the weights in for each forward
-    return choose_route(state, cache, np.zeros(1), 1, model.device, model.dtype).fuses_rope
+    decision = decide(state, cache, np.zeros(1), 1, model.device, model.dtype)
+    return decision is not None and decision.route.fuses_rope
 
 
 class _Forward:

@@ -17,6 +17,7 @@ from pkv_hf import compat
 from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, PagedCache, check_kv_dtype
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.interface import attention, mask
+from pkv_hf.kernels.launch import capability
 from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
@@ -207,7 +208,7 @@ def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None
     device = next(attention.parameters()).device
     if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn or device.type != "cuda":
         return
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability(device)
     if (major, minor) < FP8_CAPABILITY:
         raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")
 

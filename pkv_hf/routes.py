@@ -17,7 +17,7 @@ import torch
 
 from pkv_hf.attention import over_pages
 from pkv_hf.costs import Work
-from pkv_hf.kernels.launch import PROGRAMS_PER_SM, choose_tile, device_limits, splits_for
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, choose_tile, device_limits, splits_for
 from pkv_hf.kernels.quantize import FP8_CAPABILITY, LARGEST
 from pkv_hf.layer import PagedLayer
 from pkv_hf.table import BlockTable
@@ -193,11 +193,11 @@ class Triton:
             return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16, float32")
-        capability = torch.cuda.get_device_capability(shape.device) if shape.device.type == "cuda" else (99, 0)
-        if shape.dtype == torch.bfloat16 and capability < (8, 0):
-            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{capability[0]}{capability[1]}")
-        if shape.kv_dtype == torch.float8_e4m3fn and capability < FP8_CAPABILITY:
-            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{capability[0]}{capability[1]}: use int8")
+        version = capability(shape.device)
+        if shape.dtype == torch.bfloat16 and version < (8, 0):
+            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{version[0]}{version[1]}")
+        if shape.kv_dtype == torch.float8_e4m3fn and version < FP8_CAPABILITY:
+            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{version[0]}{version[1]}: use int8")
         if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:

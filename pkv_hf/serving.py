@@ -17,7 +17,7 @@ from pkv_hf.decode import DecodeStep
 from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.graphs import CaptureError
 from pkv_hf.packing import Packing
-from pkv_hf.policy import ROUTES, choose
+from pkv_hf.policy import ROUTES, Decision, choose
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Route, StepShape
 from pkv_hf.state import NAME, STATE, LayerShape, PatchState, original_forward, original_implementation
 from pkv_hf.step import Step
@@ -122,11 +122,12 @@ def static_step(
         return None
     if state.watch is None or not state.watch.unchanged():
         state.watch = Watch([state.model])
+        not_captured = compat.not_captured(decoder) if state.generic else ""
+        state.not_static = state.watch.reason or compat.dynamic_rope(decoder) or not_captured
         for step in state.decode_steps:
             step.drop()
-    reason = state.watch.reason or compat.dynamic_rope(decoder) or (state.generic and compat.not_captured(decoder))
-    if reason:
-        state.say(f"the decoder's layers, attention stays on pages: {reason}")
+    if state.not_static:
+        state.say(f"the decoder's layers, attention stays on pages: {state.not_static}")
         return None
     key = (state.watch, cache.rows, q_len, route.name, head is not None)
     if key not in cache.decode_steps:
@@ -249,12 +250,22 @@ def row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patch
 def choose_route(
     state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, device: torch.device, dtype: torch.dtype
 ) -> Route:
-    """The route of a cache's next step, of rows that begin at `starts` (int64 `[rows]`).
+    """The route of a cache's next step, noted there and for `report`; torch's before any layer has been seen."""
+    state.decision = decide(state, cache, starts, q_len, device, dtype)
+    route = ROUTES["sdpa"] if state.decision is None else state.decision.route
+    cache.last_route = route.name
+    return route
+
+
+def decide(
+    state: PatchState, cache: PagedCache, starts: np.ndarray, q_len: int, device: torch.device, dtype: torch.dtype
+) -> Decision | None:
+    """The policy's decision on a step of rows that begin at `starts` (int64 `[rows]`); None before a layer was seen.
 
     Of a prompt a route only appends; its attention is torch's, as that of any block longer than a decode step's.
     """
-    if not state.shapes:  # no layer has been seen yet: torch serves any
-        return ROUTES["sdpa"]
+    if not state.shapes:
+        return None
     layer = next(iter(state.shapes))
     begin, windows = cache.get_seq_length(), list(cache.tables)
     lengths = begin + q_len - starts
@@ -282,9 +293,7 @@ def choose_route(
         named=state.route != "auto",
         torch_alone=torch_alone(state.shapes),
     )
-    state.decision = choose(state.route, shape, cache.last_route)
-    cache.last_route = state.decision.route.name
-    return state.decision.route
+    return choose(state.route, shape, cache.last_route)
 
 
 def torch_alone(shapes: set[LayerShape]) -> str:

@@ -77,6 +77,8 @@ class PatchState:
     decision: Decision | None = None
     """On the last step's route."""
     watch: Watch | None = None
+    not_static: str = ""
+    """Why decode steps do not run on static buffers, by the modules as `watch` found them; empty where they do."""
     decode_steps: weakref.WeakSet[DecodeStep] = field(default_factory=weakref.WeakSet)
     """The steps on static buffers of all caches, for `report`."""
     graph_memories: GraphMemories = field(default_factory=GraphMemories)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pkv_hf.attention_steps import AttentionShape, AttentionStep, Timing
+from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep, Timing
 from pkv_hf.errors import WrongResultError
 from pkv_hf.policy import ROUTES, choose
 from pkv_hf.traces import Request, decode_steps
@@ -89,7 +89,7 @@ class Played:
     def record(self, engine: str) -> Record:
         walls, gpus = np.array(self.wall[engine]), np.array(self.gpu.get(engine, []))
         rows = sum(len(lengths) for lengths in self.lengths)
-        token = self.shape.kv_heads * self.shape.head_dim * 2 * self.shape.dtype.itemsize
+        token = self.shape.kv_heads * self.shape.step([1], self.graph).token_bytes
         kv_bytes = token * sum(map(sum, self.lengths))
         record: Record = {
             "engine": engine, "graph": self.graph, "steps": len(walls),
@@ -114,13 +114,12 @@ def measure(
     requests: Sequence[Request],
     max_active: int,
     shape: AttentionShape,
-    engines: Sequence[str],
     steps: int,
     samples: int,
     seed: int | None,
     progress: str,
 ) -> list[Record]:
-    """Records of a trace: every engine, launched by the host and (on a GPU) replayed, on `steps` of its steps.
+    """Records of a trace: every route, launched by the host and (on a GPU) replayed, on `steps` of its steps.
 
     Raises WrongResultError, before anything is timed, where an engine is wrong.
     """
@@ -131,7 +130,7 @@ def measure(
     errors: dict[str, float] = {}
     for lengths in tqdm(chosen, desc=progress, file=sys.stderr):
         step = AttentionStep(shape, lengths, rng)
-        routes = [route for route in engines if step.accepts(route)]
+        routes = [route for route in RUNNERS if step.accepts(route)]
         errors = errors or check(step, routes)
         timings = {route: step.time(route, samples) for route in routes}
         for of_mode in by_mode:

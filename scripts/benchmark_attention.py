@@ -22,11 +22,11 @@ from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.benchmark import read_bandwidth
 from pkv_hf.cache import KV_DTYPES
 from pkv_hf.errors import WrongResultError
+from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, check
 
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "kv_dtype", "splits")
 
 

@@ -22,10 +22,10 @@ import transformers
 
 from pkv_hf import benchmark
 from pkv_hf.measure import generate
+from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment
 from pkv_hf.tables import table
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COLD = "dynamic-cold"
 
 

@@ -18,15 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pkv_hf.attention_steps import RUNNERS, AttentionShape
+from pkv_hf.attention_steps import AttentionShape
 from pkv_hf.benchmark import read_bandwidth
 from pkv_hf.errors import WrongResultError
+from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, measure
 from pkv_hf.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
-
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def summary(records: list[Record]) -> str:
@@ -69,7 +68,6 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(HELD_OUT_SEEDS))
     parser.add_argument("--requests", type=int, default=64, help="requests of a trace, the first of a file's")
     parser.add_argument("--steps", type=int, default=12, help="steps of a trace that are measured")
-    parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--layers", type=int, default=1)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--group", type=int, default=4, help="query heads of a KV head")
@@ -102,7 +100,7 @@ def main() -> int:
                 "holes": shape.holes, "dtype": arguments.dtype, "layers": shape.layers,
             }  # fmt: skip
             of_case = measure(
-                requests, max_active, shape, arguments.engines, arguments.steps, arguments.samples, seed,
+                requests, max_active, shape, arguments.steps, arguments.samples, seed,
                 f"{name}:{max_active} {seed or ''}",
             )  # fmt: skip
             for record in of_case:
