@@ -31,17 +31,20 @@ def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: in
     `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
     end the accumulator passes through the same memory. sm_90 and sm_100, which alone have more than 164 KiB, multiply
     64 rows and more of a half type asynchronously: the tile that is read stays, and the weights are elsewhere.
+    Products of float32 take their operands from registers, which 8192 elements over 8 warps leave enough of.
     """
     width = next_power_of_2(head_dim)
     block_m = padded_queries(query_rows)
     asynchronous = itemsize == 2 and block_m >= 64 and shared_memory > 164 * 1024
     for tokens, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
-        if width <= 64 and tokens == 64:
+        if itemsize == 4:
+            tokens = min(tokens, 8192 // width)
+        elif width <= 64 and tokens == 64:
             tokens = 128
         in_flight, weights = (stages, 0) if asynchronous else (stages - 1, block_m * tokens * 4)
         loop = 2 * in_flight * tokens * width * itemsize + block_m * width * itemsize + weights
         if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
-            return Tile(tokens, 4 if block_m * width <= 8192 else 8, stages)
+            return Tile(tokens, 4 if itemsize == 2 and block_m * width <= 8192 else 8, stages)
     return None
 
 
