@@ -237,6 +237,73 @@ def dataset_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
+PAPER_CUDA_WALL = {
+    "bucketed:1": (1.471, 1.403), "bimodal:4": (1.0, 1.0), "bimodal:8": (1.106, 1.080),
+    "uniform:8": (1.076, 1.044), "zipf:8": (1.105, 1.068),
+}  # fmt: skip
+"""Throughput of PersistentKV's policy over FlashInfer's planned wrapper, by CUDA and by wall time: the main table of
+arXiv 2606.26666."""
+
+FLASHINFER = ("flashinfer", "flashinfer_tc", "flashinfer_xqa")
+TRACE_CASE = ("trace", "seed", "max_active", "group", "head_dim", "page_size", "holes", "dtype", "layers", "graph")
+
+
+def traces_by_case() -> dict[tuple[str, bool], dict[str, list[dict[str, Any]]]]:
+    """Records of PersistentKV's families by trace and rows, launched or replayed; of each engine, one a seed."""
+    groups: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = {}
+    for r in newest("traces.jsonl", (*TRACE_CASE, "engine", "gpu")):
+        if r["seed"] is not None and r["layers"] == 1 and r["group"] == 4 and r["holes"] == 0:
+            of_case = groups.setdefault((f"{r['trace']}:{r['max_active']}", r["graph"]), {})
+            of_case.setdefault(r["engine"], []).append(r)
+    return groups
+
+
+def mean(records: list[dict[str, Any]], key: str) -> float:
+    return sum(r[key] for r in records) / len(records)
+
+
+def trace_speed_table() -> str:
+    rows, used = [], []
+    for (case, graph), engines in traces_by_case().items():
+        used += engines["policy"]
+        speeds = {engine: mean(records, "tokens_per_s_wall") for engine, records in engines.items()}
+        gpu = {engine: mean(records, "tokens_per_s_gpu") for engine, records in engines.items()}
+        best, best_gpu = (max(FLASHINFER, key=by.__getitem__) for by in (speeds, gpu))
+        paper_cuda, paper_wall = PAPER_CUDA_WALL.get(case, (None, None))
+        rows.append([
+            case, "replayed" if graph else "launched",
+            *(f"{speeds[engine]:,.0f}" for engine in ("split", "workqueue", *FLASHINFER, "policy")),
+            f"{speeds['policy'] / speeds['flashinfer']:.2f}", "-" if paper_wall is None else f"{paper_wall:.2f}",
+            f"{speeds['policy'] / speeds[best]:.2f}",
+            f"{gpu['policy'] / gpu['flashinfer']:.2f}", "-" if paper_cuda is None else f"{paper_cuda:.2f}",
+            f"{gpu['policy'] / gpu[best_gpu]:.2f}",
+        ])  # fmt: skip
+    header = ["trace:rows", "kernels", "split", "workqueue", *FLASHINFER, "policy", "wall, policy / `flashinfer`",
+              "the paper's", "/ best FlashInfer", "GPU time, policy / `flashinfer`", "the paper's",
+              "/ best FlashInfer"]  # fmt: skip
+    return markdown(header, rows) + measured_on(used)
+
+
+def trace_counters_table() -> str:
+    rows = []
+    for (case, graph), engines in traces_by_case().items():
+        if not graph:
+            continue
+        policy, routes = engines["policy"], ("split", "workqueue", *FLASHINFER)
+        shares = {e: 100 * mean(engines[e], "gb_s") / mean(engines[e], "read_gb_s") for e in routes}
+        rows.append([
+            case,
+            *(f"{mean(engines[e], 'gpu_us_p50'):,.0f} us, {shares[e]:.0f} %" for e in routes),
+            f"{mean(policy, 'regret_gpu_mean'):.1%}, {mean(policy, 'regret_gpu_p95'):.1%}",
+            *(" / ".join(f"{mean(engines[e], key):.1f}" for e in ("split", "workqueue"))
+              for key in ("launches", "programs_per_sm", "merge_mb")),
+            f"{mean(engines['split'], 'kv_mb'):,.0f}",
+        ])  # fmt: skip
+    header = ["trace:rows", "split", "workqueue", *FLASHINFER, "policy over the oracle, mean and p95",
+              "launches, split / workqueue", "programs an SM", "merge MB", "KV MB"]  # fmt: skip
+    return markdown(header, rows)
+
+
 def demo_output() -> str:
     return f"```\n{(RESULTS / 'demo.txt').read_text()}```\n"
 
@@ -252,6 +319,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity-speed": perplexity_speed_table,
     "passkey": passkey_table,
     "dataset": dataset_table,
+    "trace-speed": trace_speed_table,
+    "trace-counters": trace_counters_table,
 }
 
 
