@@ -21,11 +21,9 @@ from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.decode import DecodeStep
 from pkv_hf.errors import NotServed
+from pkv_hf.policy import CHOOSE_EVERY
 from pkv_hf.serving import choose_route, decide, plan, run_static, static_step
 from pkv_hf.state import STATE, PatchState
-
-CHOOSE_EVERY = 64
-"""Positions after which the loop asks for the fastest route again: lengths have hardly changed before."""
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:

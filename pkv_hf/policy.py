@@ -21,6 +21,10 @@ HYSTERESIS = 0.05
 another route means another captured graph."""
 
 
+CHOOSE_EVERY = 64
+"""Steps of the same rows after which a loop asks for the fastest route again: lengths have hardly changed before."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A route, and what it is predicted to take in seconds a layer, or why it is not taken."""

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep, Timing
 from pkv_hf.errors import WrongResultError
-from pkv_hf.policy import ROUTES, choose
+from pkv_hf.policy import CHOOSE_EVERY, ROUTES, choose
 from pkv_hf.traces import Request, decode_steps
 
 MAX_ERROR, MEAN_ERROR = 2e-3, 3e-4
@@ -42,11 +42,21 @@ def check(step: AttentionStep, routes: list[str]) -> dict[str, float]:
     return {route: float((output.double() - exact).abs().max()) for route, output in outputs.items()}
 
 
+def decisions_a_step(played: Sequence[list[int]]) -> float:
+    """How often the policy is asked, as a loop does: when rows have come or gone, and every CHOOSE_EVERY steps."""
+    asked, since = 0, 0
+    for i, lengths in enumerate(played):
+        since += 1
+        if not i or since == CHOOSE_EVERY or lengths != [length + 1 for length in played[i - 1]]:
+            asked, since = asked + 1, 0
+    return asked / len(played)
+
+
 class Played:
     """The measured steps of one case."""
 
-    def __init__(self, shape: AttentionShape, graph: bool) -> None:
-        self.shape, self.graph = shape, graph
+    def __init__(self, shape: AttentionShape, graph: bool, decisions: float) -> None:
+        self.shape, self.graph, self.decisions = shape, graph, decisions
         self.lengths: list[list[int]] = []
         self.wall: dict[str, list[float]] = {}
         self.gpu: dict[str, list[float]] = {}
@@ -59,7 +69,7 @@ class Played:
         gpus = {route: t.gpu_s for route, t in timings.items() if t.gpu_s is not None}
         started = time.perf_counter()
         chosen = choose("auto", self.shape.step(lengths, self.graph), self.last).route.name
-        decision_s = time.perf_counter() - started
+        decision_s = (time.perf_counter() - started) * self.decisions
         self.last = chosen
         self.lengths.append(lengths)
         for route, timing in timings.items():
@@ -126,7 +136,10 @@ def measure(
     played = list(decode_steps(requests, max_active))
     chosen = [played[i] for i in np.linspace(0, len(played) - 1, min(steps, len(played))).astype(int)]
     rng = np.random.default_rng(seed)
-    by_mode = [Played(shape, graph) for graph in ((False, True) if shape.device.type == "cuda" else (False,))]
+    decisions = decisions_a_step(played)
+    by_mode = [
+        Played(shape, graph, decisions) for graph in ((False, True) if shape.device.type == "cuda" else (False,))
+    ]
     errors: dict[str, float] = {}
     for lengths in tqdm(chosen, desc=progress, file=sys.stderr):
         step = AttentionStep(shape, lengths, rng)
@@ -136,7 +149,8 @@ def measure(
         for of_mode in by_mode:
             of_mode.add(lengths, timings)
     return [
-        of_mode.record(engine) | {"max_abs_err": errors.get(engine, max(errors.values()))}
+        of_mode.record(engine)
+        | {"max_abs_err": errors.get(engine, max(errors.values())), "decisions_a_step": decisions}
         for of_mode in by_mode
         for engine in of_mode.wall
     ]

@@ -2,8 +2,8 @@
 
 A case is a trace played through a batch of some rows (bimodal:8); of its steps, `--steps` at even distances are
 measured. Wall time is a whole step of `--layers` layers, planned and launched by the host, and once more with the
-launches replayed from a CUDA graph; the policy's includes its decision. GPU time is a layer's, by replays over pools
-that do not fit the device's cache together.
+launches replayed from a CUDA graph; the policy's includes its decision, by its share: it is asked when rows come or go,
+and every 64 steps. GPU time is a layer's, by replays over pools that do not fit the device's cache together.
 
 The first step of a case is compared with float64, and with FlashInfer where it is installed, before anything is timed:
 an error above 2e-3, or 3e-4 in the mean, ends the run, and nothing of the case is recorded.

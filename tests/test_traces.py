@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pkv_hf.errors import TraceError
+from pkv_hf.trace_benchmark import decisions_a_step
 from pkv_hf.traces import (
     CALIBRATION_SEED,
     FAMILIES,
@@ -112,3 +113,10 @@ def test_block_tables(holes):
     assert [(row > 0).sum() for row in tables] == [3, 1, 1, 7]
     with pytest.raises(ValueError, match=r"holes=1\.0"):
         block_tables(lengths, 16, 1.0, np.random.default_rng(0))
+
+
+def test_a_loop_asks_the_policy_when_rows_change_and_now_and_then():
+    alone = list(decode_steps([Request(100, 130)], 1))
+    assert decisions_a_step(alone) == pytest.approx(3 / 130)  # at the first step and 64 and 128 after it
+    changing = [[10, 20], [11, 21], [12], [13, 5], [14, 6]]
+    assert decisions_a_step(changing) == pytest.approx(3 / 5)
