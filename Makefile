@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 test: test-newest test-oldest
 
 test-newest: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --cov --cov-report=term $(ARGS)
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)

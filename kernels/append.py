@@ -6,14 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import Scales, check_pages, check_scales, next_power_of_2
-from pkv_hf.kernels.pdl import options, release, wait
+from pkv_hf.kernels.launch import Remembered, Scales, check_pages, check_scales, described, next_power_of_2
+from pkv_hf.kernels.launcher import Launcher
+from pkv_hf.kernels.pdl import options, overlaps, release, wait
 from pkv_hf.kernels.quantize import LARGEST
 
 NEAREST = tl.constexpr(12582912.0)
 """1.5 · 2^23: a float32 of at most 2^22 plus this, less this, is rounded to the nearest whole number, ties to even."""
 
-RUNTIME = ["q_len", "num_heads", "num_kv_heads", "stride_tb"]
+RUNTIME = ["q_len", "num_heads", "num_kv_heads", "eps", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
 
 
@@ -150,6 +151,10 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         _store_halves(at, v_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
 
 
+_append, _rope_append = Launcher(append_kernel), Launcher(rope_append_kernel)
+_checked: Remembered[None] = Remembered()
+
+
 def append(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
@@ -167,20 +172,21 @@ def append(
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    check_pages(
-        k_pages, v_pages, {"k": k, "v": v}, {"block_table": block_table, "first_held": first_held, "ends": ends}
-    )
-    check_scales(k_pages, v_pages, scales)
-    if k.shape != v.shape or k.shape[1] != k_pages.shape[1]:
-        raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
+    key = described(k_pages, v_pages, k, v, block_table, first_held, ends, *(scales or ()))
+    if key not in _checked:
+        rows_tensors = {"block_table": block_table, "first_held": first_held, "ends": ends}
+        check_pages(k_pages, v_pages, {"k": k, "v": v}, rows_tensors)
+        check_scales(k_pages, v_pages, scales)
+        if k.shape != v.shape or k.shape[1] != k_pages.shape[1]:
+            raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
+        _checked[key] = None
     rows, num_kv_heads, q_len, head_dim = k.shape
-    append_kernel[(q_len, num_kv_heads, rows)](
+    _append(
+        (q_len, num_kv_heads, rows),
         k, v, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends, q_len, *k.stride()[:3],
         *v.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
-        block_table.stride(0),
-        D=head_dim, PAGE=k_pages.shape[2], BLOCK_D=next_power_of_2(head_dim),
-        LARGEST=LARGEST.get(k_pages.dtype, 0.0), num_warps=1,
-        **options(k.device),
+        block_table.stride(0), head_dim, k_pages.shape[2], next_power_of_2(head_dim), LARGEST.get(k_pages.dtype, 0.0),
+        overlaps(k.device), num_warps=1, **options(k.device),
     )  # fmt: skip
 
 
@@ -206,36 +212,59 @@ def rope_append(
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    states = {"q": q, "k": k, "v": v}
-    check_pages(k_pages, v_pages, states, {"block_table": block_table, "first_held": first_held, "ends": ends})
-    check_scales(k_pages, v_pages, scales)
-    if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
-        raise ValueError(
-            f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
-        )
-    for name, angles in (("cos", cos), ("sin", sin)):
-        if len(angles) not in (1, len(q)) or angles.shape[1:] != q.shape[2:] or angles.stride() != cos.stride():
-            raise ValueError(
-                f"{name} is {list(angles.shape)} with strides {angles.stride()}: want {list(q.shape[2:])} for one row "
-                "or all, cos and sin alike"
-            )
-        if angles.dtype != q.dtype or angles.stride(2) != 1:
-            raise ValueError(f"{name} is {angles.dtype}, q {q.dtype}: want the same, with a contiguous head_dim")
     q_norm, k_norm, eps = (q, k, 0.0) if norms is None else norms
-    if q_norm.dtype != q.dtype or k_norm.dtype != q.dtype:
-        raise ValueError(f"norms are {q_norm.dtype} and {k_norm.dtype}, q {q.dtype}: want the same")
+    held = {"block_table": block_table, "first_held": first_held, "ends": ends}
+    key = described(k_pages, v_pages, q, k, v, cos, sin, *held.values(), q_norm, k_norm, *(scales or ()))
+    if key not in _checked:
+        _check_rope(
+            k_pages, v_pages, {"q": q, "k": k, "v": v}, {"cos": cos, "sin": sin}, held, (q_norm, k_norm), scales
+        )
+        _checked[key] = None
     rows, num_heads, q_len, head_dim = q.shape
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
     stride_cb = cos.stride(0) if len(cos) > 1 else 0
     # fused multiply-adds would round once where transformers rounds twice
-    rope_append_kernel[(q_len, num_heads + num_kv_heads, rows)](
+    _rope_append(
+        (q_len, num_heads + num_kv_heads, rows),
         q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends,
         q_len, num_heads, num_kv_heads, eps,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
         *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
-        block_table.stride(0),
-        D=head_dim, PAGE=k_pages.shape[2], BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=norms is not None,
-        LARGEST=LARGEST.get(k_pages.dtype, 0.0), num_warps=1, enable_fp_fusion=False, **options(q.device),
+        block_table.stride(0), head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), norms is not None,
+        LARGEST.get(k_pages.dtype, 0.0), overlaps(q.device), num_warps=1, enable_fp_fusion=False, **options(q.device),
     )  # fmt: skip
     return out
+
+
+def _check_rope(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    states: dict[str, torch.Tensor],
+    angles: dict[str, torch.Tensor],
+    held: dict[str, torch.Tensor],
+    norms: tuple[torch.Tensor, torch.Tensor],
+    scales: Scales | None,
+) -> None:
+    """Raises ValueError, naming the argument, for what `rope_append` cannot take."""
+    q, k, v = states.values()
+    check_pages(k_pages, v_pages, states, held)
+    check_scales(k_pages, v_pages, scales)
+    if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
+        )
+    for name, tensor in angles.items():
+        if (
+            len(tensor) not in (1, len(q))
+            or tensor.shape[1:] != q.shape[2:]
+            or tensor.stride() != angles["cos"].stride()
+        ):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {list(q.shape[2:])} for one row "
+                "or all, cos and sin alike"
+            )
+        if tensor.dtype != q.dtype or tensor.stride(2) != 1:
+            raise ValueError(f"{name} is {tensor.dtype}, q {q.dtype}: want the same, with a contiguous head_dim")
+    if not norms[0].dtype == norms[1].dtype == q.dtype:
+        raise ValueError(f"norms are {norms[0].dtype} and {norms[1].dtype}, q {q.dtype}: want the same")

@@ -144,12 +144,9 @@ def run(case: Case, route: str, inputs: dict[str, Any], out: torch.Tensor) -> to
 
         longest = max(end - start for start, end in zip(case.starts, case.ends))
         return decode_split(**inputs, scale=scale, window=case.window, longest=longest, num_splits=case.parts, out=out)
-    from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
+    from pkv_hf.kernels.workqueue import decode_workqueue
 
-    plan = make_plan(
-        inputs["q"], inputs["k_pages"], inputs["starts"], inputs["ends"], window=case.window, programs=case.parts
-    )
-    return decode_workqueue(**inputs, plan=plan, scale=scale, out=out)
+    return decode_workqueue(**inputs, scale=scale, window=case.window, programs=case.parts, out=out)
 
 
 def measure(case: Case, route: str, device: torch.device | str) -> Result:

@@ -7,10 +7,11 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.launch import next_power_of_2
-from pkv_hf.kernels.pdl import options, release, wait
+from pkv_hf.kernels.launcher import Launcher
+from pkv_hf.kernels.pdl import options, overlaps, release, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["eps"])
 def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps,
                     RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     release(PDL)
@@ -41,6 +42,9 @@ def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: 
     tl.store(out_ptr + at, (silu * up).to(gate.dtype), mask=mask)
 
 
+_rms_norm, _silu_mul = Launcher(rms_norm_kernel), Launcher(silu_mul_kernel)
+
+
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,10 +55,11 @@ def rms_norm(
     width = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](
-        x, x if residual is None else residual, weight, total, out, width, eps,
-        RESIDUAL=residual is not None, BLOCK=next_power_of_2(width), num_warps=8 if width > 2048 else 4,
-        enable_fp_fusion=False, **options(x.device),
+    _rms_norm(
+        (x.numel() // width, 1, 1),
+        x, x if residual is None else residual, weight, total, out, width, eps, residual is not None,
+        next_power_of_2(width), overlaps(x.device), num_warps=8 if width > 2048 else 4, enable_fp_fusion=False,
+        **options(x.device),
     )  # fmt: skip
     return out, total
 
@@ -62,6 +67,7 @@ def rms_norm(
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for contiguous tensors of one shape and dtype; rounds as transformers does."""
     out = torch.empty_like(gate)
-    grid = (-(-gate.numel() // 1024),)
-    silu_mul_kernel[grid](gate, up, out, gate.numel(), BLOCK=1024, num_warps=4, **options(gate.device))
+    count = gate.numel()
+    on = gate.device
+    _silu_mul((-(-count // 1024), 1, 1), gate, up, out, count, 1024, overlaps(on), num_warps=4, **options(on))
     return out

@@ -15,8 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import device_limits
-from pkv_hf.kernels.pdl import options, release, wait
+from pkv_hf.kernels.launch import Remembered, described, device_limits
+from pkv_hf.kernels.launcher import Launcher
+from pkv_hf.kernels.pdl import options, overlaps, release, wait
 
 MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
@@ -148,7 +149,7 @@ def _round(y, out_ptr):
     return y.to(out_ptr.dtype.element_ty).to(tl.float32)
 
 
-RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c"]
+RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "eps"]
 """Arguments that Triton must not specialise on: rows change without a new compilation."""
 
 
@@ -194,7 +195,7 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows", "outputs"])
+@triton.jit(do_not_specialize=["rows", "outputs", "eps"])
 def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
                   NORM: tl.constexpr, EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr,
                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
@@ -212,7 +213,14 @@ def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inp
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
+_linear, _swiglu = Launcher(linear_kernel), Launcher(swiglu_kernel)
+_checked: Remembered[None] = Remembered()
+
+
 def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor | None]) -> None:
+    key = described(x, *weights.values(), *vectors.values())
+    if key in _checked:
+        return
     if vectors["norm"] is not None and len(x) > 1:
         raise ValueError(f"norm with {len(x)} rows: norm them first, only one row's norm goes with the product")
     if x.dtype not in DTYPES or x.ndim != 2 or not 1 <= len(x) <= MAX_ROWS or not x.is_contiguous():
@@ -223,23 +231,16 @@ def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str,
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
             raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
+    _checked[key] = None
 
 
-def _meta(x: torch.Tensor, norm: torch.Tensor | None, block: Block) -> dict[str, Any]:
-    """The constants that both kernels are compiled for."""
+def _constants(x: torch.Tensor, norm: torch.Tensor | None, block: Block) -> tuple[Any, ...]:
+    """NORM, EVEN, ONE_ROW, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL of both kernels."""
     rows, inputs = x.shape
-    return {
-        "NORM": norm is not None,
-        "EVEN": inputs % block.inputs == 0,
-        "ONE_ROW": rows == 1,
-        "BLOCK_M": 1 if rows == 1 else 16,
-        "BLOCK_N": block.outputs,
-        "BLOCK_K": block.inputs,
-        "STAGES": block.num_stages,
-        "AHEAD": block.ahead,
-        "num_warps": 4,
-        **options(x.device),
-    }
+    return (
+        norm is not None, inputs % block.inputs == 0, rows == 1, 1 if rows == 1 else 16, block.outputs, block.inputs,
+        block.num_stages, block.ahead, overlaps(x.device),
+    )  # fmt: skip
 
 
 def linear(
@@ -268,11 +269,12 @@ def linear(
     out = torch.empty((rows, sum(outputs)), dtype=x.dtype, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
-    linear_kernel[(sum(-(-count // block.outputs) for count in outputs),)](
+    _linear(
+        (sum(-(-count // block.outputs) for count in outputs), 1, 1),
         x, a, b, c, bias_a, bias_b, bias_c, x if norm is None else norm, x if residual is None else residual, out,
         rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
-        WEIGHTS=len(weights), BIAS=biases[0] is not None, RESIDUAL=residual is not None,
-        **_meta(x, norm, block),
+        len(weights), biases[0] is not None, residual is not None, *_constants(x, norm, block),
+        num_warps=4, **options(x.device),
     )  # fmt: skip
     return out
 
@@ -297,8 +299,9 @@ def swiglu(
     rows, inputs = x.shape
     block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1])
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
-    swiglu_kernel[(-(-len(gate) // block.outputs),)](
-        x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps,
-        **_meta(x, norm, block),
+    _swiglu(
+        (-(-len(gate) // block.outputs), 1, 1),
+        x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps, *_constants(x, norm, block),
+        num_warps=4, **options(x.device),
     )  # fmt: skip
     return out

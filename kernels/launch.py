@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -25,24 +26,31 @@ class Tile:
 
 
 @functools.cache
-def choose_tile(head_dim: int, itemsize: int, query_rows: int, shared_memory: int) -> Tile | None:
+def choose_tile(
+    head_dim: int, itemsize: int, query_rows: int, shared_memory: int, kv_itemsize: int | None = None
+) -> Tile | None:
     """The tile of a launch that fits `shared_memory` bytes, None where the queries leave no room for any.
 
+    `itemsize` is that of the queries, `kv_itemsize` that of the pages where it is another.
     `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
     end the accumulator passes through the same memory. sm_90 and sm_100, which alone have more than 164 KiB, multiply
-    64 rows and more of a half type asynchronously: the tile that is read stays, and the weights are elsewhere.
+    64 rows and more of a half type asynchronously: the tile that is read stays, the weights are elsewhere, and what is
+    unpacked of 8 bits lies beside.
     Products of float32 take their operands from registers, which 8192 elements over 8 warps leave enough of.
     """
     width = next_power_of_2(head_dim)
+    kv_itemsize = itemsize if kv_itemsize is None else kv_itemsize
     block_m = padded_queries(query_rows)
     asynchronous = itemsize == 2 and block_m >= 64 and shared_memory > 164 * 1024
     for tokens, stages in ((64, 3), (64, 2), (32, 2), (16, 2)):
         if itemsize == 4:
             tokens = min(tokens, 8192 // width)
-        elif width <= 64 and tokens == 64:
+        elif width * kv_itemsize <= 128 and tokens == 64:
             tokens = 128
         in_flight, weights = (stages, 0) if asynchronous else (stages - 1, block_m * tokens * 4)
-        loop = 2 * in_flight * tokens * width * itemsize + block_m * width * itemsize + weights
+        loop = 2 * in_flight * tokens * width * kv_itemsize + block_m * width * itemsize + weights
+        if asynchronous and kv_itemsize < itemsize:
+            loop += 2 * tokens * width * itemsize
         if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
             return Tile(tokens, 4 if itemsize == 2 and block_m * width <= 8192 else 8, stages)
     return None
@@ -78,22 +86,41 @@ def device_limits(device: torch.device) -> tuple[int, int]:
     return _properties(_index(device))[:2] if device.type == "cuda" else (4, 227 * 1024)
 
 
+MERGED_AT_ONCE = 32
+"""Partial results that a merge loads at once."""
+
+
 def splits_for(items: int, tiles: int, processors: int) -> int:
-    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device twice."""
-    return max(1, min(tiles, PROGRAMS_PER_SM * processors // items))
+    """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device.
+
+    The parts with most tiles take the time: no more parts than tiles of that number need, and no few merged apart.
+    """
+    most = max(1, PROGRAMS_PER_SM * processors // items)
+    if most > MERGED_AT_ONCE:
+        most -= most % MERGED_AT_ONCE
+    return -(-tiles // -(-tiles // most)) if tiles else 1
 
 
-def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:
-    """The tile of a launch for q `[rows, H_q, q_len, head_dim]` over pages of q's dtype. Raises ValueError for none."""
-    query_rows = q.shape[2] * (q.shape[1] // k_pages.shape[1])
-    shared_memory = device_limits(q.device)[1]
-    tile = choose_tile(q.shape[3], q.element_size(), query_rows, shared_memory)
-    if tile is None:
-        raise ValueError(
-            f"{query_rows} queries a KV head with head_dim={q.shape[3]} in {q.dtype} do not fit {shared_memory} bytes "
-            "of shared memory: decode fewer tokens at once"
-        )
-    return tile
+REMEMBERED = 4096
+"""Shapes and strides that are known to be good; every cache has strides of its own."""
+
+Value = TypeVar("Value")
+
+
+class Remembered(dict[tuple, Value]):
+    """What was worked out for tensors as `described`; forgets all of it where that gets too much."""
+
+    def __setitem__(self, key: tuple, value: Value) -> None:
+        if len(self) >= REMEMBERED:
+            self.clear()
+        super().__setitem__(key, value)
+
+
+def described(*tensors: torch.Tensor | None) -> tuple:
+    """All that checks of tensors depend on."""
+    return tuple(
+        None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors
+    )
 
 
 def check_pages(
@@ -153,21 +180,3 @@ def check_scales(k_pages: torch.Tensor, v_pages: torch.Tensor, scales: Scales | 
             )
     if scales[0].stride() != scales[1].stride():
         raise ValueError(f"k_scales and v_scales differ in strides: {scales[0].stride()} and {scales[1].stride()}")
-
-
-def check(
-    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
-    starts: torch.Tensor, ends: torch.Tensor, scales: Scales | None,
-) -> None:  # fmt: skip
-    """Raises ValueError, naming the argument, for tensors that the decode kernels cannot take."""
-    pages_dtype = q.dtype if k_pages.dtype not in LARGEST else k_pages.dtype
-    if q.dtype not in DTYPES or not pages_dtype == k_pages.dtype == v_pages.dtype:
-        raise ValueError(
-            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}, "
-            f"or both pages be one of {tuple(LARGEST)}"
-        )
-    check_scales(k_pages, v_pages, scales)
-    check_pages(k_pages, v_pages, {"q": q}, {"block_table": block_table, "starts": starts, "ends": ends})
-    num_kv_heads = k_pages.shape[1]
-    if q.shape[1] % num_kv_heads or q.shape[1] // num_kv_heads > 16:
-        raise ValueError(f"{q.shape[1]} query heads over {num_kv_heads} KV heads: want a whole group of at most 16")

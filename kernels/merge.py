@@ -1,9 +1,28 @@
-"""Exact merge of the partial softmax states that several programs left of one query head."""
+"""Partial softmax states that several programs leave of one query head, and their exact merge."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def states_of(state_ptr, slots, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where m and l, and acc, are in the memory that `Layout.states` makes for `slots` states."""
+    return state_ptr + slots.to(tl.int64) * (BLOCK_M * BLOCK_D), state_ptr
+
+
+@triton.jit
+def store_state(ml_ptr, acc_ptr, slot, m_i, l_i, acc, q_len,
+                G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
+    """A partial state to its slot: m and l to [slots, 2, BLOCK_M], acc to [slots, BLOCK_M, BLOCK_D], fp32."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    real = m < q_len * G
+    slot = slot.to(tl.int64)
+    tl.store(ml_ptr + slot * (2 * BLOCK_M) + m, m_i, mask=real)
+    tl.store(ml_ptr + slot * (2 * BLOCK_M) + BLOCK_M + m, l_i, mask=real)
+    tl.store(acc_ptr + slot * (BLOCK_M * BLOCK_D) + m[:, None] * BLOCK_D + d[None, :], acc, mask=real[:, None])
 
 
 @triton.jit

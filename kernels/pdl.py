@@ -28,7 +28,11 @@ def release(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+def overlaps(device: torch.device) -> bool:
+    """What kernels are given as PDL."""
+    return device.type == "cuda" and capability(device) >= (9, 0)
+
+
 def options(device: torch.device) -> dict[str, bool]:
-    """The arguments of a launch on a device."""
-    overlaps = device.type == "cuda" and capability(device) >= (9, 0)
-    return {"PDL": True, "launch_pdl": True} if overlaps else {"PDL": False}
+    """What launches of such kernels are given beside."""
+    return {"launch_pdl": True} if overlaps(device) else {}

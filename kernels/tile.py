@@ -27,7 +27,7 @@ def load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt,
 
 
 @triton.jit
-def _add(total, part, lost):
+def add_compensated(total, part, lost):
     """total + part, and what rounding that sum loses, given what was lost before."""
     part -= lost
     after = total + part
@@ -35,19 +35,17 @@ def _add(total, part, lost):
 
 
 @triton.jit
-def attend_tiles(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
-                 scale_log2, stride_kp, stride_vp, stride_sp,
+def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
+                 scale_log2, stride_kp, stride_vp,
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
 
-    k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Where pages are of another
-    type than q they are quantised: k_scale_ptr and v_scale_ptr point at the KV head's scales in page 0. Returns
-    (m, l, acc), fp32: the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no
-    token. float32 sums are compensated (Kahan 1965): over a thousand tiles their own rounding would outweigh all else.
+    k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Returns (m, l, acc), fp32:
+    the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no token. float32 sums
+    are compensated (Kahan 1965): over a thousand tiles their own rounding would outweigh all else.
     """
     COMPENSATED: tl.constexpr = q.dtype == tl.float32
-    QUANTIZED: tl.constexpr = k_ptr.dtype.element_ty != q.dtype
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -71,12 +69,7 @@ def attend_tiles(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, en
         slot = ((n % PAGE) * D).to(tl.int64)
         mask = live[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
-        if QUANTIZED:
-            at = page * stride_sp + n % PAGE
-            s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale_log2
-            s *= tl.load(k_scale_ptr + at, mask=live, other=0.0)[None, :]
-        else:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         seen = live[None, :] & (n[None, :] <= positions[:, None])
         if window > 0:
             seen = seen & (n[None, :] > positions[:, None] - window)
@@ -86,13 +79,11 @@ def attend_tiles(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, en
         p = tl.exp2(s - m_safe[:, None])
         alpha = tl.exp2(m_i - m_safe)
         v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
-        if QUANTIZED:
-            v = (v.to(tl.float32) * tl.load(v_scale_ptr + at, mask=live, other=0.0)[:, None]).to(q.dtype)
         l_i = l_i * alpha
         acc = acc * alpha[:, None]
         if COMPENSATED:
-            l_i, l_lost = _add(l_i, tl.sum(p, 1), l_lost * alpha)
-            acc, lost = _add(acc, tl.dot(p, v, input_precision="ieee"), lost * alpha[:, None])
+            l_i, l_lost = add_compensated(l_i, tl.sum(p, 1), l_lost * alpha)
+            acc, lost = add_compensated(acc, tl.dot(p, v, input_precision="ieee"), lost * alpha[:, None])
         else:
             l_i += tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc)
@@ -110,16 +101,3 @@ def store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, s
     offsets = (m // G) * stride_ot + (kv_head * G + m % G) * stride_oh
     mask = (m < q_len * G)[:, None] & (d < D)[None, :]
     tl.store(out_ptr + row * stride_ob + offsets[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def store_state(ml_ptr, acc_ptr, slot, m_i, l_i, acc, q_len,
-                G: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """A partial state to its slot: m and l to [slots, 2, BLOCK_M], acc to [slots, BLOCK_M, BLOCK_D], fp32."""
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    real = m < q_len * G
-    slot = slot.to(tl.int64)
-    tl.store(ml_ptr + slot * (2 * BLOCK_M) + m, m_i, mask=real)
-    tl.store(ml_ptr + slot * (2 * BLOCK_M) + BLOCK_M + m, l_i, mask=real)
-    tl.store(acc_ptr + slot * (BLOCK_M * BLOCK_D) + m[:, None] * BLOCK_D + d[None, :], acc, mask=real[:, None])

@@ -200,19 +200,13 @@ class _Split(Runner):
 class _Workqueue(Runner):
     def __init__(self, step: AttentionStep, captured: bool) -> None:
         super().__init__(step, captured)
-        from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
+        from pkv_hf.kernels.workqueue import decode_workqueue
 
-        self.decode, self.make_plan = decode_workqueue, make_plan
-
-    def run(self, layers: int) -> torch.Tensor:
-        step = self.step
-        self.schedule = self.make_plan(step.q, step.pools[0][0], step.starts, step.ends)
-        return super().run(layers)
+        self.decode = decode_workqueue
 
     def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         step = self.step
-        rows = step.table, step.starts, step.ends
-        return self.decode(step.q, k, v, *rows, self.schedule, scale=step.scale, scales=scales)
+        return self.decode(step.q, k, v, step.table, step.starts, step.ends, scale=step.scale, scales=scales)
 
 
 class _Planned(Runner):

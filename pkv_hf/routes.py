@@ -17,7 +17,7 @@ import torch
 
 from pkv_hf.attention import over_pages
 from pkv_hf.costs import Work
-from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, choose_tile, device_limits, splits_for
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, Tile, capability, choose_tile, device_limits, splits_for
 from pkv_hf.kernels.quantize import FP8_CAPABILITY, LARGEST
 from pkv_hf.layer import PagedLayer
 from pkv_hf.table import BlockTable
@@ -202,9 +202,8 @@ class Triton:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:
             return Rejected(f"{shape.group} query heads a KV head, at most 16 are served")
-        queries = min(shape.q_len, MAX_DECODE_QUERIES) * shape.group
-        shared_memory = device_limits(shape.device)[1]
-        if choose_tile(shape.head_dim, shape.dtype.itemsize, queries, shared_memory) is None:
+        if _tile(shape) is None:
+            queries, shared_memory = shape.q_len * shape.group, device_limits(shape.device)[1]
             return Rejected(f"{queries} queries a KV head do not fit {shared_memory} bytes of shared memory")
         return Accepted()
 
@@ -237,7 +236,7 @@ class Split(Triton):
 
     def work(self, shape: StepShape) -> Work:
         tile = tile_of(shape)
-        items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile) + 1
+        items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile)
         splits = splits_for(items, tiles, device_limits(shape.device)[0])
         merges = splits > 1
         return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
@@ -266,19 +265,15 @@ class Workqueue(Triton):
         tiles = (-(-shape.tokens // tile) + shape.rows) * shape.kv_heads  # a row's last tile is part of one
         programs = min(PROGRAMS_PER_SM * device_limits(shape.device)[0], tiles)
         items = shape.rows * shape.kv_heads
-        return shape.work(-(-tiles // programs) * tile, 2 + 1 / shape.layers, items + programs)
+        return shape.work(-(-tiles // programs) * tile, 2, items + programs)
 
     def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
-        from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
+        from pkv_hf.kernels.workqueue import decode_workqueue
 
         table, _ = layer.table.on(q.device)
-        starts, ends = bounds.on(q.device)
+        bounds_there = bounds.on(q.device)
         window = layer.table.window
-        key = (window, q.device)
-        if key not in bounds.plans:
-            bounds.plans[key] = make_plan(q, layer.pages[0], starts, ends, window=window)
-        plan = bounds.plans[key]
-        return decode_workqueue(q, *layer.pages, table, starts, ends, plan, scale=scale, scales=layer.scales)
+        return decode_workqueue(q, *layer.pages, table, *bounds_there, scale=scale, window=window, scales=layer.scales)
 
 
 @functools.cache
@@ -286,9 +281,14 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _tile(shape: StepShape) -> Tile | None:
+    shared_memory = device_limits(shape.device)[1]
+    queries, itemsize = shape.q_len * shape.group, shape.dtype.itemsize
+    return choose_tile(shape.head_dim, itemsize, queries, shared_memory, shape.kv_dtype.itemsize)
+
+
 def tile_of(shape: StepShape) -> int:
     """Tokens of a tile of the Triton routes, for a step that they take."""
-    queries = shape.q_len * shape.group
-    tile = choose_tile(shape.head_dim, shape.dtype.itemsize, queries, device_limits(shape.device)[1])
+    tile = _tile(shape)
     assert tile is not None
     return tile.tokens

@@ -44,8 +44,9 @@ def test_pools_beyond_2_31_elements(route):
 def test_growing_lengths_compile_nothing(route):
     from pkv_hf.kernels import split, workqueue
 
-    kernels = [split.split_kernel, split.merge_splits_kernel, workqueue.workqueue_kernel, workqueue.merge_items_kernel,
-               workqueue.plan_kernel]  # fmt: skip
+    kernels = [
+        split.split_kernel, split.merge_splits_kernel, workqueue.workqueue_kernel, workqueue.merge_items_kernel
+    ]  # fmt: skip
 
     def compiled() -> int:
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())

@@ -1,0 +1,143 @@
+"""What the decode kernels are launched with: checked once for shapes, strides and dtypes that were not seen before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pkv_hf.kernels.launch import (
+    DTYPES,
+    Remembered,
+    Scales,
+    Tile,
+    check_pages,
+    check_scales,
+    choose_tile,
+    described,
+    device_limits,
+    next_power_of_2,
+    padded_queries,
+)
+from pkv_hf.kernels.quantize import LARGEST
+
+EIGHT_BIT = {torch.int8: 1, torch.float8_e4m3fn: 2}
+"""What kernels call the dtypes of quantised pages; 0 are pages of the queries' dtype."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A launch by its tensors' shapes, strides and dtypes."""
+
+    rows: int
+    q_len: int
+    num_kv_heads: int
+    group: int
+    head_dim: int
+    tile: Tile
+    block_m: int
+    block_d: int
+    strides: tuple[int, ...]
+    """Of q (row, head, token), K (page, head), V (page, head) and scales (page, head), as the kernels have them."""
+    constants: tuple[Any, ...]
+    """G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT, NATIVE."""
+
+    @property
+    def items(self) -> int:
+        """Pairs of a row and a KV head."""
+        return self.rows * self.num_kv_heads
+
+    @property
+    def merge_constants(self) -> tuple[int, int, int, int]:
+        """G, D, BLOCK_M, BLOCK_D."""
+        return self.group, self.head_dim, self.block_m, self.block_d
+
+    def states(self, slots: int, device: torch.device) -> torch.Tensor:
+        """Memory for partial results, float32: acc `[slots, BLOCK_M, BLOCK_D]`, then m and l `[slots, 2, BLOCK_M]`."""
+        return torch.empty(slots * self.block_m * (self.block_d + 2), dtype=torch.float32, device=device)
+
+    def output(self, q: torch.Tensor) -> torch.Tensor:
+        """A new output `[rows, q_len, H_q, head_dim]`."""
+        shape = (self.rows, self.q_len, self.num_kv_heads * self.group, self.head_dim)
+        return torch.empty(shape, dtype=q.dtype, device=q.device)
+
+
+_layouts: Remembered[Layout] = Remembered()
+
+
+def layout_of(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    scales: Scales | None,
+) -> Layout:
+    """The layout of a decode launch. Raises ValueError, naming the argument, for what the kernels cannot take."""
+    key = described(q, k_pages, v_pages, block_table, starts, ends, *(scales or ()))
+    layout = _layouts.get(key)
+    if layout is None:
+        _check(q, k_pages, v_pages, block_table, starts, ends, scales)
+        layout = _layouts[key] = _layout(q, k_pages, v_pages, scales)
+    return layout
+
+
+def words(pages: torch.Tensor) -> torch.Tensor:
+    """Pages as the kernels read them: quantised ones by pairs of elements, int16 `[..., head_dim / 2]`."""
+    return pages.view(torch.int16) if pages.dtype in LARGEST else pages
+
+
+def _layout(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, scales: Scales | None) -> Layout:
+    rows, heads, q_len, head_dim = q.shape
+    num_kv_heads, page_size = k_pages.shape[1], k_pages.shape[2]
+    group = heads // num_kv_heads
+    tile = tile_for(q, k_pages)
+    block_m, block_d = padded_queries(q_len * group), next_power_of_2(head_dim)
+    if scales is not None:
+        block_d = max(block_d, 32)  # products of half the width, of at least 16 elements
+    strides = (*q.stride()[:3], *words(k_pages).stride()[:2], *words(v_pages).stride()[:2])
+    return Layout(
+        rows, q_len, num_kv_heads, group, head_dim, tile, block_m, block_d,
+        (*strides, *(scales[0].stride()[:2] if scales else (0, 0))),
+        (group, head_dim, page_size, tile.tokens, block_m, block_d, tile.num_stages, EIGHT_BIT.get(k_pages.dtype, 0),
+         q.device.type == "cuda"),
+    )  # fmt: skip
+
+
+def tile_for(q: torch.Tensor, k_pages: torch.Tensor) -> Tile:
+    """The tile of a launch for q `[rows, H_q, q_len, head_dim]` over pages. Raises ValueError for none."""
+    query_rows = q.shape[2] * (q.shape[1] // k_pages.shape[1])
+    shared_memory = device_limits(q.device)[1]
+    tile = choose_tile(q.shape[3], q.element_size(), query_rows, shared_memory, k_pages.element_size())
+    if tile is None:
+        raise ValueError(
+            f"{query_rows} queries a KV head with head_dim={q.shape[3]} in {q.dtype} do not fit {shared_memory} bytes "
+            "of shared memory: decode fewer tokens at once"
+        )
+    return tile
+
+
+def _check(
+    q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, block_table: torch.Tensor,
+    starts: torch.Tensor, ends: torch.Tensor, scales: Scales | None,
+) -> None:  # fmt: skip
+    """Raises ValueError, naming the argument, for tensors that the decode kernels cannot take."""
+    pages_dtype = q.dtype if k_pages.dtype not in LARGEST else k_pages.dtype
+    if q.dtype not in DTYPES or not pages_dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(
+            f"q, k_pages and v_pages are {q.dtype}, {k_pages.dtype}, {v_pages.dtype}: they must share one of {DTYPES}, "
+            f"or both pages be one of {tuple(LARGEST)}"
+        )
+    check_scales(k_pages, v_pages, scales)
+    check_pages(k_pages, v_pages, {"q": q}, {"block_table": block_table, "starts": starts, "ends": ends})
+    num_kv_heads = k_pages.shape[1]
+    if q.shape[1] % num_kv_heads or q.shape[1] // num_kv_heads > 16:
+        raise ValueError(f"{q.shape[1]} query heads over {num_kv_heads} KV heads: want a whole group of at most 16")
+
+
+def log2_scale(scale: float) -> float:
+    """A softmax's scale for scores that are exponents of 2."""
+    return scale * math.log2(math.e)
