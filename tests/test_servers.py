@@ -87,7 +87,9 @@ def test_the_server_answers_as_without_pages(folder, server, calls):
 
     def answers():
         whole = client.chat_completion(MESSAGES, **settings)
-        parts = [part.choices[0].delta.content or "" for part in client.chat_completion(MESSAGES, stream=True, **settings)]
+        parts = [
+            part.choices[0].delta.content or "" for part in client.chat_completion(MESSAGES, stream=True, **settings)
+        ]
         return whole.choices[0].message.content, whole.usage.completion_tokens, parts
 
     expected = answers()
