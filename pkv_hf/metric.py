@@ -101,7 +101,8 @@ class PagedPerplexity(evaluate.Metric):
         first = cut[0] if on_gpu else cut[0][: 2 * chunk if mode == "chunk" else 64]
         found: dict[str, list[Scores]] = {}
         for engine, (on_pages, score) in engines(mode, chunk, decode_tokens).items():
-            names = [f"{engine}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
+            name = f"{engine}-{_kv_dtype(model)}" if on_pages else engine
+            names = [f"{name}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
             parts = [(name, functools.partial(score, model, ids)) for name, ids in zip(names, mine)]
             warm_up = functools.partial(warm_ups[engine][1], model, first)
             label = f"{mode}, {context:,} tokens, {engine}"
@@ -184,6 +185,11 @@ def summary(found: dict[str, list[Scores]], context: int) -> dict[str, Any]:
 def perplexity(log_probs: np.ndarray) -> float:
     """exp of the mean negative log-probability."""
     return float(np.exp(-log_probs.mean()))
+
+
+def _kv_dtype(model: Any) -> Any:
+    """What the pages of a patched model hold, None for its own dtype, as those of one that is not patched yet."""
+    return getattr(getattr(unwrap(model), STATE, None), "kv_dtype", None)
 
 
 def _paged_cache(model: Any, length: int) -> PagedCache:

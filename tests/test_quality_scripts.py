@@ -119,10 +119,27 @@ def test_rope_scaling_gives_more_positions(perplexity, out):
     assert yarn["perplexity"] != pytest.approx(linear["perplexity"], rel=1e-4)
 
 
-def test_quantised_pages_are_measured(perplexity, out):
-    assert perplexity("--contexts", 64, "--max-windows", 1, "--kv-dtype", "int8")[0] == 0
-    assert records(out)[0]["kv_dtype"] == "int8"
-    assert records(out)[0]["largest_log_prob_difference"] > 1e-3
+def test_modes_and_pages_are_measured_in_one_run(perplexity, out, monkeypatch):
+    """Of several kinds of pages the windows go through transformers once, in each mode."""
+    scored = []
+    for name in ("by_forward", "by_chunks", "by_generate"):
+        score = getattr(metric, name)
+        monkeypatch.setattr(
+            metric, name, lambda *args, n=name, f=score, **more: scored.append((n, len(args[1]))) or f(*args, **more)
+        )
+    arguments = ("--contexts", 70, "--max-windows", 1, "--decode-tokens", 3)
+    status, lines = perplexity(*arguments, "--mode", "chunk", "decode", "--kv-dtype", "same", "int8")
+    assert status == 0
+    found = records(out)
+    cells = [(r["mode"], r["kv_dtype"], r["chunk"], r["decode_tokens"]) for r in found]
+    assert cells == [("chunk", None, 16, None), ("chunk", "int8", 16, None), ("decode", None, None, 3),
+                     ("decode", "int8", None, 3)]  # fmt: skip
+    assert [scored.count((name, 70)) for name in ("by_forward", "by_chunks", "by_generate")] == [2, 3, 3]
+    for same, int8 in (found[:2], found[2:]):
+        assert same["perplexity_unpatched"] == int8["perplexity_unpatched"]
+        assert same["largest_log_prob_difference"] < 5e-5
+        assert int8["largest_log_prob_difference"] > 1e-3
+    assert [r["kv_dtype"] for r in json.loads(lines[-1])["results"]] == [None, "int8"] * 2
 
 
 def test_a_killed_run_goes_on_and_equals_one_that_was_not(perplexity, out, monkeypatch):
