@@ -48,8 +48,9 @@ one forward a window without a cache:
 
 - `perplexity`, `tokens_per_s`, `peak_bytes`; in decode mode also `first_token_s`. tokens_per_s is of the median step in
   decode mode, else of the tokens that were read, those of one process.
-- `difference_percent` and `largest_log_prob_difference` to the forward; `_unpatched`: what transformers differs from
-  itself.
+- `difference_percent` of the perplexity to the forward's, its standard error `difference_error_percent` (of so many
+  tokens whose log-probabilities differ by rounding), and `largest_log_prob_difference`; `_unpatched`: what transformers
+  differs from itself.
 - `perplexity_by_position`, `_forward` too, of the spans that end at `positions`.
 - `windows`, `tokens` that were scored, `route`: how the pages were read, and `left`: what was not served and why.
 
@@ -170,8 +171,10 @@ def summary(found: dict[str, list[Scores]], context: int) -> dict[str, Any]:
         if engine != "forward":
             difference = 100 * (result[f"perplexity{suffix}"] / perplexity(log_probs["forward"]) - 1)
             result[f"difference_percent{suffix}"] = difference
-            distance = np.abs(log_probs[engine] - log_probs["forward"]).max()
-            result[f"largest_log_prob_difference{suffix}"] = float(distance)
+            differences = log_probs[engine] - log_probs["forward"]
+            error = 100 * float(differences.std()) / differences.size**0.5
+            result[f"difference_error_percent{suffix}"] = error
+            result[f"largest_log_prob_difference{suffix}"] = float(np.abs(differences).max())
     scored = log_probs["forward"].shape[1]
     spans = np.array_split(np.arange(scored), min(BUCKETS, scored))
     result["positions"] = [context - scored + int(span[-1]) + 1 for span in spans]

@@ -76,7 +76,8 @@ def show(arguments: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     chart = arguments.plots / f"{re.sub(r'[^a-zA-Z0-9.]+', '-', name)}.png"
     perplexity_chart(records, title, chart)
     header = ("windows", "mode", "pages", "perplexity", "one forward", "difference %", "transformers' own %",
-              "largest log-prob diff", "tokens/s", "transformers", "one forward", "peak", "transformers", "one forward")  # fmt: skip
+              "largest log-prob diff", "tokens/s", "transformers", "one forward", "peak",
+              "transformers", "one forward")  # fmt: skip
     rows = [
         (f"{r['windows']} x {r['context']:,}", r["mode"], r["kv_dtype"] or "same",
          f"{r['perplexity']:.4f}", f"{r['perplexity_forward']:.4f}",

@@ -221,7 +221,16 @@ TARGETS = {"int8": 0.5, "fp8": 0.5, "bfloat16": 0.05, "float16": 0.05, "float32"
 
 def target(r: dict[str, Any]) -> str:
     percent = TARGETS[r.get("kv_dtype") or r["dtype"]]
-    return f"{percent} %, {'met' if abs(r['difference_percent']) <= percent else 'missed'}"
+    excess = abs(r["difference_percent"]) - percent
+    if excess > 2 * r.get("difference_error_percent", 0.0):
+        return f"{percent} %: missed"
+    return f"{percent} %: {'met' if excess <= 0 else 'too few tokens to tell'}"
+
+
+def difference(r: dict[str, Any], suffix: str = "") -> str:
+    error = r.get(f"difference_error_percent{suffix}")
+    found = f"{r[f'difference_percent{suffix}']:+.6f}"
+    return f"{found} %" if error is None else f"{found} ± {error:.6f} %"
 
 
 def perplexity_table() -> str:
@@ -231,9 +240,9 @@ def perplexity_table() -> str:
             *perplexity_case(r),
             f"{r['perplexity_forward']:.4f}",
             f"{r['perplexity']:.4f}",
-            f"{r['difference_percent']:+.6f} %",
+            difference(r),
             target(r),
-            f"{r['difference_percent_unpatched']:+.6f} %",
+            difference(r, "_unpatched"),
             f"{r['largest_log_prob_difference']:.1e}",
             f"{r['largest_log_prob_difference_unpatched']:.1e}",
         ]

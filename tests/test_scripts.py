@@ -249,7 +249,9 @@ def test_the_table_of_quantised_pages_compares_with_the_same_route_unquantised(r
 def test_perplexity_says_whether_its_target_is_met(run):
     tables = run.load("readme_tables")
     found = [
-        tables.target({"dtype": "bfloat16", "kv_dtype": pages, "difference_percent": percent})
-        for pages, percent in ((None, 0.04), (None, -0.06), ("int8", -0.06), ("int8", 0.6))
+        tables.target(
+            {"dtype": "bfloat16", "kv_dtype": pages, "difference_percent": percent, "difference_error_percent": error}
+        )
+        for pages, percent, error in ((None, 0.04, 0.01), (None, -0.06, 0.001), (None, 0.06, 0.02), ("int8", 0.6, 0.01))
     ]
-    assert found == ["0.05 %, met", "0.05 %, missed", "0.5 %, met", "0.5 %, missed"]
+    assert found == ["0.05 %: met", "0.05 %: missed", "0.05 %: too few tokens to tell", "0.5 %: missed"]
