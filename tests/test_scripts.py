@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -196,6 +200,36 @@ def test_benchmark_attention_measures_every_value_that_is_swept(run, tmp_path):
     }
     with pytest.raises(SystemExit):
         run("benchmark_attention", "--query-heads", 4, "--group", 3)
+
+
+@pytest.mark.parametrize("name", ["record_gpu", "record_quality", "record_policy"])
+def test_what_records_on_a_gpu_asks_for_options_that_there_are(run, name, tmp_path, monkeypatch):
+    """Its commands, parsed by the scripts that they name."""
+    for command in ("python3", "pkv-hf"):
+        stub = tmp_path / command
+        stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n")
+        stub.chmod(0o755)
+    done = subprocess.run(
+        [SCRIPTS / f"{name}.sh", tmp_path, "text.txt", "requests.csv"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = [json.loads(line)[1:] for line in done.stdout.splitlines()]
+    commands = [command for command in commands if command[0].startswith("scripts/")]
+    assert len(commands) > 4
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(self):
+        parse_args(self)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    for script, *arguments in commands:
+        with pytest.raises(ParsedError):
+            run(Path(script).stem, *arguments)
+
+
+class ParsedError(Exception):
+    pass
 
 
 def test_the_readme_shows_the_committed_results(run):
