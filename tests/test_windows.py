@@ -36,8 +36,9 @@ def test_memory_is_flat_over_20_000_tokens():
 
 
 @pytest.mark.contract
+@pytest.mark.parametrize("settings", [{}, {"prompt_lookup_num_tokens": 4}], ids=["greedy", "lookup"])
 @pytest.mark.parametrize("name", ["mistral", "qwen2-windows"])
-def test_generation_holds_a_windows_pages_at_each_step(name):
+def test_generation_holds_a_windows_pages_at_each_step(name, settings):
     """For more than ten windows; the full layer of Qwen2 grows all the while."""
     model = tiny(name, num_hidden_layers=2)
     seen = []
@@ -51,11 +52,11 @@ def test_generation_holds_a_windows_pages_at_each_step(name):
 
     cache = PagedCache(model.config)
     with pkv_hf.patched(model):
-        inputs = left_padded(90)
-        model.generate(**inputs, max_new_tokens=300, do_sample=False, past_key_values=cache, streamer=Watch())
+        settings = {"do_sample": False, "past_key_values": cache, "streamer": Watch(), **settings}
+        model.generate(**left_padded(90), max_new_tokens=300, **settings)
         assert not pkv_hf.report(model).left
-    assert len(seen) == 301
-    assert max(pages for pages, _ in seen[1:]) <= PAGES
+    assert len(seen) > 250
+    assert max(pages for pages, _ in seen[2:]) <= PAGES  # until a first draft is judged the whole prompt is kept
     assert len({nbytes for _, nbytes in seen[20:]}) == 1
     if name == "qwen2-windows":
         assert cache.memory().pages_in_use >= 389 // 16
