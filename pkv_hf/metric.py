@@ -90,7 +90,7 @@ class PagedPerplexity(evaluate.Metric):
         store: Store | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
-        _check(mode, context, chunk, decode_tokens, max_windows)
+        check(mode, context, chunk, decode_tokens, max_windows)
         check_positions(model, context, f"context {context}")
         if model.training:
             raise UsageError("the model is in training mode: call model.eval() first")
@@ -200,7 +200,8 @@ def _paged_cache(model: Any, length: int) -> PagedCache:
     return PagedCache(model.config, state.page_size, length, state.kv_dtype)
 
 
-def _check(mode: str, context: int, chunk: int, decode_tokens: int, max_windows: int | None) -> None:
+def check(mode: str, context: int, chunk: int, decode_tokens: int, max_windows: int | None) -> None:
+    """Raises UsageError for settings out of their range."""
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} is not one of {MODES}")
     for name, value, least in (

@@ -20,11 +20,10 @@ from typing import Any
 from accelerate import PartialState
 
 import pkv_hf
-from pkv_hf import models, texts
+from pkv_hf import metric, models, texts
 from pkv_hf.charts import perplexity_chart
 from pkv_hf.cli import status
 from pkv_hf.errors import UsageError
-from pkv_hf.metric import MODES, PagedPerplexity
 from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.resume import Store, digest
 from pkv_hf.tables import mebibytes, table
@@ -33,6 +32,11 @@ from pkv_hf.tables import mebibytes, table
 def measure(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     processes = PartialState(cpu=arguments.device == "cpu")
+    if arguments.max_windows is not None and arguments.max_windows < 1:
+        raise UsageError(f"--max-windows {arguments.max_windows}: pass at least 1, or leave it out for all")
+    for mode, context in itertools.product(arguments.mode, arguments.contexts):
+        metric.check(mode, context, arguments.chunk, arguments.decode_tokens, arguments.max_windows)
+    found_texts = texts.load_texts(arguments)
     device = processes.device if arguments.device in (None, processes.device.type) else arguments.device
     model, tokenizer = models.load(arguments.model, models.DTYPES[arguments.dtype], device, arguments.rope_scaling)
     pages = [None if kv_dtype == "same" else kv_dtype for kv_dtype in arguments.kv_dtype]
@@ -43,10 +47,10 @@ def measure(arguments: argparse.Namespace) -> None:
             raise UsageError(str(error)) from error
     for context in arguments.contexts:
         models.check_positions(model, context, f"--contexts {context}")
-    if arguments.max_windows is not None and arguments.max_windows < 1:
-        raise UsageError(f"--max-windows {arguments.max_windows}: pass at least 1, or leave it out for all")
-    needed = None if arguments.max_windows is None else arguments.max_windows * max(arguments.contexts)
-    ids = texts.token_ids(tokenizer, texts.load_texts(arguments), needed)
+    longest = max(arguments.contexts)
+    needed = None if arguments.max_windows is None else arguments.max_windows * longest
+    ids = texts.token_ids(tokenizer, found_texts, needed)
+    metric.windows(tokenizer, [ids.tolist()], longest, arguments.max_windows)  # which asks for enough text
     case = {
         "bench": "perplexity", "model": arguments.model, "dtype": arguments.dtype, "text": texts.source_name(arguments),
         "rope_scaling": arguments.rope_scaling, "processes": processes.num_processes,
@@ -56,7 +60,7 @@ def measure(arguments: argparse.Namespace) -> None:
     records = []
     for mode, context, kv_dtype in itertools.product(arguments.mode, arguments.contexts, pages):
         pkv_hf.patch(model, kv_dtype=kv_dtype)
-        found = PagedPerplexity().compute(
+        found = metric.PagedPerplexity().compute(
             texts=[ids.tolist()], model=model, tokenizer=tokenizer, context=context, mode=mode,
             chunk=arguments.chunk, decode_tokens=arguments.decode_tokens, max_windows=arguments.max_windows,
             processes=processes, store=store, progress=processes.is_main_process,
@@ -101,7 +105,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_arguments(parser)
     texts.add_arguments(parser)
-    parser.add_argument("--mode", nargs="+", default=["chunk"], choices=MODES)
+    parser.add_argument("--mode", nargs="+", default=["chunk"], choices=metric.MODES)
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096], metavar="N", help="tokens of a window")
     parser.add_argument("--max-windows", type=int, metavar="N", help="windows of each context; default: all")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a forward in chunk mode")

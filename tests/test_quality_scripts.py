@@ -228,6 +228,8 @@ BAD = [
     (["--chunk", 0], "chunk 0 is too small", "pass at least 1"),
     (["--mode", "decode", "--decode-tokens", 1], "decode tokens 1 is too small", "pass at least 2"),
     (["--mode", "decode", "--decode-tokens", 64], "decode tokens 64 leave no prompt", "pass fewer"),
+    (["--mode", "chunk", "decode", "--decode-tokens", 80, "--contexts", 90, 70], "decode tokens 80 leave no", "fewer"),
+    (["--text-file", "missing.txt", "--model", "no/such-model"], "--text-file missing.txt", "No such file"),
     (["--model", "no/such-model"], "--model no/such-model cannot be loaded", "HF_HUB_OFFLINE=1: set it to 0"),
     (["--model", "{bloom}"], "no layer of BloomForCausalLM was patched", "attention interface"),
     (["--device", "nonsense"], "--device nonsense cannot be used", "pass another"),
@@ -421,3 +423,24 @@ def test_generation_refuses_bad_input(run, dataset_speed, out, tmp_path, argumen
     assert dataset_speed(*(str(argument).format(**files) for argument in arguments))[0] == 2
     assert says in run.stderr.splitlines()[-1]
     assert not out.exists()
+
+
+def test_a_killed_run_over_a_dataset_goes_on_with_the_next_batch(dataset_speed, out, tmp_path, monkeypatch):
+    path = write_dataset(tmp_path / "data.csv", TEXTS)
+    arguments = ("--dataset", path, "--split", "train", "--requests", 4, "--max-active", 2, "--new-tokens", 4)
+    generate, calls, stop = measure.generate, [], 6  # a warm-up and two batches unpatched, then patched
+
+    def counted(model, inputs, *rest):
+        calls.append(inputs["input_ids"].shape)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return generate(model, inputs, *rest)
+
+    monkeypatch.setattr(measure, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dataset_speed(*arguments)
+    assert not out.exists()
+    calls.clear()
+    assert dataset_speed(*arguments)[0] == 0
+    assert len(calls) == 2  # a warm-up, and the last batch
+    assert {r["same_tokens"] for r in records(out)} == {1}
