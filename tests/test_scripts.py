@@ -56,7 +56,8 @@ def test_beams_and_drafts_are_measured(run, tmp_path):
     assert all(r["tokens_match"] and r["step_ms_p20"] <= r["step_ms_p50"] for r in found)
     assert all(r["route"] == "sdpa" for r in found[1::2])
     assert [r["tokens_per_step"] for r in found] == [1, 1, pytest.approx(4, abs=0.5), pytest.approx(4, abs=0.5), 1, 1]
-    assert found[0]["floor_ms"] < found[4]["floor_ms"] == pytest.approx(4 * found[0]["floor_ms"], rel=0.2)
+    read = [r["floor_ms"] * r["read_gb_s"] for r in found]
+    assert read[4] == pytest.approx(4 * read[0], rel=0.2)  # three drafts of a model of the same size
 
 
 @pytest.mark.parametrize(
