@@ -55,14 +55,12 @@ def generate(
 
     Of beams (`num_beams`) the best one comes back, and `on_token` is not called.
     """
-    clock = _Clock(on_token)
+    clock, ticks = _Clock(on_token), _Ticks(inputs["input_ids"].device)
     beams = settings.get("num_beams", 1) > 1
-    if beams:  # transformers takes no streamer there; its loop waits for each step by itself
-        ticks = _Ticks(inputs["input_ids"].device)
-        settings = {**settings, "logits_processor": [ticks]}
-    else:
-        settings = {**settings, "streamer": clock}
+    # transformers takes no streamer with beams; its loop waits for each of their steps by itself
+    settings |= {"logits_processor": [ticks]} if beams else {"streamer": clock}
     with PeakMemory(inputs["input_ids"].device) as peak:
+        ticks.tick()
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
@@ -114,9 +112,8 @@ class _Ticks(LogitsProcessor):
     def __init__(self, device: torch.device) -> None:
         self.on_gpu = device.type == "cuda"
         self.ticks: list[Any] = []
-        self._tick()
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
         if self.on_gpu:
             self.ticks.append(torch.cuda.Event(enable_timing=True))
             self.ticks[-1].record()
@@ -124,7 +121,7 @@ class _Ticks(LogitsProcessor):
             self.ticks.append(time.perf_counter())
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        self._tick()
+        self.tick()
         return scores
 
     def seconds(self) -> list[float]:
