@@ -49,7 +49,7 @@ class Summary:
     route: str | None
 
     def percentiles_ms(self) -> tuple[float, float, float]:
-        """p20, p50 and p80 of a decode step, milliseconds."""
+        """p20, p50 and p80 of a step, milliseconds."""
         p20, p50, p80 = np.percentile(self.run.step_s[WARM_STEPS:], (20, 50, 80)) * 1e3
         return float(p20), float(p50), float(p80)
 
@@ -89,6 +89,14 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
     return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
+def load_draft(name: str, tokens: int, dtype: torch.dtype, device: str) -> Any:
+    """A model by its name, for `assistant_model`; it drafts that many tokens in every round, however sure it is."""
+    draft = load(name, dtype, device)
+    draft.generation_config.update(num_assistant_tokens=tokens, num_assistant_tokens_schedule="constant")
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
 @dataclass(frozen=True)
 class Engine:
     """A way to run `generate()`: its settings for that, and for `patch` where it is a patched one."""
@@ -109,17 +117,20 @@ ENGINES: dict[str, Engine] = {
 """All are measured on their second call of a case."""
 
 
-def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str) -> Summary:
+def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, **mode: Any) -> Summary:
+    """Runs a case twice by an engine; `mode` is what `generate()` is given for another mode than greedy decoding."""
     settings = ENGINES[engine]
     with contextlib.ExitStack() as stack:
         if settings.patch is not None:
-            stack.enter_context(patched(model, **settings.patch))
+            for each in (model, mode.get("assistant_model")):
+                if each is not None:
+                    stack.enter_context(patched(each, **settings.patch))
         model._previous_max_cache_length = -1  # generate() makes a static cache as long as that of an earlier case
         torch.compiler.reset()
         started = time.perf_counter()
-        generate(model, inputs, new_tokens, **settings.generate)
+        generate(model, inputs, new_tokens, **settings.generate, **mode)
         setup = time.perf_counter() - started
-        run = generate(model, inputs, new_tokens, **settings.generate)
+        run = generate(model, inputs, new_tokens, **settings.generate, **mode)
         return Summary(run, setup, None if settings.patch is None else state_of(model).route)
 
 
@@ -142,10 +153,11 @@ def _synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step_bytes(model: Any, lengths: list[int], new_tokens: int) -> int:
+def step_bytes(model: Any, lengths: list[int], new_tokens: int, beams: int = 1) -> int:
     """Bytes that a decode step reads at least: the weights it uses, and K and V of the tokens so far (mean of the run).
 
-    The embedding table counts only where it is the output projection too; of its rows a step reads a few.
+    The embedding table counts only where it is the output projection too; of its rows a step reads a few. The
+    prompt that the beams of a row share counts once.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     weights = sum(parameter.nbytes for parameter in model.parameters())
@@ -154,4 +166,4 @@ def step_bytes(model: Any, lengths: list[int], new_tokens: int) -> int:
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embedding.element_size()
-    return weights + token * (sum(lengths) + len(lengths) * new_tokens // 2)
+    return weights + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)

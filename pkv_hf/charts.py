@@ -19,7 +19,8 @@ def perplexity_chart(records: Sequence[Record], title: str, path: Path) -> None:
     """Writes a PNG: perplexity over the position in the window, one forward and patched, a pair of lines a context."""
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for record in records:
-        name = f"{record['mode']}, {record['context']:,}"
+        pages = f", {record['kv_dtype']} pages" if record["kv_dtype"] else ""
+        name = f"{record['mode']}{pages}, {record['context']:,}"
         positions = record["positions"]
         (line,) = axes.plot(
             positions, record["perplexity_by_position_forward"], "o-", alpha=0.5, label=f"{name}: one forward"

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import torch
+from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from pkv_hf.cache import PagedCache
@@ -30,15 +31,17 @@ class Run:
     """Prompt and new tokens, int64 `[B, length]`, on the CPU."""
     first_token_s: float
     step_s: tuple[float, ...]
-    """The time of every token after the first."""
+    """The time of every step after the first: of a token a row, or of a round of drafting and verifying."""
     peak_bytes: int
     """On a GPU the most allocated; on the CPU how far the process grew over what it held before, sampled."""
     kv_bytes: int
+    tokens_per_step: float = 1.0
+    """Tokens a row that a step gave in the mean: more than one where drafted ones were right."""
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second over all rows while decoding: a token a row in the median step's time."""
-        return len(self.sequences) / statistics.median(self.step_s)
+        """Tokens a second over all rows while decoding: those of a step in the median step's time."""
+        return len(self.sequences) * self.tokens_per_step / statistics.median(self.step_s)
 
 
 def generate(
@@ -48,25 +51,33 @@ def generate(
     on_token: Callable[[], object] = lambda: None,
     **settings: Any,
 ) -> Run:
-    """A greedy `model.generate()` of exactly `new_tokens` tokens a row (at least 2); `on_token` follows each step."""
-    clock = _Clock(on_token)
+    """A greedy `model.generate()` of exactly `new_tokens` tokens a row (at least 2); `on_token` follows each step.
+
+    Of beams (`num_beams`) the best one comes back, and `on_token` is not called.
+    """
+    clock, ticks = _Clock(on_token), _Ticks(inputs["input_ids"].device)
+    beams = settings.get("num_beams", 1) > 1
+    # transformers takes no streamer with beams; its loop waits for each of their steps by itself
+    settings |= {"logits_processor": [ticks]} if beams else {"streamer": clock}
     with PeakMemory(inputs["input_ids"].device) as peak:
+        ticks.tick()
         output = model.generate(
             **inputs,
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
             return_dict_in_generate=True,
-            streamer=clock,
             **settings,
         )
-    start, first, *rest = clock.times
+    start, first, *rest = ticks.seconds() if beams else clock.times
+    counts = clock.counts[2:]
     return Run(
         sequences=output.sequences.cpu(),
         first_token_s=first - start,
         step_s=tuple(after - before for before, after in zip([first, *rest], rest)),
         peak_bytes=peak.nbytes,
         kv_bytes=kv_bytes(output.past_key_values),
+        tokens_per_step=statistics.mean(counts) / len(inputs["input_ids"]) if counts else 1.0,
     )
 
 
@@ -82,15 +93,42 @@ class _Clock(BaseStreamer):
 
     def __init__(self, on_token: Callable[[], object]) -> None:
         self.times: list[float] = []
+        self.counts: list[int] = []
         self.on_token = on_token
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
+        self.counts.append(value.numel())
         if len(self.times) > 1:
             self.on_token()
 
     def end(self) -> None:
         pass
+
+
+class _Ticks(LogitsProcessor):
+    """Notes when the logits of each step were there: on a GPU by its own clock, since the host comes by before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.ticks: list[Any] = []
+
+    def tick(self) -> None:
+        if self.on_gpu:
+            self.ticks.append(torch.cuda.Event(enable_timing=True))
+            self.ticks[-1].record()
+        else:
+            self.ticks.append(time.perf_counter())
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self.tick()
+        return scores
+
+    def seconds(self) -> list[float]:
+        if not self.on_gpu:
+            return self.ticks
+        self.ticks[-1].synchronize()
+        return [self.ticks[0].elapsed_time(tick) / 1e3 for tick in self.ticks]
 
 
 class PeakMemory:

@@ -48,8 +48,9 @@ one forward a window without a cache:
 
 - `perplexity`, `tokens_per_s`, `peak_bytes`; in decode mode also `first_token_s`. tokens_per_s is of the median step in
   decode mode, else of the tokens that were read, those of one process.
-- `difference_percent` and `largest_log_prob_difference` to the forward; `_unpatched`: what transformers differs from
-  itself.
+- `difference_percent` of the perplexity to the forward's, its standard error `difference_error_percent` (of so many
+  tokens whose log-probabilities differ by rounding), and `largest_log_prob_difference`; `_unpatched`: what transformers
+  differs from itself.
 - `perplexity_by_position`, `_forward` too, of the spans that end at `positions`.
 - `windows`, `tokens` that were scored, `route`: how the pages were read, and `left`: what was not served and why.
 
@@ -89,7 +90,7 @@ class PagedPerplexity(evaluate.Metric):
         store: Store | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
-        _check(mode, context, chunk, decode_tokens, max_windows)
+        check(mode, context, chunk, decode_tokens, max_windows)
         check_positions(model, context, f"context {context}")
         if model.training:
             raise UsageError("the model is in training mode: call model.eval() first")
@@ -101,7 +102,8 @@ class PagedPerplexity(evaluate.Metric):
         first = cut[0] if on_gpu else cut[0][: 2 * chunk if mode == "chunk" else 64]
         found: dict[str, list[Scores]] = {}
         for engine, (on_pages, score) in engines(mode, chunk, decode_tokens).items():
-            names = [f"{engine}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
+            name = f"{engine}-{_kv_dtype(model)}" if on_pages else engine
+            names = [f"{name}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
             parts = [(name, functools.partial(score, model, ids)) for name, ids in zip(names, mine)]
             warm_up = functools.partial(warm_ups[engine][1], model, first)
             label = f"{mode}, {context:,} tokens, {engine}"
@@ -169,8 +171,10 @@ def summary(found: dict[str, list[Scores]], context: int) -> dict[str, Any]:
         if engine != "forward":
             difference = 100 * (result[f"perplexity{suffix}"] / perplexity(log_probs["forward"]) - 1)
             result[f"difference_percent{suffix}"] = difference
-            distance = np.abs(log_probs[engine] - log_probs["forward"]).max()
-            result[f"largest_log_prob_difference{suffix}"] = float(distance)
+            differences = log_probs[engine] - log_probs["forward"]
+            error = 100 * float(differences.std()) / differences.size**0.5
+            result[f"difference_error_percent{suffix}"] = error
+            result[f"largest_log_prob_difference{suffix}"] = float(np.abs(differences).max())
     scored = log_probs["forward"].shape[1]
     spans = np.array_split(np.arange(scored), min(BUCKETS, scored))
     result["positions"] = [context - scored + int(span[-1]) + 1 for span in spans]
@@ -186,12 +190,18 @@ def perplexity(log_probs: np.ndarray) -> float:
     return float(np.exp(-log_probs.mean()))
 
 
+def _kv_dtype(model: Any) -> Any:
+    """What the pages of a patched model hold, None for its own dtype, as those of one that is not patched yet."""
+    return getattr(getattr(unwrap(model), STATE, None), "kv_dtype", None)
+
+
 def _paged_cache(model: Any, length: int) -> PagedCache:
     state = getattr(unwrap(model), STATE)
     return PagedCache(model.config, state.page_size, length, state.kv_dtype)
 
 
-def _check(mode: str, context: int, chunk: int, decode_tokens: int, max_windows: int | None) -> None:
+def check(mode: str, context: int, chunk: int, decode_tokens: int, max_windows: int | None) -> None:
+    """Raises UsageError for settings out of their range."""
     if mode not in MODES:
         raise UsageError(f"mode {mode!r} is not one of {MODES}")
     for name, value, least in (

@@ -5,6 +5,12 @@ Every engine is measured on its second call of a case; its first, with what it c
 `dynamic-cold` is the first call of `dynamic`: a growing cache asks for new sizes at each step, which are slow until the
 allocator holds blocks of them.
 Tokens are compared with transformers' own first: in float32 a difference is an error, and nothing is recorded.
+
+`--mode beams` times the steps of beam search; the floor reads the prompt, which the beams share, once.
+`--mode assisted` times rounds: `--assistant` drafts `--draft-tokens` tokens one by one, then the model verifies them in
+one step. The time of a round hardly depends on how many of them were right; "tokens a step" says how many came of it.
+Random weights agree on next to none: with a draft of your own, divide the time of a round by the tokens that it gets
+right and one more.
 """
 
 from __future__ import annotations
@@ -29,11 +35,13 @@ from pkv_hf.tables import table
 COLD = "dynamic-cold"
 
 
-def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str) -> benchmark.Summary:
+def measure(
+    model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, mode: dict[str, Any]
+) -> benchmark.Summary:
     if engine != COLD:
-        return benchmark.measure(model, inputs, new_tokens, engine)
+        return benchmark.measure(model, inputs, new_tokens, engine, **mode)
     started = time.perf_counter()
-    run = generate(model, inputs, new_tokens)
+    run = generate(model, inputs, new_tokens, **mode)
     return benchmark.Summary(run, time.perf_counter() - started, None)
 
 
@@ -51,6 +59,10 @@ def main() -> int:
         "--lengths", nargs="+", default=["1024"], metavar="N[,N...]", help="cases: the prompt length of each row"
     )
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--mode", default="greedy", choices=("greedy", "beams", "assisted"))
+    parser.add_argument("--num-beams", type=int, default=4, metavar="N", help="of --mode beams")
+    parser.add_argument("--assistant", help="the model that drafts in --mode assisted, named as --model is")
+    parser.add_argument("--draft-tokens", type=int, default=5, metavar="N", help="of a round of --mode assisted")
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/generate.jsonl"))
@@ -58,20 +70,37 @@ def main() -> int:
     cases = [[int(length) for length in case.split(",")] for case in arguments.lengths]
     engines = [COLD] if COLD in arguments.engines else []  # it is cold only before the others
     engines += ["dynamic", *(engine for engine in arguments.engines if engine not in (COLD, "dynamic"))]
-    if arguments.new_tokens <= benchmark.WARM_STEPS + 1:
-        parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {benchmark.WARM_STEPS + 1}")
+    beams = arguments.num_beams if arguments.mode == "beams" else 1
+    drafted = arguments.draft_tokens if arguments.mode == "assisted" else 0
+    least = (benchmark.WARM_STEPS + 1) * (drafted + 1)
+    if arguments.new_tokens <= least:
+        parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {least}")
+    if arguments.mode == "beams" and beams < 2:
+        parser.error(f"--num-beams {beams}: pass 2 or more")
+    if arguments.mode == "assisted":
+        if arguments.assistant is None or drafted < 1:
+            parser.error("--mode assisted: pass --assistant, and 1 or more --draft-tokens")
+        if max(len(lengths) for lengths in cases) > 1 or "static-compile" in engines:
+            parser.error("--mode assisted: transformers takes one row, and no static cache")
     transformers.utils.logging.set_verbosity_error()
     compiled_before = kernels_are_cached()
     bandwidth = benchmark.read_bandwidth(arguments.device)
     model = benchmark.load(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    mode: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
+    if drafted:
+        draft = benchmark.load_draft(arguments.assistant, drafted, DTYPES[arguments.dtype], arguments.device)
+        mode = {"assistant_model": draft}
     records = []
     for lengths in cases:
         inputs = benchmark.prompts(arguments.model, model, lengths)
-        floor_ms = benchmark.step_bytes(model, lengths, arguments.new_tokens) / bandwidth * 1e3
+        least_bytes = benchmark.step_bytes(model, lengths, arguments.new_tokens, beams)
+        if drafted:
+            least_bytes += drafted * benchmark.step_bytes(draft, lengths, arguments.new_tokens)
+        floor_ms = least_bytes / bandwidth * 1e3
         expected = None
         for engine in engines:
             print(f"{lengths} {engine} ...", file=sys.stderr)
-            summary = measure(model, inputs, arguments.new_tokens, engine)
+            summary = measure(model, inputs, arguments.new_tokens, engine, mode)
             expected = summary.run.sequences if expected is None else expected
             match = torch.equal(summary.run.sequences, expected)
             if not match and arguments.dtype == "float32":
@@ -80,6 +109,10 @@ def main() -> int:
             p20, p50, p80 = summary.percentiles_ms()
             record = {
                 "bench": "generate",
+                "mode": arguments.mode,
+                "num_beams": beams,
+                "assistant": arguments.assistant if drafted else None,
+                "draft_tokens": drafted,
                 "model": arguments.model,
                 "dtype": arguments.dtype,
                 "batch": len(lengths),
@@ -92,7 +125,8 @@ def main() -> int:
                 "step_ms_p80": p80,
                 "floor_ms": floor_ms,
                 "percent_of_floor": 100 * floor_ms / p50,
-                "tokens_per_s": len(lengths) * 1e3 / p50,
+                "tokens_per_step": summary.run.tokens_per_step,
+                "tokens_per_s": len(lengths) * summary.run.tokens_per_step * 1e3 / p50,
                 "first_token_ms": summary.run.first_token_s * 1e3,
                 "peak_gib": summary.run.peak_bytes / 2**30,
                 "kv_bytes": summary.run.kv_bytes,
@@ -104,13 +138,13 @@ def main() -> int:
             }
             append_record(arguments.out, record)
             records.append(record)
-    header = ("case", "engine", "p20 ms", "p50 ms", "p80 ms", "floor ms", "of floor", "tokens/s", "first ms",
-              "peak GiB", "setup s", "KV MiB", "tokens match")  # fmt: skip
+    header = ("case", "engine", "p20 ms", "p50 ms", "p80 ms", "floor ms", "of floor", "tokens a step", "tokens/s",
+              "first ms", "peak GiB", "setup s", "KV MiB", "tokens match")  # fmt: skip
     rows = [
         (f"{r['batch']} x {max(r['lengths']):,}", r["engine"], f"{r['step_ms_p20']:.2f}", f"{r['step_ms_p50']:.2f}",
          f"{r['step_ms_p80']:.2f}", f"{r['floor_ms']:.2f}", f"{r['percent_of_floor']:.0f} %",
-         f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}", f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}",
-         f"{r['kv_bytes'] / 2**20:,.1f}", r["tokens_match"])
+         f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}",
+         f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}", f"{r['kv_bytes'] / 2**20:,.1f}", r["tokens_match"])
         for r in records
     ]  # fmt: skip
     print(table(header, rows), end="\n\n")

@@ -22,10 +22,12 @@ Record = dict[str, Any]
 
 
 def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
-    """Records by model, dtype and GPU."""
+    """Records of greedy decoding by model, dtype and GPU."""
     newest: dict[tuple, Record] = {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
+        if r.get("mode", "greedy") != "greedy":
+            continue
         newest[r["model"], r["dtype"], r["gpu"], tuple(r["lengths"]), r["engine"]] = r
     groups = defaultdict(list)
     for (model, dtype, gpu, *_), record in newest.items():

@@ -17,11 +17,18 @@ RESULTS = ROOT / "benchmarks" / "results"
 MARKS = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def newest(name: str, case: Iterable[str]) -> list[dict[str, Any]]:
-    """The newest record of every case, in the order in which the cases first came; fields of later records may miss."""
+NO_GPU_RUN = "No record of a GPU run is committed yet.\n"
+
+
+def newest(name: str, case: Iterable[str], **defaults: Any) -> list[dict[str, Any]]:
+    """The newest record of every case, in the order in which the cases first came, none if there is no such file.
+
+    Fields of later records may miss; `defaults` are what they count as.
+    """
     records: dict[str, dict[str, Any]] = {}
-    for line in (RESULTS / name).read_text().splitlines():
-        record = json.loads(line)
+    path = RESULTS / name
+    for line in path.read_text().splitlines() if path.exists() else ():
+        record = {**defaults, **json.loads(line)}
         records[json.dumps([record.get(key) for key in case])] = record
     return list(records.values())
 
@@ -51,13 +58,17 @@ ABLATION = {
 }
 
 
-def generate_records(on_gpu: bool) -> list[dict[str, Any]]:
-    records = newest("generate.jsonl", ("model", "dtype", "lengths", "engine", "gpu"))
-    return [r for r in records if r["gpu"].startswith("none") != on_gpu]
+MODE = {"mode": "greedy", "num_beams": 1, "assistant": None, "draft_tokens": 0, "tokens_per_step": 1.0}
+
+
+def generate_records(on_gpu: bool, *modes: str) -> list[dict[str, Any]]:
+    case = ("model", "dtype", "lengths", "engine", "gpu", "mode", "num_beams", "assistant", "draft_tokens")
+    records = newest("generate.jsonl", case, **MODE)
+    return [r for r in records if r["gpu"].startswith("none") != on_gpu and r["mode"] in modes]
 
 
 def generate_table(on_gpu: bool) -> str:
-    records = [r for r in generate_records(on_gpu) if r["engine"] in ("dynamic", "static-compile", "patched")]
+    records = [r for r in generate_records(on_gpu, "greedy") if r["engine"] in ("dynamic", "static-compile", "patched")]
     rows = []
     for r in records:
         alike = [b for b in records if all(b[key] == r[key] for key in ("model", "dtype", "lengths", "gpu"))]
@@ -83,7 +94,8 @@ def generate_table(on_gpu: bool) -> str:
 
 
 def ablation_table() -> str:
-    found = {r["engine"]: r for r in generate_records(True) if all(r[key] == value for key, value in ABLATED.items())}
+    records = [r for r in generate_records(True, "greedy") if all(r[key] == value for key, value in ABLATED.items())]
+    found = {r["engine"]: r for r in records}
     rows = [
         [
             words,
@@ -94,6 +106,53 @@ def ablation_table() -> str:
         for e, words in ABLATION.items()
     ]
     return markdown(["8B shape, bf16, 1 x 8,192", "step ms, p50", "of the memory floor", "first call"], rows)
+
+
+def modes_table() -> str:
+    records = generate_records(True, "beams", "assisted")
+    if not records:
+        return NO_GPU_RUN
+    rows = []
+    for r in records:
+        alike = ("model", "dtype", "lengths", "gpu", "mode", "num_beams", "assistant", "draft_tokens")
+        base = next(b for b in records if b["engine"] == "dynamic" and all(b[key] == r[key] for key in alike))
+        mode = f"{r['num_beams']} beams"
+        if r["mode"] == "assisted":
+            mode = f"{r['draft_tokens']} tokens a round from {r['assistant']}"
+        rows.append([
+            f"{r['model']} {r['dtype']}, {len(r['lengths'])} x {max(r['lengths']):,}, {mode}",
+            r["engine"] + (f" ({r['route']})" if r["route"] else ""),
+            f"{r['step_ms_p50']:.2f} ({r['step_ms_p20']:.2f} to {r['step_ms_p80']:.2f})",
+            f"{base['step_ms_p50'] / r['step_ms_p50']:.2f}x",
+            f"{r['tokens_per_step']:.2f}",
+            f"{r['percent_of_floor']:.0f} %",
+            f"{r['first_token_ms'] / 1e3:.2f} s",
+            f"{r['peak_gib']:.1f} GiB",
+            f"{r['kv_bytes'] / 2**20:,.0f} MiB",
+        ])  # fmt: skip
+    header = ["case", "engine", "step or round ms, p50 (p20 to p80)", "speed", "tokens a step", "of the memory floor",
+              "first token", "peak memory", "KV cache"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
+QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0}
+
+
+def quantised_table() -> str:
+    case = (*QUANTISED, "query_heads", "dtype", "kv_dtype", "engine", "gpu")
+    records = [r for r in newest("attention.jsonl", case) if all(r[key] == value for key, value in QUANTISED.items())]
+    records = [r for r in records if r["gpu_us"] is not None and r["dtype"] == "bfloat16"]
+    base = {(r["query_heads"], r["engine"], r["gpu"]): r for r in records if r["kv_dtype"] == "same"}
+    pairs = [(r, base[key]) for r in records if (key := (r["query_heads"], r["engine"], r["gpu"])) in base]
+    if not any(r["kv_dtype"] != "same" for r, _ in pairs):
+        return NO_GPU_RUN
+    rows = [
+        [r["engine"], "bfloat16" if r["kv_dtype"] == "same" else r["kv_dtype"], f"{r['gpu_us']:.1f}",
+         f"{r['gb_s']:,.0f} ({r['percent_of_read']:.0f} %)", f"{same['gpu_us'] / r['gpu_us']:.2f}x"]
+        for r, same in pairs
+    ]  # fmt: skip
+    header = ["route", "pages", "us a layer", "GB/s, of the read bandwidth", "speed, target 1.6x"]
+    return markdown(header, rows) + measured_on([r for r, _ in pairs])
 
 
 def linear_table() -> str:
@@ -129,9 +188,6 @@ def kernels_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
-NO_GPU_RUN = "No record of a GPU run is committed yet.\n"
-
-
 def perplexity_records() -> list[dict[str, Any]]:
     case = (
         "model",
@@ -152,10 +208,29 @@ def perplexity_records() -> list[dict[str, Any]]:
 def perplexity_case(r: dict[str, Any]) -> list[str]:
     scaling = f", {r['rope_scaling']}" if r["rope_scaling"] else ""
     size = r["chunk"] or r["decode_tokens"]
+    pages = f", {r['kv_dtype']} pages" if r.get("kv_dtype") else ""
     return [
-        f"{r['model']} {r['dtype']}{scaling}, {r['text']}, {r['windows']} x {r['context']:,}",
+        f"{r['model']} {r['dtype']}{pages}{scaling}, {r['text']}, {r['windows']} x {r['context']:,}",
         f"{r['mode']}, {size}",
     ]
+
+
+TARGETS = {"int8": 0.5, "fp8": 0.5, "bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
+"""Percent that perplexity on pages may differ by, of pages that hold this. float32 is compared to 1e-4."""
+
+
+def target(r: dict[str, Any]) -> str:
+    percent = TARGETS[r.get("kv_dtype") or r["dtype"]]
+    excess = abs(r["difference_percent"]) - percent
+    if excess > 2 * r.get("difference_error_percent", 0.0):
+        return f"{percent} %: missed"
+    return f"{percent} %: {'met' if excess <= 0 else 'too few tokens to tell'}"
+
+
+def difference(r: dict[str, Any], suffix: str = "") -> str:
+    error = r.get(f"difference_error_percent{suffix}")
+    found = f"{r[f'difference_percent{suffix}']:+.6f}"
+    return f"{found} %" if error is None else f"{found} ± {error:.6f} %"
 
 
 def perplexity_table() -> str:
@@ -165,15 +240,16 @@ def perplexity_table() -> str:
             *perplexity_case(r),
             f"{r['perplexity_forward']:.4f}",
             f"{r['perplexity']:.4f}",
-            f"{r['difference_percent']:+.6f} %",
-            f"{r['difference_percent_unpatched']:+.6f} %",
+            difference(r),
+            target(r),
+            difference(r, "_unpatched"),
             f"{r['largest_log_prob_difference']:.1e}",
             f"{r['largest_log_prob_difference_unpatched']:.1e}",
         ]
         for r in records
     ]
-    header = ["windows", "mode", "perplexity, one forward", "on pages", "difference", "transformers' own",
-              "largest log-prob difference", "transformers' own"]  # fmt: skip
+    header = ["windows", "mode", "perplexity, one forward", "on pages", "difference", "at most",
+              "transformers' own", "largest log-prob difference", "transformers' own"]  # fmt: skip
     return markdown(header, rows) + measured_on(records)
 
 
@@ -213,10 +289,10 @@ def passkey_table() -> str:
 
 
 def dataset_table() -> str:
-    if not (RESULTS / "dataset.jsonl").exists():
-        return NO_GPU_RUN
     case = ("model", "dtype", "source", "rope_scaling", "requests", "max_active", "prompt_tokens", "engine", "gpu")
     records = newest("dataset.jsonl", case)
+    if not records:
+        return NO_GPU_RUN
     rows = [
         [
             f"{r['model']} {r['dtype']}, {r['source']}: {r['requests']} requests, {r['max_active']} at a time, "
@@ -311,6 +387,8 @@ def demo_output() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "generate-gpu": lambda: generate_table(True),
     "generate-cpu": lambda: generate_table(False),
+    "generate-modes": modes_table,
+    "quantised": quantised_table,
     "ablation": ablation_table,
     "linear": linear_table,
     "kernels": kernels_table,

@@ -68,18 +68,25 @@ def smollm2_tokenizer():
     return load_tokenizer()
 
 
+def script(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def run(monkeypatch, capsys):
     """Runs a script's main() with arguments; returns its status and the lines of stdout; `run.stderr` is stderr."""
 
     def run(name, *arguments):
-        spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
+        module = script(name)
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-        status = script.main()
+        status = module.main()
         printed = capsys.readouterr()
         run.stderr = printed.err
         return status, printed.out.splitlines()
 
+    run.load = script
     return run

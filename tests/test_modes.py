@@ -172,3 +172,52 @@ def test_triton_routes_read_shared_pages(route):
     expected = generate(model, inputs, **settings)
     with pkv_hf.patched(model, route=route):
         assert_same(generate(model, inputs, **settings), expected)
+
+
+def diverse_beams(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+    """Two groups of two beams, the second kept from the first one's tokens: the loop that 5.x fetches from the hub."""
+    beams, cache = generation_config.num_beams, kwargs["past_key_values"]
+    totals = torch.tensor([0.0, -1e9]).repeat(len(input_ids) // 2)
+    output = model._prefill(input_ids, generation_config, kwargs)
+    while True:
+        kwargs = model._update_model_kwargs_for_generation(output, kwargs)
+        scores = logits_processor(input_ids, output.logits[:, -1].log_softmax(-1))
+        picked, tokens = torch.empty(len(input_ids), dtype=torch.long), torch.empty(len(input_ids), dtype=torch.long)
+        for row in range(0, len(input_ids), beams):
+            taken = torch.zeros(scores.shape[1])
+            for first in (row, row + 2):
+                group = slice(first, first + 2)
+                best = (totals[group, None] + scores[group] - 3.0 * taken).flatten().topk(2)
+                totals[group], tokens[group] = best.values, best.indices % scores.shape[1]
+                picked[group] = first + best.indices // scores.shape[1]
+                taken[tokens[group]] = 1
+        input_ids = torch.cat([input_ids[picked], tokens[:, None]], dim=1)
+        cache.reorder_cache(picked)
+        if input_ids.shape[1] == generation_config.max_length:
+            return input_ids
+        inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **kwargs)
+        output = model(**inputs, return_dict=True)
+
+
+def test_diverse_beams(model):
+    def call():
+        return model.generate(**left_padded(*PADDED), num_beams=4, max_new_tokens=20, custom_generate=diverse_beams)
+
+    expected = call()
+    assert len({tuple(row) for row in expected[:4, 50:].tolist()}) == 4
+    with pkv_hf.patched(model):
+        assert torch.equal(call(), expected)
+        assert not pkv_hf.report(model).left
+
+
+@pytest.mark.parametrize(
+    "settings", [{"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 1.0}, {"dola_layers": "low"}]
+)
+def test_modes_that_moved_to_the_hub_are_asked_for_there(settings):
+    """With the same words as without the patch, since transformers fetches the loop before anything is ours."""
+    errors = []
+    for model in (tiny("llama"), pkv_hf.patch(tiny("llama"))):
+        with pytest.raises((OSError, ValueError)) as caught:
+            generate(model, left_padded(9), **settings)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]

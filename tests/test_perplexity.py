@@ -135,6 +135,7 @@ def test_the_metric_sees_a_page_that_is_read_wrongly(loaded, mode, monkeypatch):
     )
     assert found["largest_log_prob_difference"] > 1e-3
     assert abs(found["difference_percent"]) > 1e-3
+    assert found["difference_error_percent"] > 1e-3 > found["difference_error_percent_unpatched"] > 0
     assert found["largest_log_prob_difference_unpatched"] < 5e-5
 
 

@@ -119,10 +119,27 @@ def test_rope_scaling_gives_more_positions(perplexity, out):
     assert yarn["perplexity"] != pytest.approx(linear["perplexity"], rel=1e-4)
 
 
-def test_quantised_pages_are_measured(perplexity, out):
-    assert perplexity("--contexts", 64, "--max-windows", 1, "--kv-dtype", "int8")[0] == 0
-    assert records(out)[0]["kv_dtype"] == "int8"
-    assert records(out)[0]["largest_log_prob_difference"] > 1e-3
+def test_modes_and_pages_are_measured_in_one_run(perplexity, out, monkeypatch):
+    """Of several kinds of pages the windows go through transformers once, in each mode."""
+    scored = []
+    for name in ("by_forward", "by_chunks", "by_generate"):
+        score = getattr(metric, name)
+        monkeypatch.setattr(
+            metric, name, lambda *args, n=name, f=score, **more: scored.append((n, len(args[1]))) or f(*args, **more)
+        )
+    arguments = ("--contexts", 70, "--max-windows", 1, "--decode-tokens", 3)
+    status, lines = perplexity(*arguments, "--mode", "chunk", "decode", "--kv-dtype", "same", "int8")
+    assert status == 0
+    found = records(out)
+    cells = [(r["mode"], r["kv_dtype"], r["chunk"], r["decode_tokens"]) for r in found]
+    assert cells == [("chunk", None, 16, None), ("chunk", "int8", 16, None), ("decode", None, None, 3),
+                     ("decode", "int8", None, 3)]  # fmt: skip
+    assert [scored.count((name, 70)) for name in ("by_forward", "by_chunks", "by_generate")] == [2, 3, 3]
+    for same, int8 in (found[:2], found[2:]):
+        assert same["perplexity_unpatched"] == int8["perplexity_unpatched"]
+        assert same["largest_log_prob_difference"] < 5e-5
+        assert int8["largest_log_prob_difference"] > 1e-3
+    assert [r["kv_dtype"] for r in json.loads(lines[-1])["results"]] == [None, "int8"] * 2
 
 
 def test_a_killed_run_goes_on_and_equals_one_that_was_not(perplexity, out, monkeypatch):
@@ -211,6 +228,8 @@ BAD = [
     (["--chunk", 0], "chunk 0 is too small", "pass at least 1"),
     (["--mode", "decode", "--decode-tokens", 1], "decode tokens 1 is too small", "pass at least 2"),
     (["--mode", "decode", "--decode-tokens", 64], "decode tokens 64 leave no prompt", "pass fewer"),
+    (["--mode", "chunk", "decode", "--decode-tokens", 80, "--contexts", 90, 70], "decode tokens 80 leave no", "fewer"),
+    (["--text-file", "missing.txt", "--model", "no/such-model"], "--text-file missing.txt", "No such file"),
     (["--model", "no/such-model"], "--model no/such-model cannot be loaded", "HF_HUB_OFFLINE=1: set it to 0"),
     (["--model", "{bloom}"], "no layer of BloomForCausalLM was patched", "attention interface"),
     (["--device", "nonsense"], "--device nonsense cannot be used", "pass another"),
@@ -404,3 +423,24 @@ def test_generation_refuses_bad_input(run, dataset_speed, out, tmp_path, argumen
     assert dataset_speed(*(str(argument).format(**files) for argument in arguments))[0] == 2
     assert says in run.stderr.splitlines()[-1]
     assert not out.exists()
+
+
+def test_a_killed_run_over_a_dataset_goes_on_with_the_next_batch(dataset_speed, out, tmp_path, monkeypatch):
+    path = write_dataset(tmp_path / "data.csv", TEXTS)
+    arguments = ("--dataset", path, "--split", "train", "--requests", 4, "--max-active", 2, "--new-tokens", 4)
+    generate, calls, stop = measure.generate, [], 6  # a warm-up and two batches unpatched, then patched
+
+    def counted(model, inputs, *rest):
+        calls.append(inputs["input_ids"].shape)
+        if len(calls) == stop:
+            raise KeyboardInterrupt
+        return generate(model, inputs, *rest)
+
+    monkeypatch.setattr(measure, "generate", counted)
+    with pytest.raises(KeyboardInterrupt):
+        dataset_speed(*arguments)
+    assert not out.exists()
+    calls.clear()
+    assert dataset_speed(*arguments)[0] == 0
+    assert len(calls) == 2  # a warm-up, and the last batch
+    assert {r["same_tokens"] for r in records(out)} == {1}

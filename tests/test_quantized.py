@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,3 +127,14 @@ def test_int8_pages_hardly_change_what_smollm2_says(smollm2, pydoc_ids):
 def test_other_dtypes_are_named(kv_dtype):
     with pytest.raises(ValueError, match=r"kv_dtype=.* is not one of"):
         pkv_hf.patch(tiny("llama"), kv_dtype=kv_dtype)
+
+
+def test_fp8_names_the_gpus_that_have_it(monkeypatch):
+    module = sys.modules["pkv_hf.patch"]
+    layer = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    monkeypatch.setattr(module, "capability", lambda _: (8, 6))
+    with pytest.raises(ValueError, match="'fp8' needs sm_89 or newer, cuda:0 is sm_86: use 'int8'"):
+        module._check_fp8("fp8", layer)
+    module._check_fp8("int8", layer)
+    monkeypatch.setattr(module, "capability", lambda _: (8, 9))
+    module._check_fp8("fp8", layer)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,12 +39,50 @@ def test_benchmark_generate_appends_a_record_for_every_case_and_engine(run, tmp_
         assert {"gpu", "torch", "triton", "transformers", "commit", "date", "peak_gib", "setup_s"} <= set(record)
 
 
+def test_beams_and_drafts_are_measured(run, tmp_path):
+    """A draft of the same weights is always right, one of other weights never."""
+    for seed, name in enumerate(("model", "other")):
+        tiny("llama", seed=seed).save_pretrained(tmp_path / name)
+    out = tmp_path / "generate.jsonl"
+    arguments = ("--model", tmp_path / "model", "--lengths", "40", "--new-tokens", 24, "--out", out)
+    assert run("benchmark_generate", *arguments, "--mode", "beams", "--num-beams", 3)[0] == 0
+    assisted = (*arguments, "--mode", "assisted", "--draft-tokens", 3)
+    for name in ("model", "other"):
+        assert run("benchmark_generate", *assisted, "--assistant", tmp_path / name)[0] == 0
+    found = records(out)
+    assert [(r["mode"], r["num_beams"], r["draft_tokens"]) for r in found[::2]] == [
+        ("beams", 3, 0), ("assisted", 1, 3), ("assisted", 1, 3)
+    ]  # fmt: skip
+    assert all(r["tokens_match"] and r["step_ms_p20"] <= r["step_ms_p50"] for r in found)
+    assert all(r["route"] == "sdpa" for r in found[1::2])
+    assert [r["tokens_per_step"] for r in found] == [1, 1, pytest.approx(4, abs=0.5), pytest.approx(4, abs=0.5), 1, 1]
+    read = [r["floor_ms"] * r["read_gb_s"] for r in found]
+    assert read[4] == pytest.approx(4 * read[0], rel=0.2)  # three drafts of a model of the same size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--new-tokens", 5], "--new-tokens 5: pass more than 5"),
+        (["--mode", "beams", "--num-beams", 1], "--num-beams 1: pass 2 or more"),
+        (["--mode", "assisted"], "pass --assistant"),
+        (["--mode", "assisted", "--assistant", "x", "--new-tokens", 30], "--new-tokens 30: pass more than 30"),
+        (["--mode", "assisted", "--assistant", "x", "--lengths", "9,8"], "transformers takes one row"),
+    ],
+)
+def test_benchmark_generate_refuses_bad_input(run, capsys, arguments, says):
+    with pytest.raises(SystemExit):
+        run("benchmark_generate", *arguments)
+    assert says in capsys.readouterr().err
+
+
 def test_a_step_reads_its_weights_and_the_live_kv():
     from pkv_hf.benchmark import step_bytes
 
     model = tiny("llama-tied")
     kv = 2 * 3 * 2 * 16 * 4
     assert step_bytes(model, [40, 7], 10) == 4 * model.num_parameters() + kv * (47 + 10)
+    assert step_bytes(model, [40, 7], 10, beams=3) == 4 * model.num_parameters() + kv * (47 + 30)
     model = tiny("llama")  # the embedding is not the head: a step reads a few rows of it
     assert step_bytes(model, [40], 10) == 4 * (model.num_parameters() - 128 * 64) + kv * (40 + 5)
 
@@ -161,5 +203,90 @@ def test_benchmark_attention_measures_every_value_that_is_swept(run, tmp_path):
         run("benchmark_attention", "--query-heads", 4, "--group", 3)
 
 
+@pytest.mark.parametrize("name", ["record_gpu", "record_quality", "record_policy"])
+def test_what_records_on_a_gpu_asks_for_options_that_there_are(run, name, tmp_path, monkeypatch):
+    """Its commands, parsed by the scripts that they name."""
+    for command in ("python3", "pkv-hf"):
+        stub = tmp_path / command
+        stub.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n")
+        stub.chmod(0o755)
+    done = subprocess.run(
+        [SCRIPTS / f"{name}.sh", tmp_path, "text.txt", "requests.csv"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    commands = [json.loads(line)[1:] for line in done.stdout.splitlines()]
+    commands = [command for command in commands if command[0].startswith("scripts/")]
+    assert len(commands) > 4
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_leave(self):
+        parse_args(self)
+        raise ParsedError
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_leave)
+    for script, *arguments in commands:
+        with pytest.raises(ParsedError):
+            run(Path(script).stem, *arguments)
+
+
+class ParsedError(Exception):
+    pass
+
+
 def test_the_readme_shows_the_committed_results(run):
     assert run("readme_tables", "--check")[0] == 0
+
+
+PLACE = {"gpu": "NVIDIA X", "torch": "2", "transformers": "5", "commit": "abc"}
+
+
+def write(path: Path, lines: list[dict]) -> None:
+    path.write_text("\n".join(json.dumps({**PLACE, **line}) for line in lines))
+
+
+def test_tables_of_modes_and_of_greedy_decoding_stay_apart(run, tmp_path):
+    times = {"step_ms_p20": 9.0, "step_ms_p80": 99.0, "percent_of_floor": 50.0, "first_token_ms": 1e3, "peak_gib": 2.0}
+    case = {"model": "m", "dtype": "bfloat16", "lengths": [64], "kv_bytes": 2**20, "tokens_match": True, **times}
+    beams, assisted = {"mode": "beams", "num_beams": 4}, {"mode": "assisted", "assistant": "d"}
+    assisted |= {"draft_tokens": 5, "tokens_per_step": 1.5}
+    lines = [
+        {**case, **mode, "engine": engine, "route": None if engine == "dynamic" else "split", "step_ms_p50": ms}
+        for mode, speeds in (({}, (20.0, 10.0)), (beams, (40.0, 10.0)), (assisted, (90.0, 15.0)))
+        for engine, ms in zip(("dynamic", "patched"), speeds)
+    ]
+    tables = run.load("readme_tables")
+    tables.RESULTS = tmp_path
+    assert tables.modes_table() == tables.NO_GPU_RUN
+    write(tmp_path / "generate.jsonl", lines)
+    greedy, modes = tables.generate_table(True).splitlines()[2:4], tables.modes_table().splitlines()[2:6]
+    assert "| 2.00x |" in greedy[1]
+    assert ["m bfloat16, 1 x 64, 4 beams | patched (split)" in modes[1], "| 4.00x | 1.00 |" in modes[1]] == [True, True]
+    assert ["5 tokens a round from d | patched" in modes[3], "| 6.00x | 1.50 |" in modes[3]] == [True, True]
+
+
+def test_the_table_of_quantised_pages_compares_with_the_same_route_unquantised(run, tmp_path):
+    tables = run.load("readme_tables")
+    tables.RESULTS = tmp_path
+    assert tables.quantised_table() == tables.NO_GPU_RUN
+    case = {**tables.QUANTISED, "query_heads": 32, "dtype": "bfloat16", "gb_s": 2e3, "percent_of_read": 70.0}
+    times = (
+        ("split", "same", 200.0),
+        ("split", "int8", 100.0),
+        ("workqueue", "same", 150.0),
+        ("workqueue", "fp8", 100.0),
+    )
+    lines = [{**case, "engine": engine, "kv_dtype": pages, "gpu_us": us} for engine, pages, us in times]
+    write(tmp_path / "attention.jsonl", [*lines, {**lines[1], "length": 8192, "gpu_us": 1.0}])
+    rows = tables.quantised_table().splitlines()[2:6]
+    assert [row.split(" | ")[-1] for row in rows] == ["1.00x |", "2.00x |", "1.00x |", "1.50x |"]
+
+
+def test_perplexity_says_whether_its_target_is_met(run):
+    tables = run.load("readme_tables")
+    found = [
+        tables.target(
+            {"dtype": "bfloat16", "kv_dtype": pages, "difference_percent": percent, "difference_error_percent": error}
+        )
+        for pages, percent, error in ((None, 0.04, 0.01), (None, -0.06, 0.001), (None, 0.06, 0.02), ("int8", 0.6, 0.01))
+    ]
+    assert found == ["0.05 %: met", "0.05 %: missed", "0.05 %: too few tokens to tell", "0.5 %: missed"]

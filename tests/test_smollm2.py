@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import MistralForCausalLM, Qwen2ForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
 
 import pkv_hf
 from pkv_hf import PagedCache
@@ -58,12 +58,14 @@ def test_left_padded_rows(model, pydoc_ids):
         assert not pkv_hf.report(model).left
 
 
-def test_assisted_and_prompt_lookup(smollm2, pydoc_ids):
-    inputs = {"input_ids": pydoc_ids[:, :600]}
-    for settings in ({"prompt_lookup_num_tokens": 5}, {"num_beams": 3}):
-        expected = generate(smollm2, inputs, **settings)
-        with pkv_hf.patched(smollm2):
-            assert torch.equal(generate(smollm2, inputs, **settings).sequences, expected.sequences)
+def test_beams_assisted_and_prompt_lookup(smollm2, pydoc_ids):
+    inputs = {"input_ids": pydoc_ids[:, :400]}
+    draft = as_class(LlamaForCausalLM, smollm2, num_hidden_layers=6)
+    for settings in ({"prompt_lookup_num_tokens": 5}, {"num_beams": 3}, {"assistant_model": draft}):
+        expected = generate(smollm2, inputs, 16, **settings)
+        with pkv_hf.patched(smollm2), pkv_hf.patched(draft):
+            assert torch.equal(generate(smollm2, inputs, 16, **settings).sequences, expected.sequences)
+            assert not pkv_hf.report(smollm2).left
 
 
 def test_two_turns(smollm2, pydoc_ids):

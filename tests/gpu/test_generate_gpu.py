@@ -34,3 +34,21 @@ def test_smollm2(smollm2, pydoc_ids, length):
     with pkv_hf.patched(model):
         assert torch.equal(generate(model, inputs, 64), expected)
     smollm2.cpu()
+
+
+@pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 16_384}], ids=str)
+def test_prompts_to_131072_tokens_build_no_mask(settings):
+    """A mask of the longest row alone, a byte an entry, would be 16 GiB."""
+    lengths = (131_072,) if settings else (131_072, 70_001, 5)
+    model = tiny("llama", num_hidden_layers=1, max_position_embeddings=131_200).cuda()
+    inputs = {name: tensor.cuda() for name, tensor in left_padded(*lengths).items()}
+    alone = [
+        generate(model, {name: tensor[row : row + 1, -length:] for name, tensor in inputs.items()}, 8)[0, -8:]
+        for row, length in enumerate(lengths)
+    ]
+    with pkv_hf.patched(model):
+        torch.cuda.reset_peak_memory_stats()
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
+        assert torch.cuda.max_memory_allocated() < 4 * 2**30
+        assert not pkv_hf.report(model).left
+    assert torch.equal(output[:, -8:], torch.stack(alone))
