@@ -22,11 +22,12 @@ Record = dict[str, Any]
 
 
 def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
-    """Records by model, dtype and GPU."""
+    """Records by model, dtype of activations (and of quantised weights) and GPU."""
     newest: dict[tuple, Record] = {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
-        newest[r["model"], r["dtype"], r["gpu"], tuple(r["lengths"]), r["engine"]] = r
+        dtype = f"{r['dtype']}-nf4" if r.get("weight_bits") else r["dtype"]
+        newest[r["model"], dtype, r["gpu"], tuple(r["lengths"]), r["engine"]] = r
     groups = defaultdict(list)
     for (model, dtype, gpu, *_), record in newest.items():
         groups[model, dtype, gpu].append(record)

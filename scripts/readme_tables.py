@@ -39,7 +39,7 @@ def measured_on(records: list[dict[str, Any]]) -> str:
     )
 
 
-ABLATED = {"model": "llama-3.1-8b", "lengths": [8192]}
+ABLATED = {"model": "llama-3.1-8b", "lengths": [8192], "weight_bits": None}
 ABLATION = {
     "dynamic-cold": "transformers, first call",
     "dynamic": "transformers, second call",
@@ -52,7 +52,7 @@ ABLATION = {
 
 
 def generate_records(on_gpu: bool) -> list[dict[str, Any]]:
-    records = newest("generate.jsonl", ("model", "dtype", "lengths", "engine", "gpu"))
+    records = newest("generate.jsonl", ("model", "dtype", "weight_bits", "lengths", "engine", "gpu"))
     return [r for r in records if r["gpu"].startswith("none") != on_gpu]
 
 
@@ -60,14 +60,15 @@ def generate_table(on_gpu: bool) -> str:
     records = [r for r in generate_records(on_gpu) if r["engine"] in ("dynamic", "static-compile", "patched")]
     rows = []
     for r in records:
-        alike = [b for b in records if all(b[key] == r[key] for key in ("model", "dtype", "lengths", "gpu"))]
+        case = ("model", "dtype", "weight_bits", "lengths", "gpu")
+        alike = [b for b in records if all(b.get(key) == r.get(key) for key in case)]
         base = next(b for b in alike if b["engine"] == "dynamic")
         lengths = r["lengths"]
         size = (
             f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} rows, {sum(lengths):,}"
         )
         rows.append([
-            f"{r['model']} {r['dtype']}, {size}",
+            f"{r['model']} {r['dtype']}{', NF4 weights' if r.get('weight_bits') else ''}, {size}",
             r["engine"] + (f" ({r['route']})" if r["route"] else ""),
             f"{r['step_ms_p50']:.2f} ({r['step_ms_p20']:.2f} to {r['step_ms_p80']:.2f})",
             f"{base['step_ms_p50'] / r['step_ms_p50']:.2f}x",
@@ -83,7 +84,9 @@ def generate_table(on_gpu: bool) -> str:
 
 
 def ablation_table() -> str:
-    found = {r["engine"]: r for r in generate_records(True) if all(r[key] == value for key, value in ABLATED.items())}
+    found = {
+        r["engine"]: r for r in generate_records(True) if all(r.get(key) == value for key, value in ABLATED.items())
+    }
     rows = [
         [
             words,

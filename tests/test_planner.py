@@ -38,6 +38,7 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
             new_tokens=r["new_tokens"],
             gpu_memory="80GiB",
             dtype=getattr(torch, r["dtype"]),
+            weight_bits=r.get("weight_bits"),
         )
         assert plan.pages == r["kv_bytes"]
         assert plan.allocated / 2**30 == pytest.approx(r["peak_gib"], rel=0.1), r
