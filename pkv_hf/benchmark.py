@@ -145,7 +145,7 @@ def _synchronize(device: str) -> None:
 
 
 def step_bytes(model: Any, lengths: list[int], new_tokens: int) -> int:
-    """Bytes that a decode step reads at least: weights that it uses, and K and V of the tokens so far (mean of the run)."""
+    """Bytes that a decode step reads at least: weights it uses, and K and V of the tokens so far (mean of the run)."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
