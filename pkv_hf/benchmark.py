@@ -12,9 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pkv_hf.measure import Run, generate
+from pkv_hf.models import in_4bit
 from pkv_hf.patch import patched
 from pkv_hf.report import state_of
 from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+from pkv_hf.weights import step_weight_bytes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -54,7 +56,7 @@ class Summary:
         return float(p20), float(p50), float(p80)
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> Any:
+def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False) -> Any:
     """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device."""
     if name == "smollm2":
         model: Any = load_smollm2(dtype=dtype)
@@ -68,7 +70,7 @@ def load(name: str, dtype: torch.dtype, device: str) -> Any:
             torch.set_default_dtype(before)
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.eval().to(device)
+    return in_4bit(model, device) if four_bits else model.eval().to(device)
 
 
 def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
@@ -154,16 +156,11 @@ def _synchronize(device: str) -> None:
 
 
 def step_bytes(model: Any, lengths: list[int], new_tokens: int, beams: int = 1) -> int:
-    """Bytes that a decode step reads at least: the weights it uses, and K and V of the tokens so far (mean of the run).
+    """Bytes that a decode step reads at least: weights it uses, and K and V of the tokens so far (mean of the run).
 
-    The embedding table counts only where it is the output projection too; of its rows a step reads a few. The
-    prompt that the beams of a row share counts once.
+    The prompt that the beams of a row share counts once.
     """
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    if embedding is not head:
-        weights -= embedding.nbytes
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * embedding.element_size()
-    return weights + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    return step_weight_bytes(model) + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)

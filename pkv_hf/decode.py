@@ -12,7 +12,7 @@ from torch import nn
 from pkv_hf.cache import PagedCache
 from pkv_hf.graphs import GraphMemories, GraphMemory
 from pkv_hf.routes import Bounds, Route
-from pkv_hf.step import Step
+from pkv_hf.step import Step, launching_on
 
 Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
 """decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
@@ -67,7 +67,7 @@ class DecodeStep:
         begin = cache.get_seq_length()
         end = begin + self.q_len
         # torch forbids to write outside of inference mode what was made inside
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
             if self._starts is None:
                 self._make_buffers(len(starts), self.device)
             try:

@@ -208,7 +208,7 @@ class _LateReader:
         host_flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
         host_tokens = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
         copied = torch.cuda.Event()
-        copied.record()
+        copied.record(torch.cuda.current_stream(flag.device))
 
         def wait() -> tuple[bool, torch.Tensor]:
             copied.synchronize()

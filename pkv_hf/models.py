@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from pkv_hf import smollm2
 from pkv_hf.errors import UsageError
@@ -61,6 +61,38 @@ def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = 
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
             reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
         raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
+
+
+def load_in_4bit(name: str, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+    """As `load`, with linear layers but the head in NF4 by bitsandbytes. Raises UsageError where that cannot be."""
+    try:
+        if name == "smollm2":
+            return in_4bit(smollm2.load_smollm2(dtype=dtype), device), smollm2.load_tokenizer()
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device, quantization_config=_nf4(dtype)
+        )
+        return model.eval(), AutoTokenizer.from_pretrained(name)
+    except (OSError, ImportError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"--model {name} --load-in-4bit cannot be loaded: {reason}") from error
+
+
+def in_4bit(model: Any, device: Any) -> Any:
+    """A model's weights as `load_in_4bit` has them, in a model of the same class on the device."""
+    quantised = type(model).from_pretrained(
+        None,
+        config=model.config,
+        state_dict=model.state_dict(),
+        dtype=model.dtype,
+        device_map=device,
+        quantization_config=_nf4(model.dtype),
+    )
+    quantised.generation_config = model.generation_config
+    return quantised.eval()
+
+
+def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def positions_of(model: Any) -> int | None:

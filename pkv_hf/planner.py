@@ -21,6 +21,7 @@ from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queri
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.patch import served_layers, unwrap
 from pkv_hf.tables import table
+from pkv_hf.weights import weight_bytes
 
 MIB = 1 << 20
 CUBLAS_WORKSPACE = 32 * MIB
@@ -202,7 +203,7 @@ class _Needs:
             if weight_bits is not None or dtype is not None:
                 raise ValueError("dtype and weight_bits are for a configuration: a model's weights count as they are")
             model = unwrap(source)
-            weights = sum(parameter.nbytes for parameter in source.parameters())
+            weights = weight_bytes(source)
             dtype = next(parameter.dtype for parameter in source.parameters() if parameter.is_floating_point())
         else:
             raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")

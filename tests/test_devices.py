@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import pkv_hf
 from pkv_hf import PagedCache, compat
+from pkv_hf.step import launching_on
 from tiny import left_padded, tiny
 
 PROMPTS = left_padded(20, 9)
@@ -77,7 +79,7 @@ def test_two_processes_share_a_model_and_share_the_prompts(tmp_path):
         port = free.getsockname()[1]
     here = Path(__file__).parent
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [sys.executable, *launch, str(here / "distributed.py"), str(tmp_path)]
+    command = [sys.executable, *launch, str(here / "distributed.py"), str(tmp_path), "cpu"]
     environment = {**os.environ, "PYTHONPATH": str(here), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -91,3 +93,45 @@ def test_processes_that_have_a_whole_model_each_run_ahead(monkeypatch):
     model._tp_size = 2
     assert compat.is_sharded(model)
     assert not compat.is_sharded(nn.Linear(1, 1))
+
+
+def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypatch):
+    """All that a step runs by a route is inside the device of its layer; a static step is inside its own too."""
+    pytest.importorskip("triton")
+    from pkv_hf import decode, routes, step
+
+    current, launched = [], []
+
+    @contextlib.contextmanager
+    def launching_on(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    for module in (step, decode):
+        monkeypatch.setattr(module, "launching_on", launching_on)
+    for name in ("append", "rope_append", "decode"):
+        run = getattr(routes.Split, name)
+
+        def noted(self, layer, *args, _run=run, _name=name, **kwargs):
+            launched.append((_name, list(current)))
+            return _run(self, layer, *args, **kwargs)
+
+        monkeypatch.setattr(routes.Split, name, noted)
+    cpu = torch.device("cpu")
+    for settings, depth in (({}, 2), ({"fuse": False}, 1)):
+        launched.clear()
+        generate(pkv_hf.patch(tiny("llama"), route="split", **settings))
+        steps = [depths for name, depths in launched if name == "decode"]
+        assert len(steps) == 3 * 3
+        assert steps == [[cpu] * depth] * 9
+        assert all(depths for _, depths in launched)
+
+
+@pytest.mark.parametrize(("index", "entered"), [(0, []), (1, [1])])
+def test_a_device_that_is_current_is_not_entered_again(index, entered, monkeypatch):
+    found = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: found.append(device.index) or contextlib.nullcontext())
+    with launching_on(torch.device("cuda", index)):
+        assert found == entered

@@ -29,17 +29,20 @@ def run(monkeypatch, *arguments: object) -> int:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, smollm2_tokenizer):
     folder = tmp_path_factory.mktemp("model")
-    tiny("llama", vocab_size=len(smollm2_tokenizer)).save_pretrained(folder)
+    tiny("llama", vocab_size=len(smollm2_tokenizer), intermediate_size=128).save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
     return folder
 
 
 def test_adapters_are_trained_saved_loaded_and_served(folder, tmp_path, monkeypatch, capsys):
     sizes = ("--steps", 12, "--block", 32, "--prompts", 3, "--new-tokens", 6, "--learning-rate", 0.02)
-    assert run(monkeypatch, "--model", folder, *sizes, "--adapters", tmp_path / "adapters") == 0
+    out = tmp_path / "finetune.jsonl"
+    assert run(monkeypatch, "--model", folder, *sizes, "--adapters", tmp_path / "adapters", "--out", out) == 0
     printed = capsys.readouterr()
     lines = printed.out.splitlines()
     result = json.loads(lines[-1])
+    assert out.read_text() == f"{lines[-1]}\n"
+    assert {"gpu", "torch", "transformers", "commit", "date"} <= set(result)
     assert result["perplexity_after"] < result["perplexity_before"]
     assert result["tokens_identical"] is True
     assert result["reloaded_tokens_identical"] is True
@@ -53,13 +56,30 @@ def test_adapters_are_trained_saved_loaded_and_served(folder, tmp_path, monkeypa
     assert all(float(cell) > 0 for pair in cells for cell in pair)
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_adapters_over_4_bit_weights(installed, folder, monkeypatch, capsys):
+    pytest.importorskip("bitsandbytes")
+    sizes = ("--steps", 2, "--block", 32, "--prompts", 2, "--new-tokens", 4, "--learning-rate", 0.02)
+    if not installed:
+        monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
+    assert run(monkeypatch, "--model", folder, *sizes, "--load-in-4bit") == (0 if installed else 2)
+    printed = capsys.readouterr()
+    if not installed:
+        assert "--load-in-4bit cannot be loaded: " in printed.err
+        assert "bitsandbytes" in printed.err
+        return
+    result = json.loads(printed.out.splitlines()[-1])
+    assert result["weight_bits"] == 4
+    assert result["tokens_identical"] is True  # after loading they need not be: on a CPU bitsandbytes' layers change
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (("--steps", 0), "--steps is 0: pass at least 1"),
         (("--learning-rate", 2), "--learning-rate is 2.0"),
         (("--text-file", "/nowhere"), "--text-file /nowhere cannot be read"),
-        (("--load-in-4bit",), "--load-in-4bit needs a GPU and bitsandbytes"),
+        (("--out", "FOLDER"), "--out "),
         (("--model", "/nowhere/at/all"), "--model /nowhere/at/all cannot be loaded"),
         (("--text-file", "SHORT"), "the text has "),
     ],
@@ -67,7 +87,8 @@ def test_adapters_are_trained_saved_loaded_and_served(folder, tmp_path, monkeypa
 def test_bad_arguments_are_one_line_and_exit_code_2(arguments, says, folder, tmp_path, monkeypatch, capsys):
     short = tmp_path / "short.txt"
     short.write_text("Too short to train on.")
-    arguments = [short if argument == "SHORT" else argument for argument in arguments]
+    paths = {"SHORT": short, "FOLDER": tmp_path}
+    arguments = [paths.get(argument, argument) for argument in arguments]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run(monkeypatch, "--model", folder, *arguments) == 2
     printed = capsys.readouterr()

@@ -193,8 +193,8 @@ def test_of_many_texts_as_many_are_read_as_are_needed(smollm2_tokenizer):
 
 
 def test_smollm2_on_real_text(smollm2, smollm2_tokenizer, pydoc_ids):
-    settings = {"model": smollm2, "tokenizer": smollm2_tokenizer, "texts": [pydoc_ids[0, :512].tolist()]}
+    settings = {"model": smollm2, "tokenizer": smollm2_tokenizer, "texts": [pydoc_ids[0, :256].tolist()]}
     for mode in ("chunk", "decode"):
-        found = PagedPerplexity().compute(**settings, context=512, mode=mode, decode_tokens=4, chunk=128)
+        found = PagedPerplexity().compute(**settings, context=256, mode=mode, decode_tokens=4, chunk=64)
         assert abs(found["difference_percent"]) < 0.01  # 1e-4 relative
         assert found["largest_log_prob_difference"] < 1e-3

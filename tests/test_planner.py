@@ -38,6 +38,7 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
             new_tokens=r["new_tokens"],
             gpu_memory="80GiB",
             dtype=getattr(torch, r["dtype"]),
+            weight_bits=r.get("weight_bits"),
         )
         assert plan.pages == r["kv_bytes"]
         assert plan.allocated / 2**30 == pytest.approx(r["peak_gib"], rel=0.1), r
@@ -48,11 +49,11 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pages_and_weights_are_what_a_model_holds(family, lengths, kv_dtype):
     model = tiny(family)
-    plan = pkv_hf.plan(model, prompt_tokens=lengths, new_tokens=30, gpu_memory="1GiB", kv_dtype=kv_dtype, page_size=32)
+    plan = pkv_hf.plan(model, prompt_tokens=lengths, new_tokens=6, gpu_memory="1GiB", kv_dtype=kv_dtype, page_size=32)
     assert plan.weights == model.num_parameters() * 4  # a tied head once
     assert pkv_hf.plan(model.config, prompt_tokens=lengths, gpu_memory="1GiB").weights == plan.weights
     with pkv_hf.patched(model, page_size=32, kv_dtype=kv_dtype):
-        output = model.generate(**left_padded(*lengths), max_new_tokens=30, return_dict_in_generate=True)
+        output = model.generate(**left_padded(*lengths), max_new_tokens=6, return_dict_in_generate=True)
     assert output.past_key_values.memory().held_bytes == plan.pages
 
 

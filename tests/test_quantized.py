@@ -111,14 +111,14 @@ def test_generate_makes_quantized_caches(settings, kv_dtype):
 
 @torch.no_grad()
 def test_int8_pages_hardly_change_what_smollm2_says(smollm2, pydoc_ids):
-    """Perplexity of 64 tokens after 512, which steps read from the pages one at a time."""
+    """Perplexity of 32 tokens after 256, which steps read from the pages one at a time."""
     nlls = {}
     for kv_dtype in (None, "int8", "fp8"):
         with pkv_hf.patched(smollm2, kv_dtype=kv_dtype):
             cache = pkv_hf.PagedCache(smollm2.config, kv_dtype=kv_dtype)
-            smollm2(pydoc_ids[:, :512], past_key_values=cache, logits_to_keep=1)
-            logits = [smollm2(pydoc_ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(512, 576)]
-        nlls[kv_dtype] = float(torch.nn.functional.cross_entropy(torch.cat(logits), pydoc_ids[0, 513:577]))
+            smollm2(pydoc_ids[:, :256], past_key_values=cache, logits_to_keep=1)
+            logits = [smollm2(pydoc_ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(256, 288)]
+        nlls[kv_dtype] = float(torch.nn.functional.cross_entropy(torch.cat(logits), pydoc_ids[0, 257:289]))
     assert nlls["int8"] == pytest.approx(nlls[None], abs=0.03)
     assert nlls["fp8"] == pytest.approx(nlls[None], abs=0.06)
 

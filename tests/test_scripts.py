@@ -76,6 +76,21 @@ def test_benchmark_generate_refuses_bad_input(run, capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
+def test_benchmark_generate_counts_4_bit_weights_as_what_they_take(run, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    tiny("llama", intermediate_size=128).save_pretrained(tmp_path / "model")
+    out, floors = tmp_path / "generate.jsonl", []
+    for option in ((), ("--load-in-4bit",)):
+        arguments = ("--model", tmp_path / "model", "--lengths", "40", "--new-tokens", 8, "--out", out, *option)
+        assert run("benchmark_generate", *arguments)[0] == 0
+        record = records(out)[-1]
+        floors.append(record["floor_ms"] * record["read_gb_s"] * 1e6)
+        assert record["weight_bits"] == (4 if option else None)
+        assert floors[-1] == pytest.approx(record["weight_bytes"] + 2 * 3 * 2 * 16 * 4 * (40 + 4))
+    linears = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert floors[0] - floors[1] == pytest.approx(linears * (4 - 0.5 - 4 / 64))
+
+
 def test_a_step_reads_its_weights_and_the_live_kv():
     from pkv_hf.benchmark import step_bytes
 
@@ -120,7 +135,7 @@ def test_plots_are_drawn_for_every_model_and_gpu(run, tmp_path):
     status, lines = run("plot_results", "--out", tmp_path)
     assert status == 0
     files = json.loads(lines[-1])["plots"]
-    assert len(files) == len({(r["model"], r["dtype"], r["gpu"]) for r in committed})
+    assert len(files) == len({(r["model"], r["dtype"], r.get("weight_bits"), r["gpu"]) for r in committed})
     assert all(Path(file).read_bytes().startswith(b"\x89PNG") for file in files)
 
 

@@ -25,7 +25,7 @@ def as_class(cls, smollm2, **settings):
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
 def model(request, smollm2):
     if request.param == "mistral":
-        return as_class(MistralForCausalLM, smollm2, sliding_window=1024)
+        return as_class(MistralForCausalLM, smollm2, sliding_window=256)
     return as_class(Qwen2ForCausalLM, smollm2) if request.param == "qwen2" else smollm2
 
 
@@ -36,7 +36,7 @@ def generate(model, inputs, new_tokens=24, **settings):
 
 
 def test_one_row(model, pydoc_ids):
-    inputs = {"input_ids": pydoc_ids[:, :1500]}
+    inputs = {"input_ids": pydoc_ids[:, :500]}
     expected = generate(model, inputs)
     with pkv_hf.patched(model):
         output = generate(model, inputs)
@@ -46,11 +46,11 @@ def test_one_row(model, pydoc_ids):
 
 
 def test_left_padded_rows(model, pydoc_ids):
-    lengths = (1300, 700, 30)
-    ids = torch.full((3, 1300), model.config.pad_token_id)
+    lengths = (420, 250, 30)
+    ids = torch.full((3, 420), model.config.pad_token_id)
     for row, length in enumerate(lengths):
-        ids[row, 1300 - length :] = pydoc_ids[0, 5000 * row : 5000 * row + length]
-    mask = torch.stack([(torch.arange(1300) >= 1300 - length).long() for length in lengths])
+        ids[row, 420 - length :] = pydoc_ids[0, 5000 * row : 5000 * row + length]
+    mask = torch.stack([(torch.arange(420) >= 420 - length).long() for length in lengths])
     inputs = {"input_ids": ids, "attention_mask": mask}
     expected = generate(model, inputs)
     with pkv_hf.patched(model):
@@ -70,8 +70,8 @@ def test_beams_assisted_and_prompt_lookup(smollm2, pydoc_ids):
 
 def test_two_turns(smollm2, pydoc_ids):
     def conversation(cache):
-        ids = pydoc_ids[:, :500]
-        for begin in (500, 560):
+        ids = pydoc_ids[:, :200]
+        for begin in (200, 260):
             ids = generate(smollm2, {"input_ids": ids}, past_key_values=cache).sequences
             ids = torch.cat([ids, pydoc_ids[:, begin : begin + 60]], dim=1)
         return ids

@@ -1,0 +1,34 @@
+"""Bytes of weights as they are stored, quantised or not, and those that a decode step reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def stored_bytes(weight: Any) -> int:
+    """Bytes of a weight with the scales that it is read by.
+
+    A subclass that wraps tensors (torchao's, a sharded one) has as its `nbytes` those of what it stands for, and
+    bitsandbytes keeps the scales of 4-bit weights beside them.
+    """
+    if hasattr(weight, "__tensor_flatten__"):
+        return sum(stored_bytes(getattr(weight, name)) for name in weight.__tensor_flatten__()[0])
+    state, scales = getattr(weight, "quant_state", None), 0
+    while state is not None:  # scales can be quantised themselves
+        scales += state.absmax.nbytes
+        state = getattr(state, "state2", None)
+    return weight.nbytes + scales if isinstance(weight, torch.Tensor) else 0  # else what a wrapper knows of its mesh
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of all parameters."""
+    return sum(stored_bytes(parameter) for parameter in model.parameters())
+
+
+def step_weight_bytes(model: Any) -> int:
+    """Bytes of the weights that a decode step reads: every expert, and the embedding table only where it is the head
+    too, since a step reads a few of its rows."""
+    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
+    return weight_bytes(model) - (0 if embedding is head else stored_bytes(embedding))
