@@ -1,7 +1,7 @@
 """Checks the decode kernels against float64 on random cases, and appends one record a route to a results file.
 
-Every case poisons outputs and scratch with NaN, unread page slots with NaN or infinity. A route passes where its RMS error is at most twice
-that of torch's scaled_dot_product_attention in the same dtype, on every case. Where a case fails, nothing is recorded.
+Every case poisons outputs and scratch with NaN, unread page slots with NaN or infinity. A route passes where its RMS
+error is at most twice that of torch's scaled_dot_product_attention in the same dtype, on every case. Where a case fails, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -17,23 +17,21 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pkv_hf.arguments import count, device
 from pkv_hf.kernels.check import DTYPES, ROUTES
 from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=100, help="random cases a dtype")
-    parser.add_argument("--longest", type=int, default=131_072, help="tokens of the longest row")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="processes; most of a case's time is its compilation")
+    parser.add_argument("--cases", type=count, default=100, help="random cases a dtype")
+    parser.add_argument("--longest", type=count, default=131_072, help="tokens of the longest row")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=count, default=1, help="processes; most of a case's time is its compilation")
     parser.add_argument("--seed", type=int, default=None, help="drawn afresh where it is not given")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/kernels.jsonl"))
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/kernels.jsonl"))
     arguments = parser.parse_args()
-    for name in ("cases", "longest", "jobs"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: pass at least 1")
     if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         parser.error("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed

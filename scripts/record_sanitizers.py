@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
@@ -36,7 +36,7 @@ def read(folder: Path, tool: str) -> dict[str, object]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/sanitizers.jsonl"))
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/sanitizers.jsonl"))
     arguments = parser.parse_args()
     missing = [tool for tool in TOOLS if not (arguments.logs / f"{tool}.log").is_file()]
     if missing:

@@ -23,12 +23,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # what the tests run a little of
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import interpreter
+from pkv_hf.arguments import count, device
+from pkv_hf.records import append_record, environment, output
 
-CASES = {"cpu": {"kernels": 200, "cache": 400, "leaks": 2_000}, "cuda": {"kernels": 20_000, "cache": 400, "leaks": 10_000}}
+CASES = {
+    "cpu": {"kernels": 200, "cache": 400, "leaks": 2_000},
+    "cuda": {"kernels": 20_000, "cache": 400, "leaks": 10_000},
+}
 LONGEST = {"cpu": 120, "cuda": 16_384}
 VARIATIONS = 60
 """Cases that share what Triton compiles."""
@@ -74,12 +78,12 @@ def cache(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any
     with progress("cache", cases) as bar:
         for begin in range(0, cases, SEQUENCES):
             for machine in cache_machine.MACHINES:
-                count = min(SEQUENCES, cases - begin)
+                sequences = min(SEQUENCES, cases - begin)
                 try:
-                    operations += cache_machine.run(machine, count, STEPS, seed + begin)
+                    operations += cache_machine.run(machine, sequences, STEPS, seed + begin)
                 except Exception:  # what a sequence fails with is the result
                     failures.append(f"{machine.__name__} from seed {seed + begin}: {traceback.format_exc()}")
-            bar.update(count)
+            bar.update(sequences)
     return {"cases": cases * len(cache_machine.MACHINES), "operations": operations, "failures": failures}
 
 
@@ -116,24 +120,17 @@ def progress(name: str, total: int, over: range | None = None) -> tqdm:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
-    parser.add_argument("--cases", type=int, help="cases, sequences or calls (default: by kind and device)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--jobs", type=int, default=1, help="processes of kernels (default: %(default)s)")
-    parser.add_argument("--longest", type=int, help="tokens of the longest row of kernels")
+    parser.add_argument("--cases", type=count, help="cases, sequences or calls (default: by kind and device)")
+    parser.add_argument("--device", type=device, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=count, default=1, help="processes of kernels (default: %(default)s)")
+    parser.add_argument("--longest", type=count, help="tokens of the longest row of kernels")
     parser.add_argument("--seed", type=int, help="drawn afresh where it is not given")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/soak.jsonl"))
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/soak.jsonl"))
     arguments = parser.parse_args()
     for kind in arguments.kinds:
         if kind not in KINDS:
-            parser.error(f"{kind!r} is no kind of soak: name some of {', '.join(KINDS)}")
-    for name in ("cases", "jobs", "longest"):
-        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
-            parser.error(f"--{name} {getattr(arguments, name)}: pass at least 1")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: there is no GPU here, leave it out")
+            parser.error(f"{kind!r} is no kind of soak: name one of {', '.join(KINDS)}")
     interpreter.use()
-    from pkv_hf.records import append_record, environment
-
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
     summary = {}
     for kind in arguments.kinds or list(KINDS):

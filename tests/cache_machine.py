@@ -1,4 +1,4 @@
-"""A hypothesis state machine: random operations on `PagedCache` beside transformers' `DynamicCache`, equal to the bit."""
+"""A hypothesis state machine: random operations on `PagedCache` beside transformers' `DynamicCache`."""
 
 from __future__ import annotations
 
@@ -53,10 +53,7 @@ class Pair:
         sliding = [layer for layer in self.dense.layers if layer.is_sliding]
         return all(
             self.length < layer.sliding_window
-            or (
-                layer.record_past
-                and layer.keys.shape[2] - count >= min(layer.sliding_window - 1, self.length - count)
-            )
+            or (layer.record_past and layer.keys.shape[2] - count >= min(layer.sliding_window - 1, self.length - count))
             for layer in sliding
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -102,10 +103,8 @@ class Calls:
             for _ in range(2):
                 model.generate(**shared.inputs([[5, 6]]), max_new_tokens=2)
         else:
-            try:
+            with contextlib.suppress(Stop):
                 model.generate(**self.prompt(lengths), **settings, stopping_criteria=StoppingCriteriaList([Raises()]))
-            except Stop:
-                pass
 
     def prompt(self, lengths: np.ndarray) -> dict[str, torch.Tensor]:
         """Random prompts of these lengths, padded on the left."""

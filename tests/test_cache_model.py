@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
 import cache_machine
+import pytest
 
 
 @pytest.mark.parametrize("machine", cache_machine.MACHINES)
