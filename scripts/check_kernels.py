@@ -1,7 +1,8 @@
 """Checks the decode kernels against float64 on random cases, and appends one record a route to a results file.
 
 Every case poisons outputs and scratch with NaN, unread page slots with NaN or infinity. A route passes where its RMS
-error is at most twice that of torch's scaled_dot_product_attention in the same dtype, on every case. Where a case fails, nothing is recorded.
+error is at most twice that of torch's scaled_dot_product_attention in the same dtype, on every case. Where a case
+fails, nothing is recorded.
 """
 
 from __future__ import annotations

@@ -78,7 +78,9 @@ class Calls:
     def __init__(self, number: int, device: str) -> None:
         self.rng = np.random.default_rng(number)
         self.device = torch.device(device)
-        self.models = [tiny(family, num_hidden_layers=2).to(device) for family in ("llama", "qwen2-windows")]
+        self.models = [
+            pkv_hf.patch(tiny(family, num_hidden_layers=2).to(device)) for family in ("llama", "qwen2-windows")
+        ]
         self.done = 0
 
     def __call__(self) -> None:
@@ -126,7 +128,7 @@ class Calls:
             graph_bytes=sum(report.graph_bytes for report in reports),
             open_files=process.num_fds(),
             threads=process.num_threads(),
-            caches=sum(isinstance(thing, pkv_hf.PagedCache) for thing in gc.get_objects()),
+            caches=sum(type(thing) is pkv_hf.PagedCache for thing in gc.get_objects()),
             steps=sum(len(model._pkv_hf_state.decode_steps) for model in self.models),
             graphs=sum(report.graphs for report in reports),
         )
