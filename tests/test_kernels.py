@@ -162,15 +162,15 @@ def test_quantizing_errs_by_half_a_step(kv_dtype):
 @pytest.mark.parametrize("poison", POISONS)
 def test_infinities_and_nan_in_unread_slots_reach_no_output(poison, route):
     for kv_dtype in (None, torch.int8):
-        assert_right(case_of(poison=poison, kv_dtype=kv_dtype, parts=3), route)
+        assert_right(case_of(poison=poison, kv_dtype=kv_dtype, parts=3, dtype=torch.float16), route)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_outputs_are_the_same_to_the_bit_in_every_run(route):
     """Merging goes by place: which program comes first counts for nothing."""
-    case = case_of(ends=(6, 64, 300), parts=5, dtype=torch.float16)
+    case = case_of(parts=5, dtype=torch.float16)
     inputs = build(case, DEVICE)
-    outs = [run(case, route, inputs, torch.empty(3, 1, 8, 64, dtype=case.dtype, device=DEVICE)) for _ in range(4)]
+    outs = [run(case, route, inputs, torch.empty(3, 1, 8, 64, dtype=case.dtype, device=DEVICE)) for _ in range(2)]
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
