@@ -85,7 +85,8 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     inner: Any = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"prefix() got a {type(model).__name__}, not a transformers model")
-    vocabulary = inner.get_input_embeddings().weight.shape[0]
+    embedding: Any = inner.get_input_embeddings()
+    vocabulary = len(embedding.weight)
     ids = _tokens("text_or_ids", text_or_ids, vocabulary, tokenizer)
     if len(ids) != 1:
         raise ValueError(f"text_or_ids has {len(ids)} rows: a prefix is one row, make one prefix for each")
