@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, seed, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -265,6 +265,8 @@ def run(machine: type[CacheMachine], examples: int, steps: int, number: int | No
             max_examples=examples,
             stateful_step_count=steps,
             deadline=None,
+            # a long run has no minutes to spare for making its failures shorter
+            phases=tuple(Phase) if number is None else (Phase.generate,),
             report_multiple_bugs=False,
             suppress_health_check=list(HealthCheck),
         ),
