@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 # The oldest supported transformers, with those of its dependencies that the newest replaced.
 OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 
-.PHONY: demo test test-newest test-oldest lint readme
+.PHONY: demo test test-newest test-oldest soak gpu-soak lint readme
 
 demo: $(VENV)/.installed
 	$(BIN)/pkv-hf demo $(ARGS)
@@ -23,6 +23,13 @@ test-newest: $(VENV)/.installed
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
+
+# Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv.
+soak: $(VENV)/.installed
+	$(BIN)/python scripts/soak.py $(ARGS)
+
+gpu-soak:
+	$(PYTHON) scripts/soak.py --device cuda --jobs 12 $(or $(ARGS),kernels leaks)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

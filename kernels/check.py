@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ ROUTES = ("split", "workqueue")
 JUDGED_PAIRS = 2048
 """Queries times tokens that an error in float32 is taken over: of few softmaxes, the ratio of two errors is chance."""
 MAX_DRAWS = 64
+POISONS = (float("nan"), float("inf"), float("-inf"))
 
 
 @dataclass(frozen=True)
@@ -43,33 +44,49 @@ class Case:
     head_major: bool = True
     kv_dtype: torch.dtype | None = None
     """int8 or float8_e4m3fn for quantised pages, None for the queries' own."""
+    poison: float = POISONS[0]
+    """What slots that no row reads hold; of quantised pages their scales (the values are NaN where 8 bits have one)."""
     seed: int = 0
 
 
 def random_case(rng: np.random.Generator, longest: int, dtype: torch.dtype | None = None) -> Case:
-    """A case with rows of 1 to `longest` tokens, page ends and single tokens among them."""
-    rows = int(rng.integers(1, 6))
-    page_size = int(rng.choice(PAGE_SIZES))
-    q_len = int(rng.choice([1, 1, 1, 2, 5, 8]))
+    """A case of the whole supported space, with rows of 1 to `longest` tokens."""
+    usual = rng.random() < 0.5
+    compiled = Case(
+        starts=(),
+        ends=(),
+        num_kv_heads=0,
+        group=int(rng.choice(GROUPS)) if usual else int(rng.integers(1, 17)),
+        head_dim=int(rng.choice(HEAD_DIMS)) if usual else 16 * int(rng.integers(1, 17)),
+        page_size=int(rng.choice(PAGE_SIZES)),
+        dtype=dtype or DTYPES[int(rng.integers(len(DTYPES)))],
+        q_len=int(rng.choice([1, 1, 1, 2, 5, 8])),
+        kv_dtype=(None, None, None, *LARGEST)[int(rng.integers(3 + len(LARGEST)))],
+    )
+    return vary(compiled, rng, longest)
+
+
+def vary(case: Case, rng: np.random.Generator, longest: int) -> Case:
+    """Other rows, bounds, heads and pages for the kernels that a case compiles; page ends and single tokens among them.
+
+    What is drawn anew compiles little: one split has a kernel of its own.
+    """
+    rows, page_size = int(rng.integers(1, 6)), case.page_size
     lengths = rng.integers(1, longest + 1, rows)
     kind = rng.integers(0, 4, rows)
     lengths = np.where(kind == 0, np.maximum(lengths // page_size * page_size, 1), lengths)  # exact page ends
     lengths = np.where(kind == 1, 1, lengths)
-    ends = np.maximum(lengths + rng.integers(0, 2 * page_size, rows), q_len)
+    ends = np.maximum(lengths + rng.integers(0, 2 * page_size, rows), case.q_len)
     starts = np.maximum(ends - np.maximum(lengths, 1), 0)
-    return Case(
+    return dataclasses.replace(
+        case,
         starts=tuple(int(start) for start in starts),
         ends=tuple(int(end) for end in ends),
         num_kv_heads=int(rng.integers(1, 5)),
-        group=int(rng.choice(GROUPS)),
-        head_dim=int(rng.choice(HEAD_DIMS)),
-        page_size=page_size,
-        dtype=dtype or DTYPES[int(rng.integers(len(DTYPES)))],
-        q_len=q_len,
         window=int(rng.integers(1, longest + 1)) if rng.random() < 0.3 else 0,
         parts=int(rng.integers(1, 40)) if rng.random() < 0.5 else None,
         head_major=bool(rng.random() < 0.5),
-        kv_dtype=(None, None, None, *LARGEST)[int(rng.integers(3 + len(LARGEST)))],
+        poison=POISONS[int(rng.integers(len(POISONS)))],
         seed=int(rng.integers(1 << 31)),
     )
 
@@ -91,7 +108,7 @@ class Result:
 
 
 def build(case: Case, device: torch.device | str) -> dict[str, Any]:
-    """Inputs of a case: pools full of NaN but for the live tokens, page tables by a random permutation."""
+    """Inputs of a case: pools full of poison but for the live tokens, page tables by a random permutation."""
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(case.seed)
     rows, page_size = len(case.ends), case.page_size
@@ -114,11 +131,11 @@ def build(case: Case, device: torch.device | str) -> dict[str, Any]:
         pool = torch.randn(shape, generator=generator, dtype=case.dtype, device=device)
         dead = ~live.to(device).view(pages, page_size)
         if case.kv_dtype is None:
-            pool[:, dead] = float("nan")
+            pool[:, dead] = case.poison
         else:
             pool, of_pool = quantize(pool, case.kv_dtype)
             pool.view(torch.uint8)[:, dead] = 0x7F  # NaN in float8
-            of_pool[:, dead] = float("nan")
+            of_pool[:, dead] = case.poison
             scales.append(of_pool.transpose(0, 1) if case.head_major else of_pool.transpose(0, 1).contiguous())
         pool = pool.transpose(0, 1)
         pools.append(pool if case.head_major else pool.contiguous())
@@ -150,47 +167,56 @@ def run(case: Case, route: str, inputs: dict[str, Any], out: torch.Tensor) -> to
 
 
 def measure(case: Case, route: str, device: torch.device | str) -> Result:
-    """A route's error on a case, and that of torch's attention.
+    """A route's error on a case, and that of torch's attention; see `measure_routes`."""
+    return measure_routes(case, (route,), device)[route]
+
+
+def measure_routes(
+    case: Case, routes: Sequence[str], device: torch.device | str, draws: int | None = None
+) -> dict[str, Result]:
+    """Errors of several routes on a case, and those of torch's attention, on the same inputs.
 
     float32 cases too small to judge by one draw are drawn again, up to `JUDGED_PAIRS` or `MAX_DRAWS`, and their errors
     pooled: in the interpreter, one query over 2 to 20 random tokens at head_dim 256 had more than twice SDPA's error in
     24 % of single draws, since either error may happen to be small, and in 0.2 % of 64 pooled. The half types need one
-    draw: their errors are mostly those of rounding the output, alike in both.
+    draw: their errors are mostly those of rounding the output, alike in both. `draws` sets the number outright.
     """
     lengths = [end - start for start, end in zip(case.starts, case.ends)]
     if case.window:
         lengths = [min(length, case.window) for length in lengths]
     pairs = sum(length for length in lengths if length > 1) * case.num_kv_heads * case.group * case.q_len
-    draws = 1
-    if case.dtype == torch.float32 and pairs:
-        draws = min(-(-JUDGED_PAIRS // pairs), MAX_DRAWS)
-    results = [_draw(dataclasses.replace(case, seed=case.seed + i), route, device) for i in range(draws)]
-    return Result(
-        error=_pooled([result.error for result in results]),
-        sdpa_error=_pooled([result.sdpa_error for result in results]),
-        rms=_pooled([result.rms for result in results]),
-        written=all(result.written for result in results),
-    )
+    if draws is None:
+        draws = 1
+        if case.dtype == torch.float32 and pairs:
+            draws = min(-(-JUDGED_PAIRS // pairs), MAX_DRAWS)
+    drawn = [_draw(dataclasses.replace(case, seed=case.seed + i), routes, device) for i in range(draws)]
+    return {
+        route: Result(
+            error=_pooled([results[route].error for results in drawn]),
+            sdpa_error=_pooled([results[route].sdpa_error for results in drawn]),
+            rms=_pooled([results[route].rms for results in drawn]),
+            written=all(results[route].written for results in drawn),
+        )
+        for route in routes
+    }
 
 
 def _pooled(values: list[float]) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-def _draw(case: Case, route: str, device: torch.device | str) -> Result:
+def _draw(case: Case, routes: Sequence[str], device: torch.device | str) -> dict[str, Result]:
     inputs = build(case, device)
     q = inputs["q"]
-    out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=device)
-    with poisoned_scratch():
-        run(case, route, inputs, out)
     expected = reference(case, inputs)
-    theirs = sdpa(case, inputs)
-    return Result(
-        error=rms(out - expected),
-        sdpa_error=rms(theirs - expected),
-        rms=rms(expected),
-        written=bool(torch.isfinite(out).all()),
-    )
+    size, sdpa_error = rms(expected), rms(sdpa(case, inputs) - expected)
+    results = {}
+    for route in routes:
+        out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), float("nan"), dtype=q.dtype, device=device)
+        with poisoned_scratch():
+            run(case, route, inputs, out)
+        results[route] = Result(rms(out - expected), sdpa_error, size, bool(torch.isfinite(out).all()))
+    return results
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
+from pkv_hf.arguments import whole
 from pkv_hf.compat import layer_windows
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.layer import PagedLayer
@@ -44,9 +45,15 @@ class CacheMemory:
     """Pages held more than once, by several rows or by forks."""
 
 
+def check_page_size(page_size: int) -> None:
+    """Raises ValueError for what pages do not come in."""
+    if type(page_size) is not int or page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+
+
 def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
     """Raises ValueError for what no pages can hold."""
-    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+    if kv_dtype is not None and (not isinstance(kv_dtype, (str, torch.dtype)) or kv_dtype not in KV_DTYPES):
         raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {list(KV_DTYPES)}, or None for the dtype of the states")
 
 
@@ -73,7 +80,8 @@ class PagedCache(Cache):
             "int8" and "fp8" (float8_e4m3) quantise them, with a float32 scale for each token and head: half the bytes.
 
     Raises:
-        ValueError: an argument outside of these, or a layer that is neither full nor sliding attention.
+        ValueError: an argument outside of these, a layer that is neither full nor sliding attention, or (from an
+            update) states of another shape than the cache holds.
         PoolAllocationError: (from the first update or a growth) the pages do not fit.
     """
 
@@ -86,10 +94,11 @@ class PagedCache(Cache):
         max_length: int | None = None,
         kv_dtype: torch.dtype | str | None = None,
     ) -> None:
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise ValueError(f"max_length={max_length!r} is not a positive number of tokens: pass one, or None to grow")
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(config).__name__}: pass a model's configuration, as model.config")
+        check_page_size(page_size)
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 1, "pass a number of tokens, or None to grow")
         check_kv_dtype(kv_dtype)
         windows = layer_windows(config)
         self.page_size = page_size
@@ -112,6 +121,8 @@ class PagedCache(Cache):
         Returns dense K and V of all positions that the queries can see, as every transformers cache does; inside a
         patched model's forward, what its attention needs to read the pages in place.
         """
+        if layer_idx >= len(self.layers):
+            raise IndexError(f"layer_idx={layer_idx}, but the PagedCache has {len(self.layers)} layers")
         if self.step is not None:
             return self.step.update(key_states, value_states, layer_idx)
         return self.layers[layer_idx].update(key_states, value_states)
@@ -161,14 +172,12 @@ class PagedCache(Cache):
             RuntimeError: the sliding window that ends there is not held any more (`activate_past_recording` before
                 appending keeps it).
         """
-        tokens_to_remove = int(tokens_to_remove)  # assisted generation of older releases passes a tensor
+        held = self.get_seq_length()  # assisted generation of older releases passes a tensor
+        instead = f"pass minus the number of tokens to remove, the cache holds {held}"
+        tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -held, instead)
         if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove={tokens_to_remove} is positive: pass minus the number of tokens to remove"
-            )
-        length = self.get_seq_length() + tokens_to_remove
-        if length < 0:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove}, but the cache holds {self.get_seq_length()} tokens")
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} is positive: {instead}")
+        length = held + tokens_to_remove
         for table in self.tables.values():
             if tokens_to_remove and not table.can_shrink(length):
                 raise RuntimeError(
@@ -183,17 +192,29 @@ class PagedCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side, on the same pages until one of them writes."""
+        repeats = whole("repeats", repeats, 1, "reset() forgets all rows")
         self._select(np.repeat(np.arange(self.rows), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the rows `indices` (or those where a boolean mask is true), in that order."""
+        """Keeps the rows `indices` (or those where a boolean mask is true), in that order.
+
+        Raises:
+            ValueError: what is not a tensor `[count]` of integers or `[rows]` of booleans, or keeps no row.
+            IndexError: a row that is not there.
+        """
+        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1 or indices.is_floating_point()
+        if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
+            given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
+            raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
         chosen = indices.cpu().numpy()
         self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
     def _select(self, rows: np.ndarray) -> None:
         if not self.rows:
             return
-        if len(rows) and not (-self.rows <= rows.min() and rows.max() < self.rows):
+        if not len(rows):
+            raise ValueError(f"indices keeps none of {self.rows} rows: reset() forgets all of them")
+        if not (-self.rows <= rows.min() and rows.max() < self.rows):
             raise IndexError(f"row indices from {rows.min()} to {rows.max()} do not fit a cache of {self.rows} rows")
         for table in self.tables.values():
             table.select(rows, self.get_seq_length())

@@ -123,9 +123,10 @@ class PagedLayer(CacheLayerMixin):
     ) -> int:
         """Makes pages for the next `q_len` tokens of `rows` rows, by default as many as the states have.
 
-        Returns the position where they end. Raises ValueError where the batch differs from the rows that the cache
-        holds.
+        Returns the position where they end. Raises ValueError where the states are not those of the rows and heads that
+        the cache holds.
         """
+        self._check(key_states, value_states)
         rows, q_len = rows or len(key_states), q_len or key_states.shape[2]
         if not self.table.rows:
             self.table.start(rows)
@@ -140,6 +141,25 @@ class PagedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return self.length + q_len
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Raises ValueError for states that the pages of this layer cannot take."""
+        if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
+            raise ValueError(
+                f"key_states is {list(key_states.shape)} and value_states {list(value_states.shape)}: want both "
+                "[batch, KV heads, tokens, head_dim], alike but for head_dim"
+            )
+        if not self.is_initialized:
+            return
+        for name, states, pages in zip(
+            ("key_states", "value_states"), (key_states, value_states), self.table.pool.storage[self.layer_idx]
+        ):
+            heads, head_dim = pages.shape[0], pages.shape[3]  # type: ignore[union-attr]
+            if (states.shape[1], states.shape[3]) != (heads, head_dim):
+                raise ValueError(
+                    f"{name} has {states.shape[1]} heads of {states.shape[3]}, but the PagedCache holds {heads} of "
+                    f"{head_dim}: use a cache for each model"
+                )
 
     @property
     def pages(self) -> tuple[torch.Tensor, torch.Tensor]:

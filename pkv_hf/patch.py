@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
-from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, PagedCache, check_kv_dtype
+from pkv_hf.arguments import flags
+from pkv_hf.cache import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.interface import attention, mask
 from pkv_hf.kernels.launch import capability
@@ -61,15 +62,15 @@ def patch(
             attention apart, as all other models do.
 
     Raises:
-        ValueError: an unknown route, page size or kv_dtype, or "fp8" on an older GPU.
+        ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
         UnsupportedModelError: (a ValueError) no layer of the model can be served; says why.
         UnsupportedVersionError: transformers is too old.
     """
     compat.check_version()
-    if route != "auto" and route not in ROUTES:
+    if not isinstance(route, str) or route not in ("auto", *ROUTES):
         raise ValueError(f"route={route!r} is not one of {['auto', *ROUTES]}")
-    if page_size not in PAGE_SIZES:
-        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+    check_page_size(page_size)
+    flags(cuda_graphs=cuda_graphs, run_ahead=run_ahead, fuse=fuse)
     check_kv_dtype(kv_dtype)
     unpatch(model)
     inner = unwrap(model)
@@ -237,7 +238,9 @@ def _prepare_cache_for_generation(
     served = not state.refused and model_kwargs.get("encoder_outputs") is None
     if served and model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
         if asked in (None, "dynamic"):
-            model_kwargs["past_key_values"] = PagedCache(self.config, state.page_size, max_cache_length, state.kv_dtype)
+            model_kwargs["past_key_values"] = PagedCache(
+                self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype
+            )
             if generation_config.is_assistant:
                 cache = model_kwargs["past_key_values"]
                 cache.activate_past_recording()

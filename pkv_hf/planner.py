@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from pkv_hf.attention import MASK_ELEMENTS
-from pkv_hf.cache import KV_DTYPES, PAGE_SIZES, check_kv_dtype
+from pkv_hf.cache import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import layer_windows
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
@@ -124,14 +124,15 @@ def plan(
         ("new_tokens", new_tokens),
         ("prefill_chunk_size", 1 if prefill_chunk_size is None else prefill_chunk_size),
     ):
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive number: pass at least 1")
     if not isinstance(prompt_tokens, Sequence):
         lengths *= batch
     elif batch not in (1, len(lengths)):
         raise ValueError(f"batch={batch}, but prompt_tokens names {len(lengths)} rows: leave batch out")
-    if page_size not in PAGE_SIZES:
-        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+    check_page_size(page_size)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r} is no floating dtype: pass torch.float16 say, or None")
     if weight_bits is not None and weight_bits not in QUANTISED_BITS:
         raise ValueError(f"weight_bits={weight_bits!r} is not one of {list(QUANTISED_BITS)}, or None for dtype")
     check_kv_dtype(kv_dtype)
@@ -157,7 +158,7 @@ def _gpu_bytes(gpu_memory: int | str | None) -> int:
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
         nbytes = convert_file_size_to_int(gpu_memory)
-    except ValueError:
+    except (ValueError, AttributeError, TypeError):
         nbytes = 0
     if nbytes < 1:
         raise ValueError(f"gpu_memory={gpu_memory!r} is no size: pass bytes, or '15GiB' say")

@@ -7,8 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from pkv_hf.arguments import token_ids, whole
 from pkv_hf.cache import PagedCache
+from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.patch import unwrap
 from pkv_hf.state import STATE, PatchState
 
@@ -20,19 +23,19 @@ class Prefix:
     one pool, so only one of them may be used at a time (threads need a prefix each).
     """
 
-    def __init__(self, ids: torch.Tensor, cache: PagedCache, tokenizer: Any = None) -> None:
+    def __init__(self, ids: torch.Tensor, cache: PagedCache, tokenizer: Any, vocabulary: int) -> None:
         self.ids = ids
         """The tokens, int64 `[1, length]`, on the model's device."""
         self.tokenizer = tokenizer
         self._cache = cache
+        self._vocabulary = vocabulary
 
     def __len__(self) -> int:
         return self.ids.shape[1]
 
     def cache(self, rows: int = 1) -> PagedCache:
         """A cache of `rows` rows, 1 or more, that hold the prefix each: what `past_key_values` takes."""
-        if rows < 1:
-            raise ValueError(f"rows={rows!r} is not a number of continuations: pass 1 or more")
+        rows = whole("rows", rows, 1, "pass the number of continuations")
         fork = self._cache.fork()
         fork.batch_repeat_interleave(rows)
         return fork
@@ -48,9 +51,11 @@ class Prefix:
             `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and `past_key_values`.
 
         Raises:
-            ValueError: texts without a tokenizer, a continuation without a token, or rows of unequal length.
+            ValueError: texts without a tokenizer, a continuation without a token, rows of unequal length, or what are
+                no token ids of the model.
         """
-        ids = _tokens("continuations", continuations, self.tokenizer, add_special_tokens=False).to(self.ids.device)
+        settings = {"add_special_tokens": False}
+        ids = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings).to(self.ids.device)
         whole = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
         return {
             "input_ids": whole,
@@ -73,11 +78,16 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
         tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
 
     Raises:
-        ValueError: a text without a tokenizer, or no token, or several rows.
+        ValueError: a text without a tokenizer, no token, several rows, or what are no token ids of the model;
+            UnsupportedModelError (a ValueError) for what is no transformers model.
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
-    ids = _tokens("text_or_ids", text_or_ids, tokenizer)
+    if not isinstance(inner, PreTrainedModel):
+        raise UnsupportedModelError(f"prefix() got a {type(model).__name__}, not a transformers model")
+    embedding: Any = inner.get_input_embeddings()
+    vocabulary = len(embedding.weight)
+    ids = _tokens("text_or_ids", text_or_ids, vocabulary, tokenizer)
     if len(ids) != 1:
         raise ValueError(f"text_or_ids has {len(ids)} rows: a prefix is one row, make one prefix for each")
     ids = ids.to(inner.device)
@@ -86,18 +96,18 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
     with torch.no_grad():
         model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    return Prefix(ids, cache, tokenizer)
+    return Prefix(ids, cache, tokenizer, vocabulary)
 
 
-def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> torch.Tensor:
+def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: Any) -> torch.Tensor:
     """Texts or ids as ids, int64 `[rows, length]`."""
-    several = isinstance(given, (list, tuple)) and bool(given) and not isinstance(given[0], int)
+    several = isinstance(given, (list, tuple)) and bool(given) and not isinstance(given[0], (int, float))
     rows = list(given) if several or getattr(given, "ndim", 1) > 1 else [given]
     if isinstance(rows[0], str):
         if tokenizer is None:
             raise ValueError(f"{name} is text, which needs a tokenizer: pass tokenizer=..., or token ids")
         rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
-    rows = [torch.as_tensor(row, dtype=torch.long) for row in rows]
+    rows = [token_ids(name, row) for row in rows]
     lengths = [len(row) for row in rows]
     if not min(lengths):
         raise ValueError(f"{name} has a row without a token: there is nothing to go on from")
@@ -106,4 +116,7 @@ def _tokens(name: str, given: Any, tokenizer: Any, **settings: Any) -> torch.Ten
             f"{name} have {min(lengths)} to {max(lengths)} tokens, and rows that share pages end together: call "
             "generate() once for each length"
         )
-    return torch.stack(rows)
+    ids = torch.stack(rows)
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:  # on a GPU that would end the process's CUDA context
+        raise ValueError(f"{name} has ids from {int(ids.min())} to {int(ids.max())}: the model has {vocabulary} tokens")
+    return ids

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
@@ -56,6 +57,15 @@ def check_out(path: Path) -> None:
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UsageError(f"--out {path} cannot be written: name a file in a folder that can")
+
+
+def output(text: str) -> Path:
+    """A command's argument that names a file of records, for argparse."""
+    try:
+        check_out(Path(text))
+    except UsageError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from pkv_hf.arguments import whole
 from pkv_hf.cache import KV_DTYPES
 from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
@@ -86,9 +88,10 @@ def explain(model_or_step: nn.Module | StepShape) -> Decision:
 
     For a patched model that is its last step, for a `StepShape` what "auto" would take.
 
-    Raises ValueError for a model that is not patched or has not run a step.
+    Raises ValueError for a model that is not patched or has not run a step, and for a step that cannot be.
     """
     if isinstance(model_or_step, StepShape):
+        _check(model_or_step)
         decision = choose("auto", model_or_step)
     else:
         last = _state_of(model_or_step).decision
@@ -97,6 +100,17 @@ def explain(model_or_step: nn.Module | StepShape) -> Decision:
         decision = last
     print(decision)
     return decision
+
+
+def _check(step: StepShape) -> None:
+    """Raises ValueError for a step that no model takes."""
+    for name, kind in (("device", torch.device), ("dtype", torch.dtype), ("kv_dtype", torch.dtype)):
+        if not isinstance(getattr(step, name), kind):
+            raise ValueError(f"{name}={getattr(step, name)!r} is no torch.{kind.__name__}: pass one")
+    for name in ("q_len", "group", "kv_heads", "head_dim", "page_size", "layers", "rows", "longest"):
+        whole(name, getattr(step, name), 1, "pass the step's")
+    if not step.longest <= whole("tokens", step.tokens, 1, "pass the step's") <= step.rows * step.longest:
+        raise ValueError(f"tokens={step.tokens} of {step.rows} rows, the longest of {step.longest}: pass their sum")
 
 
 def state_of(model: nn.Module) -> Report:

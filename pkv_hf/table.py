@@ -167,11 +167,15 @@ class BlockTable:
         return not self.window or self.live_from <= max(length - self.window + 1, 0)
 
     def shrink(self, length: int) -> None:
-        """Frees the pages wholly beyond `length` that are not reserved, and those behind the window."""
+        """Frees the pages wholly beyond `length` that are not reserved, and those behind the window.
+
+        Padding ends there too: what comes next in such a row is a token.
+        """
         columns = max(self._pages_to(length), self._pages_to(self.reserved))
         self.pool.allocator.release(self.pages[:, columns:])
         self.pages = self.pages[:, :columns].copy()
         self.prepared = min(self.prepared, length)
+        self.pads = np.minimum(self.pads, length)
         self._changed()
         if self.window:
             self._drop_before(max(length - self.window + 1, 0))

@@ -55,7 +55,10 @@ def read_text(path: Path) -> str:
 
 def load_split(name: str, split: str) -> Any:
     """A split of a `datasets` dataset: NAME[:CONFIG] of the hub, a folder or a file of data."""
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise UsageError(f"--dataset {name} needs the package datasets ({error}): pip install datasets") from error
 
     path, config, files = name, None, None
     if Path(name).is_file():

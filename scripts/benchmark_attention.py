@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from pkv_hf.arguments import count, device, share
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.benchmark import read_bandwidth
 from pkv_hf.cache import KV_DTYPES
 from pkv_hf.errors import WrongResultError
 from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, check
 
@@ -54,20 +55,20 @@ def measure(case: dict[str, Any], arguments: argparse.Namespace, bandwidth: floa
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 8, 16])
-    parser.add_argument("--length", nargs="+", type=int, default=[8192, 32_768])
-    parser.add_argument("--query-heads", nargs="+", type=int, default=[32])
-    parser.add_argument("--group", nargs="+", type=int, default=[4], help="query heads of a KV head")
-    parser.add_argument("--head-dim", nargs="+", type=int, default=[128])
-    parser.add_argument("--page-size", nargs="+", type=int, default=[16])
-    parser.add_argument("--holes", nargs="+", type=float, default=[0.0], help="share of the pool that no row has")
+    parser.add_argument("--rows", nargs="+", type=count, default=[1, 4, 8, 16])
+    parser.add_argument("--length", nargs="+", type=count, default=[8192, 32_768])
+    parser.add_argument("--query-heads", nargs="+", type=count, default=[32])
+    parser.add_argument("--group", nargs="+", type=count, default=[4], help="query heads of a KV head")
+    parser.add_argument("--head-dim", nargs="+", type=count, default=[128])
+    parser.add_argument("--page-size", nargs="+", type=count, default=[16])
+    parser.add_argument("--holes", nargs="+", type=share, default=[0.0], help="share of the pool that no row has")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)
     parser.add_argument("--kv-dtype", nargs="+", default=["same"], choices=("same", "int8", "fp8"), help="of the pages")
     parser.add_argument("--splits", nargs="+", type=int, default=[0], help="parts of a row in split, 0 for its choice")
     parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=list(RUNNERS))
-    parser.add_argument("--samples", type=int, default=15)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/attention.jsonl"))
+    parser.add_argument("--samples", type=count, default=15)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/attention.jsonl"))
     arguments = parser.parse_args()
     cases = [dict(zip(SWEPT, values)) for values in itertools.product(*(getattr(arguments, name) for name in SWEPT))]
     for case in cases:

@@ -27,9 +27,10 @@ import torch
 import transformers
 
 from pkv_hf import benchmark
+from pkv_hf.arguments import count, device
 from pkv_hf.measure import generate
 from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 from pkv_hf.weights import step_weight_bytes
 
@@ -46,6 +47,10 @@ def measure(
     return benchmark.Summary(run, time.perf_counter() - started, None)
 
 
+def case_of(text: str) -> list[int]:
+    return [count(length) for length in text.split(",")]
+
+
 def kernels_are_cached() -> bool:
     """Whether an earlier process has left compiled kernels in Triton's cache."""
     folder = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
@@ -57,19 +62,24 @@ def main() -> int:
     parser.add_argument("--model", default="smollm2", help=f"smollm2, {', '.join(benchmark.SHAPES)}, hub id or folder")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument(
-        "--lengths", nargs="+", default=["1024"], metavar="N[,N...]", help="cases: the prompt length of each row"
+        "--lengths",
+        nargs="+",
+        type=case_of,
+        default=[[1024]],
+        metavar="N[,N...]",
+        help="cases: the prompt length of each row",
     )
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--new-tokens", type=count, default=64, metavar="N")
     parser.add_argument("--mode", default="greedy", choices=("greedy", "beams", "assisted"))
-    parser.add_argument("--num-beams", type=int, default=4, metavar="N", help="of --mode beams")
+    parser.add_argument("--num-beams", type=count, default=4, metavar="N", help="of --mode beams")
     parser.add_argument("--assistant", help="the model that drafts in --mode assisted, named as --model is")
-    parser.add_argument("--draft-tokens", type=int, default=5, metavar="N", help="of a round of --mode assisted")
+    parser.add_argument("--draft-tokens", type=count, default=5, metavar="N", help="of a round of --mode assisted")
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/generate.jsonl"))
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/generate.jsonl"))
     arguments = parser.parse_args()
-    cases = [[int(length) for length in case.split(",")] for case in arguments.lengths]
+    cases = arguments.lengths
     engines = [COLD] if COLD in arguments.engines else []  # it is cold only before the others
     engines += ["dynamic", *(engine for engine in arguments.engines if engine not in (COLD, "dynamic"))]
     beams = arguments.num_beams if arguments.mode == "beams" else 1

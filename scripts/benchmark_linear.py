@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from pkv_hf.arguments import count
 from pkv_hf.benchmark import SHAPES, read_bandwidth
 from pkv_hf.kernels.gemv import linear, swiglu
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 
 BYTES = 300 << 20
@@ -79,8 +80,8 @@ def times_us(calls: list[Callable[[], object]], samples: int = 15) -> np.ndarray
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/linear.jsonl"))
+    parser.add_argument("--rows", nargs="+", type=count, default=[1, 2, 4, 8, 16])
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/linear.jsonl"))
     arguments = parser.parse_args()
     bandwidth = read_bandwidth("cuda") / 1e9
     records = []

@@ -18,11 +18,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pkv_hf.arguments import count, device, share
 from pkv_hf.attention_steps import AttentionShape
 from pkv_hf.benchmark import read_bandwidth
 from pkv_hf.errors import WrongResultError
 from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment
+from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, measure
 from pkv_hf.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
@@ -64,20 +65,20 @@ def main() -> int:
     cases = ["bucketed:1", "homogeneous:2", "bimodal:4", "bimodal:8", "uniform:8", "zipf:8"]
     parser.add_argument("--cases", nargs="+", type=case_of, default=[case_of(case) for case in cases])
     parser.add_argument("--trace-file", type=Path, help="CSV or JSON of requests, instead of --cases")
-    parser.add_argument("--max-active", nargs="+", type=int, default=[1, 4, 8, 16], help="rows, with --trace-file")
+    parser.add_argument("--max-active", nargs="+", type=count, default=[1, 4, 8, 16], help="rows, with --trace-file")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(HELD_OUT_SEEDS))
-    parser.add_argument("--requests", type=int, default=64, help="requests of a trace, the first of a file's")
-    parser.add_argument("--steps", type=int, default=12, help="steps of a trace that are measured")
-    parser.add_argument("--layers", type=int, default=1)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--group", type=int, default=4, help="query heads of a KV head")
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--page-size", type=int, default=16)
-    parser.add_argument("--holes", type=float, default=0.0, help="share of the pool's pages that no row has")
+    parser.add_argument("--requests", type=count, default=64, help="requests of a trace, the first of a file's")
+    parser.add_argument("--steps", type=count, default=12, help="steps of a trace that are measured")
+    parser.add_argument("--layers", type=count, default=1)
+    parser.add_argument("--kv-heads", type=count, default=8)
+    parser.add_argument("--group", type=count, default=4, help="query heads of a KV head")
+    parser.add_argument("--head-dim", type=count, default=128)
+    parser.add_argument("--page-size", type=count, default=16)
+    parser.add_argument("--holes", type=share, default=0.0, help="share of the pool's pages that no row has")
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
-    parser.add_argument("--samples", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/traces.jsonl"))
+    parser.add_argument("--samples", type=count, default=7)
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/traces.jsonl"))
     arguments = parser.parse_args()
     played = [(name, seed, rows) for name, rows in arguments.cases for seed in arguments.seeds]
     if arguments.trace_file:

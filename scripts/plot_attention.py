@@ -18,6 +18,8 @@ matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
 
+from pkv_hf.arguments import existing
+
 Record = dict[str, Any]
 BASELINE = "flashinfer"
 ATTENTION_CASE = (
@@ -125,7 +127,9 @@ def draw_traces(records: list[Record], gpu: str, path: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"), help="folder of the JSONL files")
+    parser.add_argument(
+        "--results", type=existing, default=Path("benchmarks/results"), help="folder of the JSONL files"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

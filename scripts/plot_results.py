@@ -18,6 +18,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from pkv_hf.arguments import existing
+
 Record = dict[str, Any]
 
 
@@ -70,7 +72,7 @@ def draw(records: list[Record], title: str, path: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results/generate.jsonl"))
+    parser.add_argument("--results", type=existing, default=Path("benchmarks/results/generate.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -104,6 +104,20 @@ def test_crop_goes_back(window):
     assert paged.memory().pages_in_use == in_use
 
 
+def test_a_crop_into_padding_ends_it_there():
+    paged = PagedCache(config())
+    paged.start(2, np.array([0, 40]))
+    append(50, 2, paged)
+    paged.crop(-45)
+    assert paged.pads.tolist() == [0, 5]
+    k, v = states(2, 10)
+    for layer in range(LAYERS):
+        keys, values = paged.update(k, v, layer)
+        assert torch.equal(keys[:, :, 5:], k)
+        assert torch.equal(values[:, :, 5:], v)
+    assert_consistent(paged)
+
+
 def test_crop_refuses_what_it_cannot_do():
     paged = PagedCache(config(WINDOW))
     append(60, 1, paged)

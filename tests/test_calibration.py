@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import signal
 import sys
 
 import numpy as np
@@ -194,6 +196,29 @@ def test_a_save_that_dies_leaves_the_file_before(monkeypatch):
         save(CPU, some_constants(2e12), {})
     assert constants_for(CPU).routes == some_constants().routes
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_process_killed_while_it_saves_leaves_the_file_before():
+    path = save(CPU, some_constants(), {})
+
+    def dies(content, file, **_):
+        file.write("{")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save_and_die():
+        calibration.json.dump = dies
+        save(CPU, some_constants(2e12), {})
+
+    process = multiprocessing.get_context("fork").Process(target=save_and_die)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    constants_for.cache_clear()
+    assert constants_for(CPU).routes == some_constants().routes
+    save(CPU, some_constants(3e12), {})
+    assert constants_for(CPU).of("graph", 4)["split"].bandwidth == 3e12
+    assert path == path_for(CPU)
 
 
 def _save_often(bandwidth: float) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import secrets
 import threading
 import weakref
 
-import numpy as np
+import leaks
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
@@ -200,6 +201,49 @@ def test_a_patched_and_an_unpatched_model_share_weights_across_threads():
     assert other.base_model.__dict__.get("forward") is None
 
 
+def test_threads_of_two_patched_models_and_of_one_that_is_patched_meanwhile():
+    models = [tiny("llama", seed=1), tiny("mistral", seed=2), tiny("llama", seed=3)]
+    prompt = left_padded(20, 9)
+    expected = [model.generate(**prompt, max_new_tokens=12, do_sample=False) for model in models]
+    pkv_hf.patch(models[0])
+    pkv_hf.patch(models[1], page_size=32)
+
+    def run(index):
+        for _ in range(4):
+            if index == 2:
+                pkv_hf.patch(models[2])
+            assert torch.equal(models[index].generate(**prompt, max_new_tokens=12, do_sample=False), expected[index])
+            if index == 2:
+                pkv_hf.unpatch(models[2])
+
+    in_threads(3, run)
+
+
+class Continued(torch.utils.data.Dataset):
+    """Prompts continued by a model in whatever process asks for them."""
+
+    def __init__(self, model, prompts):
+        self.model, self.prompts = model, prompts
+
+    def __len__(self):
+        return len(self.prompts)
+
+    def __getitem__(self, index):
+        return self.model.generate(**self.prompts[index], max_new_tokens=8, do_sample=False)[0]
+
+
+def test_a_forked_worker_of_a_data_loader_generates():
+    model, prompts = tiny("llama"), [left_padded(length, seed=length) for length in (9, 20, 33)]
+    expected = [tokens.tolist() for tokens in map(Continued(model, prompts).__getitem__, range(3))]
+    pkv_hf.patch(model)
+    model.generate(**prompts[0], max_new_tokens=8, do_sample=False)
+    loader = torch.utils.data.DataLoader(
+        Continued(model, prompts), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=120
+    )
+    assert [tokens.tolist() for tokens in loader] == expected
+    assert model.generate(**prompts[0], max_new_tokens=8, do_sample=False)[0].tolist() == expected[0]
+
+
 @pytest.mark.parametrize("around", ["inference_mode", "autocast"])
 def test_generation_inside_other_modes(around):
     model, inputs = tiny("llama"), left_padded(20, 9)
@@ -215,14 +259,25 @@ def test_generation_inside_other_modes(around):
         assert (found == expected).float().mean() > 0.8
 
 
-def test_calls_of_every_shape_leave_no_cache_behind():
-    model = pkv_hf.patch(tiny("llama"))
-    rng = np.random.default_rng()
-    for call in range(40):
-        lengths = rng.integers(1, 40, rng.integers(1, 4)).tolist()
-        model.generate(**left_padded(*lengths, seed=call), max_new_tokens=int(rng.integers(1, 6)), do_sample=False)
-    assert live_caches() == 0
-    assert len(model._pkv_hf_state.decode_steps) == 0
+def test_calls_of_every_kind_leave_nothing_behind():
+    calls = leaks.Calls(secrets.randbits(31), "cpu")
+    for _ in range(10):
+        calls()
+    before = calls.held()
+    for _ in range(40):
+        calls()
+    after = calls.held()
+    assert (after.caches, after.steps, after.graphs) == (0, 0, 0)
+    assert after.grown(before) == {}
+
+
+def test_what_stays_behind_is_seen():
+    calls = leaks.Calls(0, "cpu")
+    before = calls.held()
+    kept = pkv_hf.PagedCache(calls.models[0].config)
+    with open(__file__):
+        assert set(calls.held().grown(before)) == {"caches", "open_files"}
+    del kept
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,19 @@ import torch
 pytest.importorskip("triton")
 
 from pkv_hf.kernels.append import append, rope_append
-from pkv_hf.kernels.check import DTYPES, GROUPS, HEAD_DIMS, PAGE_SIZES, ROUTES, Case, build, measure, random_case, run
+from pkv_hf.kernels.check import (
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    PAGE_SIZES,
+    POISONS,
+    ROUTES,
+    Case,
+    build,
+    measure,
+    random_case,
+    run,
+)
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
 from pkv_hf.kernels.reference import paged_attention
 
@@ -144,6 +156,22 @@ def test_quantizing_errs_by_half_a_step(kv_dtype):
     half_steps = largest / 254 if kv_dtype == torch.int8 else (states.abs() / 16).maximum(largest / 448 / 1024)
     assert ((back - states).abs() <= half_steps * 1.001).all()
     assert not back[3].any()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("poison", POISONS)
+def test_infinities_and_nan_in_unread_slots_reach_no_output(poison, route):
+    for kv_dtype in (None, torch.int8):
+        assert_right(case_of(poison=poison, kv_dtype=kv_dtype, parts=3, dtype=torch.float16), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_outputs_are_the_same_to_the_bit_in_every_run(route):
+    """Merging goes by place: which program comes first counts for nothing."""
+    case = case_of(parts=5, dtype=torch.float16)
+    inputs = build(case, DEVICE)
+    outs = [run(case, route, inputs, torch.empty(3, 1, 8, 64, dtype=case.dtype, device=DEVICE)) for _ in range(2)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("route", ROUTES)

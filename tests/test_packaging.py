@@ -54,6 +54,31 @@ def test_generating_on_a_cpu_needs_no_triton():
     )
 
 
+def test_patching_and_generating_need_no_extra_and_what_does_names_it():
+    python(
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "extras = ('peft', 'datasets', 'evaluate', 'matplotlib', 'flashinfer', 'kernels')\n"
+        "sys.modules.update(dict.fromkeys(extras))\n"
+        "from tiny import tiny, left_padded; import pkv_hf\n"
+        "model = pkv_hf.patch(tiny('llama')); model.generate(**left_padded(9), max_new_tokens=3)\n"
+        "assert not pkv_hf.report(model).left\n"
+        "from pkv_hf import errors, texts\n"
+        "try: texts.load_split('a', 'test')\n"
+        "except errors.UsageError as error: assert 'pip install datasets' in str(error)\n"
+        "else: raise SystemExit('loaded')"
+    )
+
+
+def test_an_old_transformers_does_not_fail_at_import():
+    python(
+        "import transformers; transformers.__version__ = '5.16.2'\n"
+        "import pkv_hf\n"
+        "try: pkv_hf.patch(None)\n"
+        "except pkv_hf.UnsupportedVersionError as error: assert 'pip install' in str(error)\n"
+        "else: raise SystemExit('patched')"
+    )
+
+
 def test_an_old_transformers_is_refused_at_patch(monkeypatch):
     import pkv_hf
     from pkv_hf import compat

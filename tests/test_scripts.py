@@ -130,6 +130,73 @@ def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch)
     assert not (tmp_path / "kernels.jsonl").exists()
 
 
+def test_soak_records_what_ran(run, tmp_path):
+    pytest.importorskip("triton")
+    out = tmp_path / "soak.jsonl"
+    for kind, cases in (("kernels", 2), ("cache", 3), ("leaks", 8)):
+        status, lines = run("soak", kind, "--cases", cases, "--longest", 40, "--seed", 5, "--out", out)
+        assert status == 0, lines
+        assert json.loads(lines[-1])[kind]["failures"] == 0
+    found = records(out)
+    assert [(r["kind"], r["cases"], r["failures"], r["seed"]) for r in found] == [
+        ("kernels", 2, 0, 5),
+        ("cache", 6, 0, 5),
+        ("leaks", 8, 0, 5),
+    ]
+    assert found[1]["operations"] > 10
+    for record in found:
+        assert {"seconds", "device", "gpu", "torch", "triton", "transformers", "commit", "date"} <= set(record)
+
+
+def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from pkv_hf.kernels import check
+    from pkv_hf.pool import PageAllocator
+
+    right, out = check.run, tmp_path / "soak.jsonl"
+
+    def wrong(case, route, inputs, out):
+        right(case, route, inputs, out)
+        if route == "workqueue":
+            out[0, 0, 0, 0] = float("nan")
+
+    monkeypatch.setattr(check, "run", wrong)
+    monkeypatch.setattr(PageAllocator, "release", lambda self, pages: None)
+    for kind, cases in (("kernels", 1), ("cache", 10)):
+        status, lines = run("soak", kind, "--cases", cases, "--longest", 20, "--out", out)
+        assert status == 1
+        assert lines[0].startswith(f"FAILED {kind} ")
+        assert json.loads(lines[-1])["passed"] is False
+        assert records(out)[-1]["failures"] > 0
+
+
+@pytest.mark.parametrize(
+    ("tool", "summary", "clean"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors", True),
+        ("memcheck", "ERROR SUMMARY: 10 errors", False),
+        ("racecheck", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", True),
+        ("racecheck", "RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)", False),
+        ("initcheck", "nothing", False),
+        ("initcheck", "ERROR SUMMARY: 0 errors (but of a program that failed)", False),
+    ],
+)
+def test_sanitizers_are_clean_where_each_says_so(run, tmp_path, tool, summary, clean):
+    for name in ("memcheck", "racecheck", "initcheck"):
+        said = summary if name == tool else "ERROR SUMMARY: 0 errors"
+        (tmp_path / f"{name}.log").write_text(f"========= COMPUTE-SANITIZER\n16 passed in 9.21s\n========= {said}\n")
+        (tmp_path / f"{name}.seconds").write_text("9\n")
+    if "failed" in summary:
+        (tmp_path / f"{tool}.status").write_text("1\n")
+    status, lines = run("record_sanitizers", tmp_path, "--out", tmp_path / "sanitizers.jsonl")
+    assert status == (0 if clean else 1)
+    assert json.loads(lines[-1])["clean"] is clean
+    (record,) = records(tmp_path / "sanitizers.jsonl")
+    assert record["clean"] is clean
+    assert record[tool]["clean"] is clean
+    assert record[tool]["tests"] == 16
+
+
 def test_plots_are_drawn_for_every_model_and_gpu(run, tmp_path):
     committed = records(SCRIPTS.parent / "benchmarks" / "results" / "generate.jsonl")
     status, lines = run("plot_results", "--out", tmp_path)

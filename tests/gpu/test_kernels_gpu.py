@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.check import DTYPES, ROUTES, Case, build, measure, random_case, run
 
 pytestmark = pytest.mark.gpu
@@ -38,6 +39,46 @@ def test_pools_beyond_2_31_elements(route):
     result = measure(case, route, "cuda")
     assert result.written
     assert result.error <= 2 * result.sdpa_error, result
+
+
+@pytest.mark.parametrize("roped", [False, True], ids=["", "roped"])
+def test_appending_beyond_2_31_elements(roped):
+    """The last page of a pool of more elements than 32 bits count, written and nothing beside it."""
+    heads, page_size, head_dim = 8, 16, 256
+    pages = 2**31 // (heads * page_size * head_dim) + 100
+    for head_major in (True, False):
+        shape = (heads, pages) if head_major else (pages, heads)
+        pools = [torch.zeros((*shape, page_size, head_dim), dtype=torch.float16, device="cuda") for _ in range(2)]
+        k_pages, v_pages = (pool.transpose(0, 1) if head_major else pool for pool in pools)
+        assert k_pages.numel() > 2**31
+        table = torch.tensor([[3, pages - 1]], dtype=torch.int32, device="cuda")
+        ends, first_held = (torch.tensor([bound], dtype=torch.int32, device="cuda") for bound in (20, 0))
+        k, v = (torch.randn(1, heads, 2, head_dim, dtype=torch.float16, device="cuda") for _ in range(2))
+        if roped:  # by angles of 0
+            ones, zeros = torch.ones(1, 2, head_dim, dtype=k.dtype, device="cuda"), torch.zeros_like(k[:, 0])
+            rope_append(k_pages, v_pages, k, k, v, ones, zeros, table, first_held, ends)
+        else:
+            append(k_pages, v_pages, k, v, table, first_held, ends)
+        for states, paged in ((k, k_pages), (v, v_pages)):
+            assert torch.equal(paged[pages - 1, :, 2:4], states[0])
+            paged[pages - 1, :, 2:4] = 0
+            assert not paged.any()
+        del pools, k_pages, v_pages, paged
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_outputs_are_the_same_to_the_bit_in_every_run(route):
+    """Merging goes by place: which program comes first counts for nothing."""
+    case = Case(
+        starts=(0, 5, 0, 900), ends=(4096, 333, 20_000, 901), num_kv_heads=8, group=4, head_dim=128, page_size=16,
+        dtype=torch.bfloat16, seed=secrets.randbits(31),
+    )  # fmt: skip
+    inputs = build(case, "cuda")
+    out = torch.empty(4, 1, 32, 128, dtype=case.dtype, device="cuda")
+    first = run(case, route, inputs, out).clone()
+    for _ in range(100):
+        out.fill_(float("nan"))
+        assert torch.equal(run(case, route, inputs, out), first)
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -1,0 +1,57 @@
+"""Reads the logs that scripts/sanitize.sh left in a folder, and appends one record of what the sanitizers found.
+
+Exits with 1 unless every tool ended with a summary of no errors and its program with status 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from pkv_hf.records import append_record, environment, output
+
+TOOLS = ("memcheck", "racecheck", "initcheck")
+SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
+PASSED = re.compile(r"^(\d+) passed", re.MULTILINE)
+FINDINGS = 40
+"""Lines of a tool that is not clean which are printed."""
+
+
+def read(folder: Path, tool: str) -> dict[str, object]:
+    """A tool's summary, the tests that ran under it and the status of its program."""
+    log, status = (folder / f"{tool}.log").read_text(errors="replace"), folder / f"{tool}.status"
+    summaries, passed = SUMMARY.findall(log), PASSED.findall(log)
+    found = {
+        "summary": summaries[-1] if summaries else "none",
+        "tests": int(passed[-1]) if passed else 0,
+        "status": int(status.read_text()) if status.exists() else 0,
+        "seconds": int((folder / f"{tool}.seconds").read_text()),
+    }
+    clean = all(re.match(r"0 (errors|hazards displayed \(0 errors)", summary) for summary in summaries)
+    return {**found, "clean": bool(summaries) and clean and found["tests"] != 0 and found["status"] == 0}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("logs", type=Path)
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/sanitizers.jsonl"))
+    arguments = parser.parse_args()
+    missing = [tool for tool in TOOLS if not (arguments.logs / f"{tool}.log").is_file()]
+    if missing:
+        parser.error(f"{arguments.logs} has no {missing[0]}.log: scripts/sanitize.sh writes it")
+    tools = {tool: read(arguments.logs, tool) for tool in TOOLS}
+    for tool, found in tools.items():
+        if not found["clean"]:
+            lines = (arguments.logs / f"{tool}.log").read_text(errors="replace").splitlines()
+            about = [line for line in lines if line.startswith("=========")] or lines[-FINDINGS:]
+            print(f"{tool}: {found['summary']}", *about[:FINDINGS], sep="\n")
+    clean = all(found["clean"] for found in tools.values())
+    append_record(arguments.out, {"bench": "sanitizers", "clean": clean, **tools, **environment()})
+    print(json.dumps({"clean": clean, **{tool: found["summary"] for tool, found in tools.items()}}))
+    return 0 if clean else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,159 @@
+"""Long runs that look for what short tests miss; each appends a record of what ran to a results file.
+
+kernels: random cases over the whole supported space against float64, poison wherever nothing may be read.
+cache: random sequences of cache operations beside transformers' dense cache, every page counted after each.
+leaks: generate() calls of every kind; memory, graphs and open files are as after the first quarter of them.
+
+A record is appended whether or not there were failures; with failures the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # what the tests run a little of
+
+import numpy as np
+from tqdm import tqdm
+
+import interpreter
+from pkv_hf.arguments import count, device
+from pkv_hf.records import append_record, environment, output
+
+CASES = {
+    "cpu": {"kernels": 200, "cache": 400, "leaks": 2_000},
+    "cuda": {"kernels": 20_000, "cache": 400, "leaks": 10_000},
+}
+LONGEST = {"cpu": 120, "cuda": 16_384}
+VARIATIONS = 60
+"""Cases that share what Triton compiles."""
+
+STEPS = 60
+"""Operations of one sequence on caches, at most."""
+
+SEQUENCES = 20
+"""Sequences of one seed."""
+
+
+def kernels(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
+    from pkv_hf.kernels.check import DTYPES, ROUTES
+    from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
+
+    longest = arguments.longest or LONGEST[arguments.device]
+    variations = VARIATIONS if arguments.device == "cuda" else 4
+    made = batches(np.random.default_rng(seed), cases, variations, longest, DTYPES)
+    failures, redrawn, worst = [], 0, 0.0
+    with progress("kernels", cases) as bar:
+        for outcomes in fuzz(made, arguments.device, arguments.jobs, interpreter.use):
+            for outcome in outcomes:
+                failures += [f"{route} {outcome.case} {outcome.results[route]}" for route in outcome.failed]
+                redrawn += outcome.redrawn
+                worst = max(worst, *(result.ratio for result in outcome.results.values()))
+            bar.update(len(outcomes))
+    return {
+        "cases": cases,
+        "routes": list(ROUTES),
+        "configurations": len(made),
+        "longest": longest,
+        "error_over_sdpa_max": worst,
+        "bound": BOUND,
+        "redrawn": redrawn,
+        "failures": failures,
+    }
+
+
+def cache(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
+    import cache_machine
+
+    failures, operations = [], 0
+    with progress("cache", cases) as bar:
+        for begin in range(0, cases, SEQUENCES):
+            for machine in cache_machine.MACHINES:
+                sequences = min(SEQUENCES, cases - begin)
+                try:
+                    operations += cache_machine.run(machine, sequences, STEPS, seed + begin)
+                except Exception:  # what a sequence fails with is the result
+                    failures.append(f"{machine.__name__} from seed {seed + begin}: {traceback.format_exc()}")
+            bar.update(sequences)
+    return {"cases": cases * len(cache_machine.MACHINES), "operations": operations, "failures": failures}
+
+
+def leaks(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
+    from leaks import BOUNDS, Calls
+
+    calls, warm = Calls(seed, arguments.device), None
+    for call in progress("leaks", cases, range(cases)):
+        if call == cases // 4:
+            warm = calls.held()
+        calls()
+    after = calls.held()
+    grown = after.grown(warm) if warm else {}
+    return {
+        "cases": cases,
+        "after_warm_up": asdict(warm) if warm else {},
+        "at_the_end": asdict(after),
+        "bounds": BOUNDS,
+        "failures": [f"{name} grew by {value:,}" for name, value in grown.items()],
+    }
+
+
+KINDS: dict[str, Callable[[argparse.Namespace, int, int], dict[str, Any]]] = {
+    "kernels": kernels,
+    "cache": cache,
+    "leaks": leaks,
+}
+
+
+def progress(name: str, total: int, over: range | None = None) -> tqdm:
+    return tqdm(over, desc=name, total=total, file=sys.stderr, mininterval=1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
+    parser.add_argument("--cases", type=count, help="cases, sequences or calls (default: by kind and device)")
+    parser.add_argument("--device", type=device, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--jobs", type=count, default=1, help="processes of kernels (default: %(default)s)")
+    parser.add_argument("--longest", type=count, help="tokens of the longest row of kernels")
+    parser.add_argument("--seed", type=int, help="drawn afresh where it is not given")
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/soak.jsonl"))
+    arguments = parser.parse_args()
+    for kind in arguments.kinds:
+        if kind not in KINDS:
+            parser.error(f"{kind!r} is no kind of soak: name one of {', '.join(KINDS)}")
+    interpreter.use()
+    seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
+    summary = {}
+    for kind in arguments.kinds or list(KINDS):
+        started = time.perf_counter()
+        found = KINDS[kind](arguments, arguments.cases or CASES[arguments.device][kind], seed)
+        for failure in found["failures"]:
+            print(f"FAILED {kind} {failure}")
+        record = {
+            "bench": "soak",
+            "kind": kind,
+            "device": arguments.device,
+            "seed": seed,
+            **found,
+            "failures": len(found["failures"]),
+            "seconds": round(time.perf_counter() - started, 1),
+            **environment(),
+        }
+        append_record(arguments.out, record)
+        summary[kind] = {key: record[key] for key in ("cases", "seconds", "failures")}
+    failures = sum(of_kind["failures"] for of_kind in summary.values())
+    print(json.dumps({"passed": not failures, "seed": seed, **summary}))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,115 @@
+"""What goes wrong, and what runs side by side, on a GPU: memory, streams, models; and that a call repeats itself."""
+
+from __future__ import annotations
+
+import gc
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pkv_hf
+from pkv_hf import graphs
+from tiny import left_padded, tiny
+
+pytestmark = pytest.mark.gpu
+
+
+def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
+
+
+def generate(model, inputs, **settings):
+    return model.generate(**inputs, **{"max_new_tokens": 40, "do_sample": False, **settings})
+
+
+def test_memory_that_runs_out_in_a_capture_is_said_and_steps_run_without(monkeypatch):
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    expected = generate(model, inputs)
+    pkv_hf.patch(model)
+    assert torch.equal(generate(model, inputs), expected)
+    capture = graphs.GraphMemory.capture
+
+    def full(self, run):
+        def runs_out():
+            run()
+            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+
+        return capture(self, runs_out)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.GraphMemory, "capture", full)
+        assert torch.equal(generate(model, inputs), expected)
+    assert any("out of memory" in reason for reason in pkv_hf.report(model).left)
+    assert torch.equal(generate(model, inputs), expected)
+    assert pkv_hf.report(model).graphs == 0
+    pkv_hf.patch(model)
+    for _ in range(2):
+        assert torch.equal(generate(model, inputs), expected)
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_memory_as_it_was():
+    model, inputs = tiny("llama", max_position_embeddings=1 << 30).cuda(), on_gpu(20)
+    pkv_hf.patch(model)
+    expected = generate(model, inputs)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with pytest.raises(pkv_hf.PoolAllocationError, match="Lower max_new_tokens"):
+        generate(model, inputs, max_new_tokens=1 << 29)
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= before
+    assert torch.equal(generate(model, inputs), expected)
+
+
+@pytest.mark.parametrize("route", ["split", "workqueue"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_same_call_gives_the_same_tokens(route, dtype):
+    model, inputs = tiny("llama").cuda().to(dtype), on_gpu(300, 160, 9, 1)
+    pkv_hf.patch(model, route=route)
+    runs = [generate(model, inputs, max_new_tokens=150) for _ in range(8)]
+    assert all(torch.equal(tokens, runs[0]) for tokens in runs)
+
+
+def test_two_models_in_two_threads_on_streams_of_their_own():
+    models, inputs = [tiny("llama", seed=1).cuda(), tiny("qwen2-windows", seed=2).cuda()], on_gpu(50, 9)
+    expected = [generate(model, inputs) for model in models]
+    for model in models:
+        pkv_hf.patch(model)
+        generate(model, inputs)
+    torch.cuda.synchronize()
+    found = [[], []]
+
+    def run(index):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(5):
+                found[index].append(generate(models[index], inputs))
+            stream.synchronize()
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for tokens, of_model in zip(expected, found):
+        assert len(of_model) == 5
+        assert all(torch.equal(tokens, other) for other in of_model)
+
+
+def test_autocast_around_generate():
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected = generate(model, inputs)
+        with pkv_hf.patched(model):
+            found = generate(model, inputs)
+    assert found.shape == expected.shape  # bfloat16 products: near ties may fall differently
+    assert (found == expected).float().mean() > 0.8
+
+
+def test_ids_out_of_range_for_a_prefix_are_named_before_they_reach_the_device():
+    model = pkv_hf.patch(tiny("llama").cuda())
+    with pytest.raises(ValueError, match="the model has 128 tokens"):
+        pkv_hf.prefix(model, [5, 128])
+    assert generate(model, on_gpu(9)).shape == (1, 49)

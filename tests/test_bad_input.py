@@ -1,0 +1,275 @@
+"""Wrong arguments of every public function and command: the exact error, naming the argument, and nothing changed."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pkv_hf
+from tiny import COMMON, tiny
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+STEP = {
+    "device": torch.device("cpu"), "dtype": torch.float32, "kv_dtype": torch.float32, "q_len": 1, "group": 2,
+    "kv_heads": 2, "head_dim": 64, "page_size": 16, "layers": 2, "rows": 2, "tokens": 9, "longest": 5, "padded": True,
+    "windowed": False, "autocast": False, "captured": False, "named": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def filled(model):
+    cache = pkv_hf.PagedCache(model.config)
+    for layer in range(3):
+        cache.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), layer)
+    return cache
+
+
+def states(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)
+
+
+PATCH = [
+    *[({"route": value}, re.escape(f"route={value!r} is not one of")) for value in ("fast", None, 3, ["auto"])],
+    *[({"page_size": value}, f"page_size={value!r} is not one of") for value in (0, 17, 512, 16.0, "16", None, True)],
+    *[({"kv_dtype": value}, re.escape(f"kv_dtype={value!r} is not one of")) for value in ("int4", torch.int64, 8, [1])],
+    *[({name: "no"}, f"{name}='no' is neither True nor False") for name in ("cuda_graphs", "run_ahead", "fuse")],
+]
+PLAN = {"prompt_tokens": 5, "gpu_memory": "1GiB"}
+NO_MODEL = (None, 3, "llama", torch.nn.Linear(2, 2))
+CALLS = [
+    *[("patch", lambda m, s=s: pkv_hf.patch(m, **s), ValueError, says) for s, says in PATCH],
+    *[("patch", lambda m, x=x: pkv_hf.patch(x), pkv_hf.UnsupportedModelError, "not a transformers") for x in NO_MODEL],
+    *[("patched", lambda m, s=s: pkv_hf.patched(m, **s).__enter__(), ValueError, says) for s, says in PATCH[::4]],
+    *[("prefix", lambda m, x=x: pkv_hf.prefix(x, [1]), pkv_hf.UnsupportedModelError, "not a tra") for x in NO_MODEL],
+    *[("report", lambda m, x=x: pkv_hf.report(x), ValueError, "is not patched: call") for x in NO_MODEL],
+    *[("explain", lambda m, x=x: pkv_hf.explain(x), ValueError, "is not patched: call") for x in NO_MODEL],
+    *[
+        ("PagedCache", lambda m, s=s: pkv_hf.PagedCache(m.config, **s), ValueError, says)
+        for s, says in (
+            *PATCH[4:15],
+            *[({"max_length": x}, f"max_length={x!r} is not a whole number") for x in (0, -1, 2.5, "x", True)],
+        )
+    ],
+    *[("PagedCache", lambda m, x=x: pkv_hf.PagedCache(x), ValueError, "config is a ") for x in NO_MODEL],
+    *[
+        ("PagedCache.update", lambda m, k=k, v=v: filled(m).update(k, v, 0), ValueError, says)
+        for k, v, says in (
+            (states(2, 5, 16), states(2, 5, 16), r"key_states is \[2, 5, 16\]"),
+            (states(2, 2, 5, 16), states(2, 2, 3, 16), r"value_states \[2, 2, 3, 16\]"),
+            (states(2, 3, 1, 16), states(2, 3, 1, 16), "key_states has 3 heads of 16, but .* 2 of 16"),
+            (states(2, 2, 1, 8), states(2, 2, 1, 8), "key_states has 2 heads of 8"),
+            (states(3, 2, 1, 16), states(3, 2, 1, 16), "batch 3, but the PagedCache holds 2 rows"),
+        )
+    ],
+    ("PagedCache.update", lambda m: filled(m).update(*[states(2, 2, 1, 16)] * 2, 3), IndexError, "layer_idx=3"),
+    *[
+        ("PagedCache.crop", lambda m, x=x: filled(m).crop(x), ValueError, f"tokens_to_remove={x!r} .*holds 5")
+        for x in (1, -6, "x", None, -1.5, True)
+    ],
+    *[
+        (name, lambda m, name=name, x=x: getattr(filled(m), name.split(".")[1])(x), ValueError, "indices ")
+        for name in ("PagedCache.batch_select_indices", "PagedCache.reorder_cache")
+        for x in (None, [0], torch.tensor(0), torch.tensor([[0]]), torch.tensor([0.5]), torch.tensor([True]),
+                  torch.tensor([], dtype=torch.long), torch.tensor([False, False]))
+    ],
+    *[
+        ("PagedCache.batch_select_indices", lambda m, x=x: filled(m).batch_select_indices(x), IndexError, "of 2 rows")
+        for x in (torch.tensor([2]), torch.tensor([-3]))
+    ],
+    *[
+        ("PagedCache.batch_repeat_interleave", lambda m, x=x: filled(m).batch_repeat_interleave(x), ValueError, repr(x))
+        for x in (0, -1, 1.5, None, "2", True)
+    ],
+    *[
+        ("prefix", lambda m, x=x: pkv_hf.prefix(m, x), ValueError, "text_or_ids ")
+        for x in ("text", None, 5, [], [[]], [[1], [2]], [1.5], ["a"], [-1], [128], {"a": 1}, [[[1]]], [None], b"ab",
+                  torch.tensor(5), torch.ones(1, 3), torch.zeros(2, 2, 2, dtype=torch.long))
+    ],
+    *[
+        ("Prefix.inputs", lambda m, x=x: pkv_hf.prefix(m, [3]).inputs(x), ValueError, "continuations ")
+        for x in ("text", None, 5, [], [[1], [2, 3]], [-1], [128], torch.zeros(1, 1, 1, dtype=torch.long))
+    ],
+    *[
+        ("Prefix.cache", lambda m, x=x: pkv_hf.prefix(m, [3]).cache(x), ValueError, f"rows={x!r}")
+        for x in (0, -1, 1.5, None, "2")
+    ],
+    *[
+        ("StepShape", lambda m, s=s: pkv_hf.explain(pkv_hf.StepShape(**{**STEP, **s})), ValueError, says)
+        for s, says in (
+            *[({name: 0}, f"{name}=0") for name in ("q_len", "group", "kv_heads", "head_dim", "page_size", "layers")],
+            ({"rows": 0}, "rows=0"), ({"longest": 0}, "longest=0"), ({"q_len": 1.5}, "q_len=1.5"),
+            ({"tokens": 4}, "tokens=4 of 2 rows"), ({"tokens": 11}, "tokens=11 of 2 rows"),
+            ({"device": "cpu"}, "device='cpu'"), ({"dtype": "float32"}, "dtype='float32'"),
+        )
+    ],
+    *[
+        ("plan", lambda m, s=s: pkv_hf.plan(m.config, **{**PLAN, **s}), ValueError, says)
+        for s, says in (
+            *PATCH[4:15],
+            *[({"prompt_tokens": x}, "prompt_tokens=") for x in (0, [], 1.5, "12", None, True)],
+            *[({name: x}, f"{name}=") for name in ("batch", "new_tokens", "prefill_chunk_size") for x in (0, 2.5, "1")],
+            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", -1, [], 0)],
+            *[({"dtype": x}, "dtype=") for x in ("float16", torch.int8)],
+        )
+    ],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "call", "error", "says"), CALLS, ids=[f"{i}-{c[0]}" for i, c in enumerate(CALLS)])
+def test_wrong_arguments_are_named(model, name, call, error, says):
+    before = set(model.__dict__)
+    with pytest.raises(error, match=says) as raised:
+        call(model)
+    assert type(raised.value) is error
+    assert set(model.__dict__) == before
+
+
+def test_every_public_function_is_in_the_table():
+    functions = {name for name in pkv_hf.__all__ if inspect.isfunction(getattr(pkv_hf, name))}
+    assert functions - {"unpatch"} <= {name for name, *_ in CALLS}  # unpatch leaves what it does not know as it is
+    assert pkv_hf.unpatch(torch.nn.Linear(2, 2)) is not None
+
+
+COMMANDS = [
+    *[(script, ["--rows", text], f"--rows: '{text}' is not a whole") for text in ("0", "x", "-1")
+      for script in ("benchmark_attention", "benchmark_linear")],
+    ("benchmark_attention", ["--holes", "1"], "--holes: '1' is not a share"),
+    ("benchmark_attention", ["--engines", "fast"], "invalid choice: 'fast'"),
+    ("benchmark_attention", ["--query-heads", "4", "--group", "3"], "no multiple of --group 3"),
+    ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
+    ("benchmark_traces", ["--trace-file", "missing.csv"], "missing.csv"),
+    ("benchmark_generate", ["--lengths", "4,x"], "--lengths: 'x' is not a whole"),
+    ("benchmark_generate", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
+    ("benchmark_generate", ["--dtype", "int8"], "invalid choice: 'int8'"),
+    ("check_kernels", ["--cases", "0"], "--cases: '0'"),
+    ("soak", ["forever"], "'forever' is no kind of soak"),
+    ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
+    ("record_sanitizers", ["missing"], "missing has no memcheck.log"),
+    ("plot_results", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
+    ("plot_attention", ["--results", "missing"], "--results: 'missing' does not exist"),
+    ("readme_tables", ["--chekc"], "unrecognized arguments: --chekc"),
+    ("finetune_then_serve", ["--steps", "0"], "--steps is 0: pass at least 1"),
+    ("passkey", ["--trials", "0"], "--trials 0: pass at least 1"),
+    ("perplexity", ["--mode", "fast"], "invalid choice: 'fast'"),
+    ("benchmark_dataset", ["--max-active", "x"], "invalid int value"),
+    *[(script, ["--device", "toaster"], "--device: 'toaster' is no device") for script in
+      ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
+    *[(script, ["--device", "cuda:97"], "'cuda:97' is not on this machine") for script in
+      ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
+    *[(script, ["--out", "."], "--out . cannot be written") for script in
+      ("benchmark_attention", "benchmark_linear", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("script", "arguments", "says"), COMMANDS, ids=[" ".join([c[0], *c[1]]) for c in COMMANDS])
+def test_a_command_ends_with_status_2_and_one_line(run, capsys, script, arguments, says):
+    pytest.importorskip("triton")
+    try:
+        status, _ = run(script, *arguments)
+        printed = run.stderr
+    except SystemExit as stopped:
+        status, printed = stopped.code, capsys.readouterr().err
+    assert status == 2
+    assert says in printed.strip().splitlines()[-1]
+    assert "Traceback" not in printed
+
+
+def test_every_script_is_in_the_table():
+    with_parser = {path.stem for path in SCRIPTS.glob("*.py") if "ArgumentParser" in path.read_text()}
+    assert with_parser == {script for script, *_ in COMMANDS}
+
+
+def outcome(call):
+    """What a call returns, or the type of what it raises; not an assertion, nor a device's error."""
+    try:
+        return call()
+    except Exception as error:
+        raised = error
+    if isinstance(raised, AssertionError) or re.search("CUDA|device-side", str(raised)):
+        raise raised
+    return type(raised)
+
+
+@pytest.fixture(scope="module")
+def both():
+    return tiny("llama", num_hidden_layers=1), pkv_hf.patch(tiny("llama", num_hidden_layers=1))
+
+
+INPUTS = {
+    "batch": st.sampled_from([0, 1, 1, 2]),
+    "length": st.sampled_from([0, 1, 2, 7, 17, COMMON["max_position_embeddings"] - 1]),
+    "ids": st.sampled_from(["in range", "in range", "in range", "too large", "negative"]),
+    "mask": st.sampled_from(["none", "ones", "random", "halves", "negative", "zeros", "bool", "short", "4-D", "nan"]),
+    "positions": st.sampled_from(["none", "none", "jumps", "beyond", "negative", "short"]),
+    "new_tokens": st.sampled_from([1, 3, 0, -1]),
+    "number": st.integers(0, 1000),
+}
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@given(**INPUTS)
+def test_a_call_ends_as_transformers_own_does(both, batch, length, ids, mask, positions, new_tokens, number):
+    generator = torch.Generator().manual_seed(number)
+    call = {"input_ids": torch.randint(2, 128, (batch, length), generator=generator)}
+    if ids != "in range" and batch * length:
+        call["input_ids"][-1, -1] = 128 if ids == "too large" else -129
+    ones = torch.ones(batch, length, dtype=torch.long)
+    bits = torch.randint(0, 2, (batch, length), generator=generator)
+    masks = {
+        "none": None, "ones": ones, "random": bits, "halves": bits * 0.5, "negative": -ones, "zeros": 0 * ones,
+        "bool": bits.bool(), "short": ones[:, 1:], "4-D": ones[:, None, None].float(), "nan": ones * float("nan"),
+    }  # fmt: skip
+    if masks[mask] is not None:
+        call["attention_mask"] = masks[mask]
+    counted = torch.arange(length)[None]
+    jumps = {"jumps": counted * 3 + 7, "beyond": counted + 10**6, "negative": counted - 50, "short": counted[:, 1:]}
+    if positions != "none":
+        call["position_ids"] = jumps[positions]
+    begun = time.monotonic()
+    theirs, ours = (
+        outcome(lambda model=model: model.generate(**call, max_new_tokens=new_tokens, do_sample=False))
+        for model in both
+    )
+    assert time.monotonic() - begun < 60
+    assert type(ours) is type(theirs), (ours, theirs)
+    if isinstance(theirs, type):
+        assert ours in (theirs, ValueError)  # ours may name what theirs only runs into
+    elif mask not in ("nan", "zeros", "negative"):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(*(model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False) for model in both))
+
+
+@torch.no_grad()
+def test_lengths_beyond_the_models_positions_go_as_far_as_transformers_goes():
+    model = tiny("llama", max_position_embeddings=32)
+    ids = torch.randint(2, 128, (1, 30))
+    expected = model.generate(ids, max_new_tokens=20, do_sample=False)
+    with pkv_hf.patched(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False), expected)
+
+
+def test_a_learned_position_beyond_the_table_raises_as_transformers_does():
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, word_embed_proj_dim=32,
+    )  # fmt: skip
+    model = transformers.OPTForCausalLM(config).eval()
+    ids = torch.randint(2, 64, (1, 14))
+    errors = []
+    for _ in range(2):
+        errors.append(outcome(lambda: model.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)))
+        pkv_hf.patch(model)
+    assert isinstance(errors[0], type)
+    assert errors[0] is errors[1]
