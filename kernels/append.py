@@ -254,12 +254,10 @@ def _check_rope(
         raise ValueError(
             f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
         )
+    cos = angles["cos"]
     for name, tensor in angles.items():
-        if (
-            len(tensor) not in (1, len(q))
-            or tensor.shape[1:] != q.shape[2:]
-            or tensor.stride() != angles["cos"].stride()
-        ):
+        alike = len(tensor) == len(cos) and tensor.stride()[len(cos) == 1 :] == cos.stride()[len(cos) == 1 :]
+        if len(tensor) not in (1, len(q)) or tensor.shape[1:] != q.shape[2:] or not alike:
             raise ValueError(
                 f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {list(q.shape[2:])} for one row "
                 "or all, cos and sin alike"

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 ALIGNED = 16
 """What pointers, in bytes, and sizes are multiples of in a launch that need not be looked at."""
 
@@ -30,15 +28,7 @@ class Launcher:
         self._sizes = [parameter.num for parameter in numbers if not parameter.do_not_specialize]
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
-        """Launches on the device of the first tensor: arguments in the kernel's order, and Triton's options."""
-        device = arguments[0].device
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            self._launch(device.index, grid, arguments, options)
-        else:
-            with torch.cuda.device(device):
-                self._launch(device.index, grid, arguments, options)
-
-    def _launch(self, device: int | None, grid: tuple[int, int, int], arguments: Any, options: dict[str, Any]) -> None:
+        """Launches on the current device: arguments in the kernel's order, and Triton's options."""
         tensors = arguments[: self._pointers]
         addresses = [tensor.data_ptr() for tensor in tensors]
         low_bits = sizes = 0
@@ -50,7 +40,7 @@ class Launcher:
             self.kernel[grid](*arguments, **options)
             return
         dtypes = [tensor.dtype for tensor in tensors]
-        key = (device, *dtypes, *arguments[self._constants :], *options.values())
+        key = (tensors[0].device, *dtypes, *arguments[self._constants :], *options.values())
         compiled = self._compiled.get(key)
         if compiled is None:
             self._compiled[key] = self.kernel[grid](*arguments, **options)

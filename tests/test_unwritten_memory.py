@@ -19,7 +19,7 @@ from pkv_hf.kernels.gemv import linear, swiglu
 from pkv_hf.kernels.launch import capability
 from pkv_hf.kernels.quantize import FP8_CAPABILITY
 from pkv_hf.kernels.split import decode_split
-from pkv_hf.kernels.workqueue import decode_workqueue, make_plan
+from pkv_hf.kernels.workqueue import decode_workqueue
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS, PAGE, HEADS = (5, 33, 70), 16, 2
@@ -77,8 +77,7 @@ def test_append_then_attend(route, dtype, kv_dtype, group, head_dim, q_len, wind
     if route == "split":
         out = decode_split(**inputs, window=window, longest=max(LENGTHS), num_splits=parts)
     else:
-        plan = make_plan(inputs["q"], pools[0], zeros, ends, window=window, programs=parts)
-        out = decode_workqueue(**inputs, plan=plan)
+        out = decode_workqueue(**inputs, window=window, programs=parts)
     tolerance = 0.1 if kv_dtype else TOLERANCE[dtype]
     for row, (k, v) in enumerate(states):
         expected = attention(drawn[row], k, v, window)

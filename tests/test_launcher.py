@@ -1,0 +1,74 @@
+"""Which launches share a compiled kernel, by a stand-in for Triton's: the interpreter compiles nothing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pkv_hf.kernels.launcher import Launcher
+
+GRID = (3, 2, 1)
+
+
+class Kernel:
+    """Takes x_ptr, y_ptr, count (not specialised), stride, BLOCK; notes what went through it and what went past it."""
+
+    def __init__(self):
+        names = ("x_ptr", "y_ptr", "count", "stride", "BLOCK")
+        self.params = [
+            SimpleNamespace(name=name, num=i, is_constexpr=name == "BLOCK", do_not_specialize=name == "count")
+            for i, name in enumerate(names)
+        ]
+        self.looked_at, self.past = [], []
+
+    def __getitem__(self, grid):
+        def launch(*arguments, **options):
+            self.looked_at.append((grid, arguments, options))
+            return {grid: lambda *arguments: self.past.append(arguments)}
+
+        return launch
+
+
+@pytest.fixture
+def kernel():
+    return Kernel()
+
+
+def test_the_second_launch_of_a_kind_is_not_looked_at(kernel):
+    launch, x, y = Launcher(kernel), torch.zeros(64), torch.zeros(64)
+    launch(GRID, x, y, 5, 32, 128, num_warps=4)
+    launch(GRID, x, y, 7, 48, 128, num_warps=4)
+    assert kernel.looked_at == [(GRID, (x, y, 5, 32, 128), {"num_warps": 4})]
+    assert kernel.past == [(x.data_ptr(), y.data_ptr(), 7, 48, 128)]
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("a constant", {"block": 64}),
+        ("an option", {"num_warps": 8}),
+        ("a dtype", {"y": torch.zeros(64, dtype=torch.float16)}),
+        ("a pointer that is not aligned", {"x": torch.zeros(64)[1:]}),
+        ("a size that is no multiple of 16", {"stride": 33}),
+        ("a size beyond 32 bits", {"stride": 2**31}),
+    ],
+)
+def test_what_triton_compiles_anew_for_is_looked_at(kernel, name, change):
+    def run(x=torch.zeros(64), y=torch.zeros(64), stride=32, block=128, num_warps=4):  # noqa: B008
+        launch(GRID, x, y, 5, stride, block, num_warps=num_warps)
+
+    launch = Launcher(kernel)
+    run()
+    run(**change)
+    assert len(kernel.looked_at) == 2, name
+    run()
+    assert len(kernel.past) == 1
+
+
+def test_misaligned_launches_are_never_remembered(kernel):
+    launch, x, y = Launcher(kernel), torch.zeros(64)[1:], torch.zeros(64)
+    for _ in range(3):
+        launch(GRID, x, y, 5, 32, 128)
+    assert len(kernel.looked_at) == 3
