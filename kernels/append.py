@@ -181,12 +181,13 @@ def append(
             raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
         _checked[key] = None
     rows, num_kv_heads, q_len, head_dim = k.shape
+    constants = head_dim, k_pages.shape[2], next_power_of_2(head_dim), LARGEST.get(k_pages.dtype, 0.0)
     _append(
-        (q_len, num_kv_heads, rows),
-        k, v, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends, q_len, *k.stride()[:3],
-        *v.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
-        block_table.stride(0), head_dim, k_pages.shape[2], next_power_of_2(head_dim), LARGEST.get(k_pages.dtype, 0.0),
-        overlaps(k.device), num_warps=1, **options(k.device),
+        (k.dtype, v.dtype, k_pages.dtype, k.device, *constants), (q_len, num_kv_heads, rows),
+        (k, v, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends),
+        (q_len, *k.stride()[:3], *v.stride()[:3], *k_pages.stride()[:2], *v_pages.stride()[:2],
+         *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0)),
+        (*constants, overlaps(k.device)), num_warps=1, **options(k.device),
     )  # fmt: skip
 
 
@@ -224,15 +225,17 @@ def rope_append(
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
     stride_cb = cos.stride(0) if len(cos) > 1 else 0
+    constants = (
+        head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), norms is not None, LARGEST.get(k_pages.dtype, 0.0)
+    )  # fmt: skip
     # fused multiply-adds would round once where transformers rounds twice
     _rope_append(
-        (q_len, num_heads + num_kv_heads, rows),
-        q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends,
-        q_len, num_heads, num_kv_heads, eps,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb, cos.stride(1),
-        *k_pages.stride()[:2], *v_pages.stride()[:2], *(scales[0].stride()[:2] if scales else (0, 0)),
-        block_table.stride(0), head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), norms is not None,
-        LARGEST.get(k_pages.dtype, 0.0), overlaps(q.device), num_warps=1, enable_fp_fusion=False, **options(q.device),
+        (q.dtype, k.dtype, v.dtype, k_pages.dtype, q.device, *constants), (q_len, num_heads + num_kv_heads, rows),
+        (q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends),
+        (q_len, num_heads, num_kv_heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb,
+         cos.stride(1), *k_pages.stride()[:2], *v_pages.stride()[:2],
+         *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0)),
+        (*constants, overlaps(q.device)), num_warps=1, enable_fp_fusion=False, **options(q.device),
     )  # fmt: skip
     return out
 

@@ -55,11 +55,11 @@ def rms_norm(
     width = x.shape[-1]
     out = torch.empty_like(x)
     total = x if residual is None else torch.empty_like(x)
+    constants = residual is not None, next_power_of_2(width)
     _rms_norm(
-        (x.numel() // width, 1, 1),
-        x, x if residual is None else residual, weight, total, out, width, eps, residual is not None,
-        next_power_of_2(width), overlaps(x.device), num_warps=8 if width > 2048 else 4, enable_fp_fusion=False,
-        **options(x.device),
+        (x.dtype, x.device, *constants), (x.numel() // width, 1, 1),
+        (x, x if residual is None else residual, weight, total, out), (width, eps), (*constants, overlaps(x.device)),
+        num_warps=8 if width > 2048 else 4, enable_fp_fusion=False, **options(x.device),
     )  # fmt: skip
     return out, total
 
@@ -67,7 +67,9 @@ def rms_norm(
 def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up for contiguous tensors of one shape and dtype; rounds as transformers does."""
     out = torch.empty_like(gate)
-    count = gate.numel()
-    on = gate.device
-    _silu_mul((-(-count // 1024), 1, 1), gate, up, out, count, 1024, overlaps(on), num_warps=4, **options(on))
+    count, device = gate.numel(), gate.device
+    _silu_mul(
+        (gate.dtype, device), (-(-count // 1024), 1, 1), (gate, up, out), (count,), (1024, overlaps(device)),
+        num_warps=4, **options(device),
+    )  # fmt: skip
     return out

@@ -269,11 +269,11 @@ def linear(
     out = torch.empty((rows, sum(outputs)), dtype=x.dtype, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
+    constants = (len(weights), biases[0] is not None, residual is not None, *_constants(x, norm, block))
     _linear(
-        (sum(-(-count // block.outputs) for count in outputs), 1, 1),
-        x, a, b, c, bias_a, bias_b, bias_c, x if norm is None else norm, x if residual is None else residual, out,
-        rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps,
-        len(weights), biases[0] is not None, residual is not None, *_constants(x, norm, block),
+        (x.dtype, x.device, constants), (sum(-(-count // block.outputs) for count in outputs), 1, 1),
+        (x, a, b, c, bias_a, bias_b, bias_c, x if norm is None else norm, x if residual is None else residual, out),
+        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, eps), constants,
         num_warps=4, **options(x.device),
     )  # fmt: skip
     return out
@@ -299,9 +299,10 @@ def swiglu(
     rows, inputs = x.shape
     block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1])
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
+    constants = _constants(x, norm, block)
     _swiglu(
-        (-(-len(gate) // block.outputs), 1, 1),
-        x, gate, up, x if norm is None else norm, out, rows, len(gate), inputs, eps, *_constants(x, norm, block),
+        (x.dtype, x.device, constants), (-(-len(gate) // block.outputs), 1, 1),
+        (x, gate, up, x if norm is None else norm, out), (rows, len(gate), inputs, eps), constants,
         num_warps=4, **options(x.device),
     )  # fmt: skip
     return out

@@ -6,43 +6,53 @@ whether sizes fit 32 bits. Launches where all are and do share one compiled kern
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from typing import Any
+
+import torch
 
 ALIGNED = 16
 """What pointers, in bytes, and sizes are multiples of in a launch that need not be looked at."""
 
 
 class Launcher:
-    """A Triton kernel whose parameters are pointers (`*_ptr`), then numbers, then constants.
+    """A Triton kernel whose parameters are pointers, then numbers, then constants.
 
     Numbers that differ from launch to launch, and floats, have to be among its `do_not_specialize`.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        self._compiled: dict[tuple, Any] = {}
+        self._compiled: dict[Hashable, Any] = {}
         parameters = getattr(kernel, "params", ())  # the interpreter's functions have none, and compile nothing
-        self._pointers = sum(parameter.name.endswith("_ptr") for parameter in parameters)
-        self._constants = next((p.num for p in parameters if p.is_constexpr), len(parameters))
-        numbers = parameters[self._pointers : self._constants]
-        self._sizes = [parameter.num for parameter in numbers if not parameter.do_not_specialize]
+        numbers = [parameter for parameter in parameters if not parameter.name.endswith("_ptr")]
+        self._compiles = bool(parameters)
+        self._sizes = [
+            place for place, number in enumerate(numbers) if not (number.is_constexpr or number.do_not_specialize)
+        ]
 
-    def __call__(self, grid: tuple[int, int, int], *arguments: Any, **options: Any) -> None:
-        """Launches on the current device: arguments in the kernel's order, and Triton's options."""
-        tensors = arguments[: self._pointers]
+    def __call__(
+        self,
+        kind: Hashable,
+        grid: tuple[int, int, int],
+        tensors: Sequence[torch.Tensor],
+        numbers: Sequence[float],
+        constants: Sequence[Any],
+        **options: Any,
+    ) -> None:
+        """Launches on the current device. `kind` says all that the tensors' dtypes, the constants and Triton's options
+        depend on, and the device."""
         addresses = [tensor.data_ptr() for tensor in tensors]
         low_bits = sizes = 0
         for address in addresses:
             low_bits |= address
-        for index in self._sizes:
-            sizes |= arguments[index]
-        if not self._pointers or (low_bits | sizes) % ALIGNED or sizes >= 2**31:
-            self.kernel[grid](*arguments, **options)
+        for place in self._sizes:
+            sizes |= numbers[place]  # type: ignore[operator]
+        if not self._compiles or (low_bits | sizes) % ALIGNED or sizes >= 2**31:
+            self.kernel[grid](*tensors, *numbers, *constants, **options)
             return
-        dtypes = [tensor.dtype for tensor in tensors]
-        key = (tensors[0].device, *dtypes, *arguments[self._constants :], *options.values())
-        compiled = self._compiled.get(key)
+        compiled = self._compiled.get(kind)
         if compiled is None:
-            self._compiled[key] = self.kernel[grid](*arguments, **options)
+            self._compiled[kind] = self.kernel[grid](*tensors, *numbers, *constants, **options)
         else:
-            compiled[grid](*addresses, *arguments[self._pointers :])
+            compiled[grid](*addresses, *numbers, *constants)

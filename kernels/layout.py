@@ -43,6 +43,10 @@ class Layout:
     """Of q (row, head, token), K (page, head), V (page, head) and scales (page, head), as the kernels have them."""
     constants: tuple[Any, ...]
     """G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT, NATIVE."""
+    merge_constants: tuple[int, int, int, int]
+    """G, D, BLOCK_M, BLOCK_D."""
+    kind: int
+    """Stands for all that the kernels are compiled for, and the device."""
 
     @property
     def items(self) -> int:
@@ -50,21 +54,28 @@ class Layout:
         return self.rows * self.num_kv_heads
 
     @property
-    def merge_constants(self) -> tuple[int, int, int, int]:
-        """G, D, BLOCK_M, BLOCK_D."""
-        return self.group, self.head_dim, self.block_m, self.block_d
+    def merge_warps(self) -> int:
+        """One loads and adds up 32 parts of a query head at once; more have to wait for each other."""
+        return max(1, self.block_d // 128)
 
     def states(self, slots: int, device: torch.device) -> torch.Tensor:
         """Memory for partial results, float32: acc `[slots, BLOCK_M, BLOCK_D]`, then m and l `[slots, 2, BLOCK_M]`."""
         return torch.empty(slots * self.block_m * (self.block_d + 2), dtype=torch.float32, device=device)
 
-    def output(self, q: torch.Tensor) -> torch.Tensor:
-        """A new output `[rows, q_len, H_q, head_dim]`."""
+    def output(self, q: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        """`out`, or a new output `[rows, q_len, H_q, head_dim]`. Raises ValueError for one that q does not fit."""
         shape = (self.rows, self.q_len, self.num_kv_heads * self.group, self.head_dim)
-        return torch.empty(shape, dtype=q.dtype, device=q.device)
+        if out is None:
+            return torch.empty(shape, dtype=q.dtype, device=q.device)
+        if out.shape != shape or out.dtype != q.dtype or out.device != q.device or out.stride(3) != 1:
+            raise ValueError(
+                f"out is {out.dtype} {list(out.shape)} on {out.device}: want {q.dtype} {list(shape)} on {q.device}"
+            )
+        return out
 
 
 _layouts: Remembered[Layout] = Remembered()
+_kinds: dict[tuple, int] = {}
 
 
 def layout_of(
@@ -77,7 +88,8 @@ def layout_of(
     scales: Scales | None,
 ) -> Layout:
     """The layout of a decode launch. Raises ValueError, naming the argument, for what the kernels cannot take."""
-    key = described(q, k_pages, v_pages, block_table, starts, ends, *(scales or ()))
+    tensors = (q, k_pages, v_pages, block_table, starts, ends)
+    key = described(*tensors) if scales is None else described(*tensors, *scales)
     layout = _layouts.get(key)
     if layout is None:
         _check(q, k_pages, v_pages, block_table, starts, ends, scales)
@@ -99,11 +111,14 @@ def _layout(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, scale
     if scales is not None:
         block_d = max(block_d, 32)  # products of half the width, of at least 16 elements
     strides = (*q.stride()[:3], *words(k_pages).stride()[:2], *words(v_pages).stride()[:2])
+    constants = (
+        group, head_dim, page_size, tile.tokens, block_m, block_d, tile.num_stages, EIGHT_BIT.get(k_pages.dtype, 0),
+        q.device.type == "cuda",
+    )  # fmt: skip
     return Layout(
         rows, q_len, num_kv_heads, group, head_dim, tile, block_m, block_d,
-        (*strides, *(scales[0].stride()[:2] if scales else (0, 0))),
-        (group, head_dim, page_size, tile.tokens, block_m, block_d, tile.num_stages, EIGHT_BIT.get(k_pages.dtype, 0),
-         q.device.type == "cuda"),
+        (*strides, *(scales[0].stride()[:2] if scales else (0, 0))), constants, (group, head_dim, block_m, block_d),
+        _kinds.setdefault((constants, q.dtype, k_pages.dtype, q.device), len(_kinds)),
     )  # fmt: skip
 
 

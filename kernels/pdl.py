@@ -7,6 +7,8 @@ waits holds registers and shared memory.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -28,11 +30,13 @@ def release(PDL: tl.constexpr):
         tl.extra.cuda.gdc_launch_dependents()
 
 
+@functools.cache
 def overlaps(device: torch.device) -> bool:
     """What kernels are given as PDL."""
     return device.type == "cuda" and capability(device) >= (9, 0)
 
 
+@functools.cache
 def options(device: torch.device) -> dict[str, bool]:
     """What launches of such kernels are given beside."""
     return {"launch_pdl": True} if overlaps(device) else {}

@@ -102,22 +102,21 @@ def decode_split(
         num_splits = splits_for(items, -(-longest // tile.tokens), device_limits(q.device)[0])
     if num_splits < 1:
         raise ValueError(f"num_splits={num_splits}: want 1 or more, or None to have it chosen")
-    if out is None:
-        out = layout.output(q)
-    direct = num_splits == 1
+    out = layout.output(q, out)
+    direct, overlap = num_splits == 1, overlaps(q.device)
     states = out if direct else layout.states(items * num_splits, q.device)
-    of_launch = options(q.device)
+    of_scales = (out, out) if scales is None else scales
     _split(
-        (items, num_splits, 1),
-        q, words(k_pages), words(v_pages), *(scales or (out, out)), block_table, starts, ends, out, states,
-        log2_scale(scale), layout.num_kv_heads, layout.q_len, window, num_splits, block_table.stride(0),
-        *layout.strides, *out.stride()[:3], *layout.constants, direct, overlaps(q.device),
-        num_warps=tile.num_warps, **of_launch,
+        (layout.kind, direct), (items, num_splits, 1),
+        (q, words(k_pages), words(v_pages), *of_scales, block_table, starts, ends, out, states),
+        (log2_scale(scale), layout.num_kv_heads, layout.q_len, window, num_splits, block_table.stride(0),
+         *layout.strides, *out.stride()[:3]),
+        (*layout.constants, direct, overlap), num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip
     if not direct:
         _merge(
-            (items, layout.q_len * layout.group, 1),
-            states, out, layout.num_kv_heads, num_splits, *out.stride()[:3], *layout.merge_constants, MERGED_AT_ONCE,
-            overlaps(q.device), num_warps=4, **of_launch,
+            layout.kind, (items, layout.q_len * layout.group, 1), (states, out),
+            (layout.num_kv_heads, num_splits, *out.stride()[:3]), (*layout.merge_constants, MERGED_AT_ONCE, overlap),
+            num_warps=layout.merge_warps, **options(q.device),
         )  # fmt: skip
     return out

@@ -167,21 +167,22 @@ def decode_workqueue(
         programs = PROGRAMS_PER_SM * device_limits(q.device)[0]
     if programs < 1:
         raise ValueError(f"programs={programs}: want 1 or more, or None to have it chosen")
-    if out is None:
-        out = layout.output(q)
+    out, overlap = layout.output(q, out), overlaps(q.device)
     states = layout.states(layout.items + programs, q.device)
     rows_at_once = min(max(next_power_of_2(layout.rows), 2), MOST_ROWS_AT_ONCE)
+    kind = layout.kind, rows_at_once
     counts = layout.rows, layout.num_kv_heads, layout.q_len, window
-    of_launch = options(q.device)
+    of_scales = (out, out) if scales is None else scales
     _workqueue(
-        (programs, 1, 1),
-        q, words(k_pages), words(v_pages), *(scales or (out, out)), block_table, starts, ends, out, states,
-        log2_scale(scale), *counts, block_table.stride(0), *layout.strides, *out.stride()[:3],
-        *layout.constants, rows_at_once, overlaps(q.device), num_warps=layout.tile.num_warps, **of_launch,
+        kind, (programs, 1, 1),
+        (q, words(k_pages), words(v_pages), *of_scales, block_table, starts, ends, out, states),
+        (log2_scale(scale), *counts, block_table.stride(0), *layout.strides, *out.stride()[:3]),
+        (*layout.constants, rows_at_once, overlap), num_warps=layout.tile.num_warps, **options(q.device),
     )  # fmt: skip
     _merge(
-        (layout.items, layout.q_len * layout.group, 1),
-        starts, ends, states, out, *counts, programs, *out.stride()[:3], *layout.merge_constants, layout.tile.tokens,
-        MERGED_AT_ONCE, rows_at_once, overlaps(q.device), num_warps=4, **of_launch,
+        kind, (layout.items, layout.q_len * layout.group, 1), (starts, ends, states, out),
+        (*counts, programs, *out.stride()[:3]),
+        (*layout.merge_constants, layout.tile.tokens, MERGED_AT_ONCE, rows_at_once, overlap),
+        num_warps=layout.merge_warps, **options(q.device),
     )  # fmt: skip
     return out

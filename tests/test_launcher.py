@@ -38,8 +38,8 @@ def kernel():
 
 def test_the_second_launch_of_a_kind_is_not_looked_at(kernel):
     launch, x, y = Launcher(kernel), torch.zeros(64), torch.zeros(64)
-    launch(GRID, x, y, 5, 32, 128, num_warps=4)
-    launch(GRID, x, y, 7, 48, 128, num_warps=4)
+    launch("kind", GRID, (x, y), (5, 32), (128,), num_warps=4)
+    launch("kind", GRID, (x, y), (7, 48), (128,), num_warps=4)
     assert kernel.looked_at == [(GRID, (x, y, 5, 32, 128), {"num_warps": 4})]
     assert kernel.past == [(x.data_ptr(), y.data_ptr(), 7, 48, 128)]
 
@@ -47,17 +47,15 @@ def test_the_second_launch_of_a_kind_is_not_looked_at(kernel):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("a constant", {"block": 64}),
-        ("an option", {"num_warps": 8}),
-        ("a dtype", {"y": torch.zeros(64, dtype=torch.float16)}),
+        ("another kind", {"kind": "other"}),
         ("a pointer that is not aligned", {"x": torch.zeros(64)[1:]}),
         ("a size that is no multiple of 16", {"stride": 33}),
         ("a size beyond 32 bits", {"stride": 2**31}),
     ],
 )
 def test_what_triton_compiles_anew_for_is_looked_at(kernel, name, change):
-    def run(x=torch.zeros(64), y=torch.zeros(64), stride=32, block=128, num_warps=4):  # noqa: B008
-        launch(GRID, x, y, 5, stride, block, num_warps=num_warps)
+    def run(kind="kind", x=torch.zeros(64), stride=32):  # noqa: B008
+        launch(kind, GRID, (x, x), (5, stride), (128,))
 
     launch = Launcher(kernel)
     run()
@@ -68,7 +66,7 @@ def test_what_triton_compiles_anew_for_is_looked_at(kernel, name, change):
 
 
 def test_misaligned_launches_are_never_remembered(kernel):
-    launch, x, y = Launcher(kernel), torch.zeros(64)[1:], torch.zeros(64)
+    launch, x = Launcher(kernel), torch.zeros(64)[1:]
     for _ in range(3):
-        launch(GRID, x, y, 5, 32, 128)
+        launch("kind", GRID, (x, x), (5, 32), (128,))
     assert len(kernel.looked_at) == 3
