@@ -43,6 +43,8 @@ class Decision:
     candidates: tuple[Candidate, ...]
     source: str
     """Where the constants come from."""
+    answers: dict[str, str | None]
+    """Of every route: why it rejects steps of this kind, None where it takes them."""
 
     @property
     def rejected(self) -> dict[str, str]:
@@ -68,36 +70,50 @@ class Decision:
         return "\n".join([*lines, table(("route", "us a layer", ""), rows)])
 
 
-def choose(name: str, shape: StepShape, last: str | None = None, constants: Constants | None = None) -> Decision:
+def choose(
+    name: str,
+    shape: StepShape,
+    last: str | None = None,
+    constants: Constants | None = None,
+    before: Decision | None = None,
+) -> Decision:
     """Decides on a step: the route `name`, or for "auto" the fastest by prediction; `last` is the cache's last route.
 
-    `constants` are those stored for the device where none are given. `sdpa` has no prediction and is taken where no
-    other route can be.
+    `constants` are those stored for the device where none are given. What routes answered to `before` holds for a step
+    that differs in its rows alone. `sdpa` has no prediction and is taken where no other route can be.
 
     Raises RouteError where the caller named a route that rejects the step.
     """
     constants = constants or constants_for(shape.device)
+    if before is not None and before.shape.kind() == shape.kind():
+        answers = before.answers
+    else:
+        answers = {route.name: _reason(route, shape) for route in ROUTES.values()}
     measured = constants.of("graph" if shape.captured else "eager", shape.group)
-    candidates = {}
+    candidates, timed = {}, {}
     for route in ROUTES.values():
-        answer = route.supports(shape)
-        if isinstance(answer, Rejected):
-            candidates[route.name] = Candidate(route.name, rejected=answer.reason)
-            continue
-        work = route.work(shape)
-        if work is not None and route.name in measured:
-            candidates[route.name] = Candidate(route.name, predict(work, measured[route.name], shape.layers))
-        elif work is None or route.name == name:
-            candidates[route.name] = Candidate(route.name)
+        reason, work = answers[route.name], None
+        if reason is None:
+            work = route.work(shape)
+        if reason is not None or work is None:
+            candidates[route.name] = Candidate(route.name, rejected=reason)
+        elif route.name in measured:
+            timed[route.name] = predict(work, measured[route.name], shape.layers)
+            candidates[route.name] = Candidate(route.name, timed[route.name])
         else:
-            candidates[route.name] = Candidate(route.name, rejected="not calibrated: run `pkv-hf calibrate`")
-    timed = {name: c.seconds for name, c in candidates.items() if c.seconds is not None}
+            uncalibrated = None if route.name == name else "not calibrated: run `pkv-hf calibrate`"
+            candidates[route.name] = Candidate(route.name, rejected=uncalibrated)
     fastest = min(timed, key=timed.__getitem__, default="sdpa")
     if last in timed and timed[fastest] > timed[last] * (1 - HYSTERESIS):
         fastest = last
     taken = fastest if name == "auto" else name
-    decision = Decision(ROUTES[taken], shape, tuple(candidates.values()), constants.source)
+    decision = Decision(ROUTES[taken], shape, tuple(candidates.values()), constants.source, answers)
     if name != "auto" and candidates[name].rejected is not None:
         reasons = "; ".join(f"{route}: {reason}" for route, reason in decision.rejected.items())
         raise RouteError(f"route={name!r} cannot serve this step ({reasons}). Use route='auto' or {fastest!r}.")
     return decision
+
+
+def _reason(route: Route, shape: StepShape) -> str | None:
+    answer = route.supports(shape)
+    return answer.reason if isinstance(answer, Rejected) else None

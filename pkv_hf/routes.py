@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import operator
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Protocol
 
 import numpy as np
@@ -78,6 +79,10 @@ class StepShape:
         """Bytes of a token's K and V of one head."""
         return 2 * (self.head_dim * self.kv_dtype.itemsize + 4 * (self.kv_dtype in LARGEST))
 
+    def kind(self) -> tuple[Any, ...]:
+        """All that routes look at when they take a step or reject it: what is not of its rows."""
+        return _KIND(self)
+
     def work(self, tokens_a_program: int, launches: float, partials: int = 0) -> Work:
         """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`."""
         heads_tokens = self.tokens * self.kv_heads
@@ -88,6 +93,10 @@ class StepShape:
             launches=launches,
             merge_bytes=2 * partials * self.q_len * self.group * (self.head_dim + 2) * 4,
         )
+
+
+OF_THE_ROWS = ("rows", "tokens", "longest")
+_KIND = operator.attrgetter(*(own.name for own in fields(StepShape) if own.name not in OF_THE_ROWS))
 
 
 @dataclass

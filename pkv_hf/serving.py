@@ -293,7 +293,7 @@ def decide(
         named=state.route != "auto",
         torch_alone=torch_alone(state.shapes),
     )
-    return choose(state.route, shape, cache.last_route)
+    return choose(state.route, shape, cache.last_route, before=state.decision)
 
 
 def torch_alone(shapes: set[LayerShape]) -> str:

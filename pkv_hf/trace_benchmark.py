@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep, Timing
 from pkv_hf.errors import WrongResultError
-from pkv_hf.policy import CHOOSE_EVERY, ROUTES, choose
+from pkv_hf.policy import CHOOSE_EVERY, ROUTES, Decision, choose
 from pkv_hf.traces import Request, decode_steps
 
 MAX_ERROR, MEAN_ERROR = 2e-3, 3e-4
@@ -61,21 +62,28 @@ class Played:
         self.wall: dict[str, list[float]] = {}
         self.gpu: dict[str, list[float]] = {}
         self.plan: dict[str, list[float]] = {}
-        self.last: str | None = None
+        self.last: Decision | None = None
 
-    def add(self, lengths: list[int], timings: dict[str, Timing]) -> None:
-        """Adds a step, with the policy's choice and the oracle's."""
+    def add(self, lengths: list[int], timings: dict[str, Timing], samples: int) -> None:
+        """Adds a step, with the policy's choice and the oracle's. A decision's time is a median, as all others are."""
         walls = {route: (t.graph_s or 0.0) if self.graph else t.eager_s for route, t in timings.items()}
         gpus = {route: t.gpu_s for route, t in timings.items() if t.gpu_s is not None}
-        started = time.perf_counter()
-        chosen = choose("auto", self.shape.step(lengths, self.graph), self.last).route.name
-        decision_s = (time.perf_counter() - started) * self.decisions
-        self.last = chosen
+        decided = [self._decide(lengths) for _ in range(samples)]
+        self.last = decided[-1][0]
+        decision_s = statistics.median(seconds for _, seconds in decided) * self.decisions
+        chosen = self.last.route.name
         self.lengths.append(lengths)
         for route, timing in timings.items():
             self._note(route, walls[route], gpus.get(route), timing.plan_s)
         self._note("policy", walls[chosen] + decision_s, gpus.get(chosen), timings[chosen].plan_s + decision_s)
         self._note("oracle", min(walls.values()), min(gpus.values(), default=None), 0.0)
+
+    def _decide(self, lengths: list[int]) -> tuple[Decision, float]:
+        """The policy's decision, and the seconds that it took."""
+        started = time.perf_counter()
+        last = None if self.last is None else self.last.route.name
+        decision = choose("auto", self.shape.step(lengths, self.graph), last, before=self.last)
+        return decision, time.perf_counter() - started
 
     def _note(self, engine: str, wall: float, gpu: float | None, plan: float) -> None:
         self.wall.setdefault(engine, []).append(wall)
@@ -147,7 +155,7 @@ def measure(
         errors = errors or check(step, routes)
         timings = {route: step.time(route, samples) for route in routes}
         for of_mode in by_mode:
-            of_mode.add(lengths, timings)
+            of_mode.add(lengths, timings, samples)
     return [
         of_mode.record(engine)
         | {"max_abs_err": errors.get(engine, max(errors.values())), "decisions_a_step": decisions}

@@ -14,7 +14,7 @@ from pkv_hf.costs import MODES, Constants, RouteConstants, Work, from_properties
 from pkv_hf.errors import RouteError
 from pkv_hf.kernels.launch import device_limits
 from pkv_hf.policy import HYSTERESIS, ROUTES, choose
-from pkv_hf.routes import StepShape, tile_of
+from pkv_hf.routes import Rejected, StepShape, tile_of
 from tiny import tiny
 
 pytest.importorskip("triton")
@@ -104,6 +104,16 @@ def test_a_cache_keeps_its_route_until_another_is_clearly_faster():
     assert taken(HYSTERESIS / 2, "split") == "split"
     assert taken(4 * HYSTERESIS, "split") == "workqueue"
     assert taken(HYSTERESIS / 2, "sdpa") == "workqueue"  # no prediction holds it there
+
+
+def test_what_routes_answered_holds_for_other_rows_alone(monkeypatch):
+    before = choose("auto", shape_of([8192]))
+    monkeypatch.setattr(ROUTES["workqueue"], "supports", lambda shape: Rejected("asked again"))
+    longer = shape_of([65_536] + [2000] * 7)
+    assert "workqueue" not in choose("auto", longer, before=before).rejected
+    assert choose("auto", longer).rejected["workqueue"] == "asked again"
+    other = dataclasses.replace(longer, head_dim=64)
+    assert choose("auto", other, before=before).rejected["workqueue"] == "asked again"
 
 
 def test_every_route_has_a_prediction_or_a_reason():
