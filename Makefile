@@ -38,6 +38,7 @@ lint: $(VENV)/.installed
 
 readme: $(VENV)/.installed
 	$(BIN)/python scripts/readme_tables.py
+	$(BIN)/python scripts/policy_tables.py
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

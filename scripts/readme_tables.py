@@ -1,49 +1,24 @@
-"""Writes the tables of README.md and docs/, between `<!-- generated: NAME -->` and `<!-- end -->` marks, from results.
+"""Writes the tables of README.md and docs/quality.md from results, between marks `<!-- generated: NAME -->` and
+`<!-- end -->`.
 
 The newest record of a case counts. `--check` changes nothing and fails where a page is stale.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from pkv_hf import published
+from pkv_hf.published import NO_GPU_RUN, Record, markdown, measured_on
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-MARKS = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-NO_GPU_RUN = "No record of a GPU run is committed yet.\n"
-
-
-def newest(name: str, case: Iterable[str], **defaults: Any) -> list[dict[str, Any]]:
-    """The newest record of every case, in the order in which the cases first came, none if there is no such file.
-
-    Fields of later records may miss; `defaults` are what they count as.
-    """
-    records: dict[str, dict[str, Any]] = {}
-    path = RESULTS / name
-    for line in path.read_text().splitlines() if path.exists() else ():
-        record = {**defaults, **json.loads(line)}
-        records[json.dumps([record.get(key) for key in case])] = record
-    return list(records.values())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def measured_on(records: list[dict[str, Any]]) -> str:
-    places = {(r["gpu"], r["torch"], r["transformers"], r["commit"]) for r in records}
-    return "".join(
-        f"\nMeasured on: {gpu}; torch {torch}, transformers {transformers}, commit {commit}.\n"
-        for gpu, torch, transformers, commit in sorted(places)
-    )
+def newest(name: str, case: Iterable[str], **defaults: Any) -> list[Record]:
+    return published.newest(RESULTS / name, case, **defaults)
 
 
 ABLATED = {"model": "llama-3.1-8b", "lengths": [8192], "weight_bits": None}
@@ -61,7 +36,7 @@ ABLATION = {
 MODE = {"mode": "greedy", "num_beams": 1, "assistant": None, "draft_tokens": 0, "tokens_per_step": 1.0}
 
 
-def generate_records(on_gpu: bool, *modes: str) -> list[dict[str, Any]]:
+def generate_records(on_gpu: bool, *modes: str) -> list[Record]:
     case = ("model", "dtype", "weight_bits", "lengths", "engine", "gpu", *MODE)
     case = (
         "model",
@@ -201,7 +176,7 @@ def kernels_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
-def perplexity_records() -> list[dict[str, Any]]:
+def perplexity_records() -> list[Record]:
     case = (
         "model",
         "dtype",
@@ -218,7 +193,7 @@ def perplexity_records() -> list[dict[str, Any]]:
     return newest("perplexity.jsonl", case)
 
 
-def perplexity_case(r: dict[str, Any]) -> list[str]:
+def perplexity_case(r: Record) -> list[str]:
     scaling = f", {r['rope_scaling']}" if r["rope_scaling"] else ""
     size = r["chunk"] or r["decode_tokens"]
     pages = f", {r['kv_dtype']} pages" if r.get("kv_dtype") else ""
@@ -232,7 +207,7 @@ TARGETS = {"int8": 0.5, "fp8": 0.5, "bfloat16": 0.05, "float16": 0.05, "float32"
 """Percent that perplexity on pages may differ by, of pages that hold this. float32 is compared to 1e-4."""
 
 
-def target(r: dict[str, Any]) -> str:
+def target(r: Record) -> str:
     percent = TARGETS[r.get("kv_dtype") or r["dtype"]]
     excess = abs(r["difference_percent"]) - percent
     if excess > 2 * r.get("difference_error_percent", 0.0):
@@ -240,7 +215,7 @@ def target(r: dict[str, Any]) -> str:
     return f"{percent} %: {'met' if excess <= 0 else 'too few tokens to tell'}"
 
 
-def difference(r: dict[str, Any], suffix: str = "") -> str:
+def difference(r: Record, suffix: str = "") -> str:
     error = r.get(f"difference_error_percent{suffix}")
     found = f"{r[f'difference_percent{suffix}']:+.6f}"
     return f"{found} %" if error is None else f"{found} ± {error:.6f} %"
@@ -286,7 +261,7 @@ def perplexity_speed_table() -> str:
 
 def passkey_table() -> str:
     records = newest("passkey.jsonl", ("model", "dtype", "rope_scaling", "length", "depth", "gpu"))
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, ...], list[Record]] = {}
     for r in records:
         scaling = f", {r['rope_scaling']}" if r["rope_scaling"] else ""
         place = "CPU" if r["gpu"].startswith("none") else r["gpu"]
@@ -326,73 +301,6 @@ def dataset_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
-PAPER_CUDA_WALL = {
-    "bucketed:1": (1.471, 1.403), "bimodal:4": (1.0, 1.0), "bimodal:8": (1.106, 1.080),
-    "uniform:8": (1.076, 1.044), "zipf:8": (1.105, 1.068),
-}  # fmt: skip
-"""Throughput of PersistentKV's policy over FlashInfer's planned wrapper, by CUDA and by wall time: the main table of
-arXiv 2606.26666."""
-
-FLASHINFER = ("flashinfer", "flashinfer_tc", "flashinfer_xqa")
-TRACE_CASE = ("trace", "seed", "max_active", "group", "head_dim", "page_size", "holes", "dtype", "layers", "graph")
-
-
-def traces_by_case() -> dict[tuple[str, bool], dict[str, list[dict[str, Any]]]]:
-    """Records of PersistentKV's families by trace and rows, launched or replayed; of each engine, one a seed."""
-    groups: dict[tuple[str, bool], dict[str, list[dict[str, Any]]]] = {}
-    for r in newest("traces.jsonl", (*TRACE_CASE, "engine", "gpu")):
-        if r["seed"] is not None and r["layers"] == 1 and r["group"] == 4 and r["holes"] == 0:
-            of_case = groups.setdefault((f"{r['trace']}:{r['max_active']}", r["graph"]), {})
-            of_case.setdefault(r["engine"], []).append(r)
-    return groups
-
-
-def mean(records: list[dict[str, Any]], key: str) -> float:
-    return sum(r[key] for r in records) / len(records)
-
-
-def trace_speed_table() -> str:
-    rows, used = [], []
-    for (case, graph), engines in traces_by_case().items():
-        used += engines["policy"]
-        speeds = {engine: mean(records, "tokens_per_s_wall") for engine, records in engines.items()}
-        gpu = {engine: mean(records, "tokens_per_s_gpu") for engine, records in engines.items()}
-        best, best_gpu = (max(FLASHINFER, key=by.__getitem__) for by in (speeds, gpu))
-        paper_cuda, paper_wall = PAPER_CUDA_WALL.get(case, (None, None))
-        rows.append([
-            case, "replayed" if graph else "launched",
-            *(f"{speeds[engine]:,.0f}" for engine in ("split", "workqueue", *FLASHINFER, "policy")),
-            f"{speeds['policy'] / speeds['flashinfer']:.2f}", "-" if paper_wall is None else f"{paper_wall:.2f}",
-            f"{speeds['policy'] / speeds[best]:.2f}",
-            f"{gpu['policy'] / gpu['flashinfer']:.2f}", "-" if paper_cuda is None else f"{paper_cuda:.2f}",
-            f"{gpu['policy'] / gpu[best_gpu]:.2f}",
-        ])  # fmt: skip
-    header = ["trace:rows", "kernels", "split", "workqueue", *FLASHINFER, "policy", "wall, policy / `flashinfer`",
-              "the paper's", "/ best FlashInfer", "GPU time, policy / `flashinfer`", "the paper's",
-              "/ best FlashInfer"]  # fmt: skip
-    return markdown(header, rows) + measured_on(used)
-
-
-def trace_counters_table() -> str:
-    rows = []
-    for (case, graph), engines in traces_by_case().items():
-        if not graph:
-            continue
-        policy, routes = engines["policy"], ("split", "workqueue", *FLASHINFER)
-        shares = {e: 100 * mean(engines[e], "gb_s") / mean(engines[e], "read_gb_s") for e in routes}
-        rows.append([
-            case,
-            *(f"{mean(engines[e], 'gpu_us_p50'):,.0f} us, {shares[e]:.0f} %" for e in routes),
-            f"{mean(policy, 'regret_gpu_mean'):.1%}, {mean(policy, 'regret_gpu_p95'):.1%}",
-            *(" / ".join(f"{mean(engines[e], key):.1f}" for e in ("split", "workqueue"))
-              for key in ("launches", "programs_per_sm", "merge_mb")),
-            f"{mean(engines['split'], 'kv_mb'):,.0f}",
-        ])  # fmt: skip
-    header = ["trace:rows", "split", "workqueue", *FLASHINFER, "policy over the oracle, mean and p95",
-              "launches, split / workqueue", "programs an SM", "merge MB", "KV MB"]  # fmt: skip
-    return markdown(header, rows)
-
-
 def demo_output() -> str:
     return f"```\n{(RESULTS / 'demo.txt').read_text()}```\n"
 
@@ -410,28 +318,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "perplexity-speed": perplexity_speed_table,
     "passkey": passkey_table,
     "dataset": dataset_table,
-    "trace-speed": trace_speed_table,
-    "trace-counters": trace_counters_table,
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
-    stale = []
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
-        before = page.read_text()
-        after = MARKS.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", before)
-        if after != before:
-            stale.append(page.name)
-            if not arguments.check:
-                page.write_text(after)
-    if arguments.check and stale:
-        print(f"{', '.join(stale)} stale: run make readme")
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(published.main(__doc__, TABLES, [ROOT / "README.md", ROOT / "docs" / "quality.md"]))

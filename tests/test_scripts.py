@@ -315,8 +315,9 @@ class ParsedError(Exception):
     pass
 
 
-def test_the_readme_shows_the_committed_results(run):
-    assert run("readme_tables", "--check")[0] == 0
+@pytest.mark.parametrize("script", ["readme_tables", "policy_tables"])
+def test_pages_show_the_committed_results(run, script):
+    assert run(script, "--check")[0] == 0
 
 
 PLACE = {"gpu": "NVIDIA X", "torch": "2", "transformers": "5", "commit": "abc"}
