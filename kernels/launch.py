@@ -83,7 +83,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 
 def device_limits(device: torch.device) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory a block can have; the interpreter's CPU is a small made-up GPU."""
-    return _properties(_index(device))[:2] if device.type == "cuda" else (4, 227 * 1024)
+    return _properties(_index(device))[:2] if device.type == "cuda" else (2, 227 * 1024)
 
 
 MERGED_AT_ONCE = 32

@@ -190,5 +190,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-splits": splits_table,
 }
 
+
+def main() -> int:
+    return published.main(__doc__, TABLES, [ROOT / "docs" / "policy.md"])
+
+
 if __name__ == "__main__":
-    raise SystemExit(published.main(__doc__, TABLES, [ROOT / "docs" / "policy.md"]))
+    raise SystemExit(main())

@@ -321,5 +321,9 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def main() -> int:
+    return published.main(__doc__, TABLES, [ROOT / "README.md", ROOT / "docs" / "quality.md"])
+
+
 if __name__ == "__main__":
-    raise SystemExit(published.main(__doc__, TABLES, [ROOT / "README.md", ROOT / "docs" / "quality.md"]))
+    raise SystemExit(main())

@@ -26,8 +26,11 @@ def judge(model, inputs):
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
 
 
-@pytest.mark.parametrize("lengths", [(20,), (20, 9, 3)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "lengths"),
+    [(torch.bfloat16, (20,)), (torch.bfloat16, (20, 9, 3)), (torch.float16, (20, 9, 3))],
+    ids=str,
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
     inputs = left_padded(*lengths)

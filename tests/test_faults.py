@@ -83,8 +83,7 @@ def live_caches() -> int:
     return sum(cache() is not None for cache in MADE)
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize("n", [1, 4])
+@pytest.mark.parametrize(("n", "error"), [(1, KeyboardInterrupt), (4, RuntimeError)])
 @pytest.mark.parametrize("where", ["streamer", "processor", "criterion", "layer"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_exception_leaves_no_page_and_no_state(route, where, n, error):
