@@ -93,12 +93,12 @@ MERGED_AT_ONCE = 32
 def splits_for(items: int, tiles: int, processors: int) -> int:
     """How many parts to cut each of `items` (row, KV head) pairs of `tiles` tiles into, to fill the device.
 
-    The parts with most tiles take the time: no more parts than tiles of that number need, and no few merged apart.
+    A merge goes around for parts beyond a multiple of what it loads at once, which costs more than they gain.
     """
-    most = max(1, PROGRAMS_PER_SM * processors // items)
+    most = PROGRAMS_PER_SM * processors // items
     if most > MERGED_AT_ONCE:
         most -= most % MERGED_AT_ONCE
-    return -(-tiles // -(-tiles // most)) if tiles else 1
+    return max(1, min(tiles, most))
 
 
 REMEMBERED = 4096

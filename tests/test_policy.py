@@ -12,7 +12,7 @@ import torch
 import pkv_hf
 from pkv_hf.costs import MODES, Constants, RouteConstants, Work, from_properties, predict
 from pkv_hf.errors import RouteError
-from pkv_hf.kernels.launch import device_limits
+from pkv_hf.kernels.launch import device_limits, splits_for
 from pkv_hf.policy import HYSTERESIS, ROUTES, choose
 from pkv_hf.routes import Rejected, StepShape, tile_of
 from tiny import tiny
@@ -73,6 +73,13 @@ def test_equal_rows_are_split_and_ragged_rows_queued_by_the_devices_properties()
     assert choose("auto", shape_of([32_768])).route.name == "split"
     assert choose("auto", shape_of([8192] * 4)).route.name == "split"
     assert choose("auto", shape_of([65_536] + [2000] * 7, kv_heads=1)).route.name == "workqueue"
+
+
+@pytest.mark.parametrize(
+    ("items", "tiles", "parts"), [(8, 128, 32), (8, 129, 32), (4, 1000, 64), (64, 128, 4), (8, 3, 3), (1000, 50, 1)]
+)
+def test_rows_are_cut_to_fill_the_device_and_no_merge_goes_around_for_a_few_parts(items, tiles, parts):
+    assert splits_for(items, tiles, processors=132) == parts
 
 
 def test_the_fastest_by_prediction_is_taken():
