@@ -13,6 +13,7 @@ from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
 from pkv_hf.routes import StepShape
 from pkv_hf.state import STATE, PatchState
+from pkv_hf.tables import mebibytes
 from pkv_hf.weights import step_weight_bytes
 
 
@@ -59,21 +60,19 @@ class Report:
             + (", transformers' own layers run" if self.generic else ""),
             f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
-            f"bytes     a step reads {_mib(self.weight_bytes)} of weights"
+            f"bytes     a step reads {mebibytes(self.weight_bytes)} of weights"
             + (
                 ""
                 if self.kv_bytes is None
-                else f", the last one {_mib(self.kv_bytes)} of K and V: {self.bound_by} bound it"
+                else f", the last one {mebibytes(self.kv_bytes)} of K and V: {self.bound_by} bound it"
             ),
-            f"graphs    {self.graphs} captured, {_mib(self.graph_bytes)}" if self.graph_bytes else "graphs    none",
+            f"graphs    {self.graphs} captured, {mebibytes(self.graph_bytes)}"
+            if self.graph_bytes
+            else "graphs    none",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
         return "\n".join(lines)
-
-
-def _mib(nbytes: int) -> str:
-    return f"{nbytes / 2**20:,.1f} MiB"
 
 
 def report(model: nn.Module) -> Report:

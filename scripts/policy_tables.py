@@ -126,6 +126,23 @@ def real_table() -> str:
     return markdown(header, rows) + measured_on(used) if rows else NO_GPU_RUN
 
 
+def groups_table() -> str:
+    """Groups of another size: GPU time of a layer, replayed."""
+    rows: list[list[str]] = []
+    used: list[Record] = []
+    for group in (1, 8):
+        for (case, graph), engines in traces_by_case(1, group).items():
+            if not graph:
+                continue
+            used += engines["policy"]
+            times = {engine: mean(records, "gpu_us_p50") for engine, records in engines.items()}
+            theirs, ours = ([times[e] for e in names if e in times] for names in (FLASHINFER, ("split", "workqueue")))
+            cells = [f"{times[e]:,.0f} us" if e in times else "-" for e in ("split", "workqueue", *FLASHINFER)]
+            rows.append([f"{case}, G {group}", *cells, f"{min(theirs) / min(ours):.2f}"])
+    header = ["trace:rows", "split", "workqueue", *FLASHINFER, "ours / best FlashInfer"]
+    return markdown(header, rows) + measured_on(used) if rows else NO_GPU_RUN
+
+
 ATTENTION_CASE = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "kv_dtype",
                   "splits")  # fmt: skip
 PLAIN = {"query_heads": 32, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "dtype": "float16",
@@ -186,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "trace-counters": trace_counters_table,
     "trace-model": model_table,
     "trace-real": real_table,
+    "trace-groups": groups_table,
     "attention-lengths": lengths_table,
     "attention-splits": splits_table,
 }
