@@ -111,6 +111,8 @@ ENGINES: dict[str, Engine] = {
     "dynamic": Engine(),
     "static-compile": Engine(generate={"cache_implementation": "static"}),
     "patched": Engine(patch={}),
+    "patched-split": Engine(patch={"route": "split"}),
+    "patched-workqueue": Engine(patch={"route": "workqueue"}),
     "patched-no-fuse": Engine(patch={"fuse": False}),
     "patched-no-run-ahead": Engine(patch={"run_ahead": False}),
     "patched-no-graphs": Engine(patch={"cuda_graphs": False}),

@@ -15,6 +15,7 @@ from pkv_hf.compat import layer_windows
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.layer import PagedLayer
 from pkv_hf.pool import PagePool
+from pkv_hf.reordering import Reordering
 from pkv_hf.table import BlockTable
 
 if TYPE_CHECKING:
@@ -103,15 +104,31 @@ class PagedCache(Cache):
         windows = layer_windows(config)
         self.page_size = page_size
         self.kv_dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
-        self.tables = {
+        self._tables = {
             window: BlockTable(PagePool(page_size, windows.count(window)), window, max_length or 0)
             for window in sorted(set(windows))
         }
+        self._reordering: Reordering | None = None
         self.step: Step | None = None  # set while a patched model's forward serves this cache
         self.decode_steps = DecodeSteps()
         self.last_route: str | None = None  # of its last step in a patched model
-        layers = [PagedLayer(self.tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
+        layers = [PagedLayer(self._tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    @property
+    def tables(self) -> dict[int, BlockTable]:
+        """The block table of each kind of layer, by its window, 0 for full attention."""
+        self._reorder()
+        return self._tables
+
+    def _reorder(self) -> None:
+        """Does what `reorder_cache` has left to do."""
+        if self._reordering is not None:
+            reordering, self._reordering = self._reordering, None
+            self._select(reordering.rows(), reordering.length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tables": self.tables, "_reordering": None}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -125,6 +142,7 @@ class PagedCache(Cache):
             raise IndexError(f"layer_idx={layer_idx}, but the PagedCache has {len(self.layers)} layers")
         if self.step is not None:
             return self.step.update(key_states, value_states, layer_idx)
+        self._reorder()
         return self.layers[layer_idx].update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -187,13 +205,22 @@ class PagedCache(Cache):
         self.truncate(length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does."""
-        self.batch_select_indices(beam_idx)
+        """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
+
+        Does not wait for a GPU: `beam_idx` is copied from it meanwhile, and the rows move when the tables are next
+        asked for. Raises as `batch_select_indices` does, where it names rows that are not there only then.
+        """
+        self._check_indices(beam_idx)
+        if beam_idx.is_cuda and beam_idx.dtype != torch.bool:
+            self._reorder()
+            self._reordering = Reordering(beam_idx, self.get_seq_length())
+        else:
+            self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side, on the same pages until one of them writes."""
         repeats = whole("repeats", repeats, 1, "reset() forgets all rows")
-        self._select(np.repeat(np.arange(self.rows), repeats))
+        self._select(np.repeat(np.arange(self.rows), repeats), self.get_seq_length())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (or those where a boolean mask is true), in that order.
@@ -202,14 +229,17 @@ class PagedCache(Cache):
             ValueError: what is not a tensor `[count]` of integers or `[rows]` of booleans, or keeps no row.
             IndexError: a row that is not there.
         """
+        self._check_indices(indices)
+        chosen = indices.cpu().numpy()
+        self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, self.get_seq_length())
+
+    def _check_indices(self, indices: torch.Tensor) -> None:
         wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1 or indices.is_floating_point()
         if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
             given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
             raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
-        chosen = indices.cpu().numpy()
-        self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
-    def _select(self, rows: np.ndarray) -> None:
+    def _select(self, rows: np.ndarray, length: int) -> None:
         if not self.rows:
             return
         if not len(rows):
@@ -217,7 +247,7 @@ class PagedCache(Cache):
         if not (-self.rows <= rows.min() and rows.max() < self.rows):
             raise IndexError(f"row indices from {rows.min()} to {rows.max()} do not fit a cache of {self.rows} rows")
         for table in self.tables.values():
-            table.select(rows, self.get_seq_length())
+            table.select(rows, length)
 
     def reset(self) -> None:
         """Forgets all tokens and returns their pages; the pools stay for the next ones."""
@@ -231,11 +261,12 @@ class PagedCache(Cache):
         length = self.get_seq_length()
         twin = object.__new__(PagedCache)
         twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
-        twin.tables = {window: table.fork(length) for window, table in self.tables.items()}
+        twin._tables = {window: table.fork(length) for window, table in self.tables.items()}
+        twin._reordering = None
         twin.step = None
         twin.last_route = self.last_route
         twin.decode_steps = DecodeSteps()
-        layers = [PagedLayer(twin.tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
+        layers = [PagedLayer(twin._tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:
             layer.length = length
         Cache.__init__(twin, layers=layers)  # type: ignore[arg-type]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -52,3 +54,24 @@ def test_prompts_to_131072_tokens_build_no_mask(settings):
         assert torch.cuda.max_memory_allocated() < 4 * 2**30
         assert not pkv_hf.report(model).left
     assert torch.equal(output[:, -8:], torch.stack(alone))
+
+
+def test_beams_change_places_without_waiting_for_the_gpu():
+    model = tiny("llama").cuda()
+    heads, width = model.config.num_key_value_heads, model.config.head_dim
+    cache = pkv_hf.PagedCache(model.config)
+    k, v, new = (torch.randn(3, heads, tokens, width, device="cuda") for tokens in (21, 21, 1))
+    cache.update(k, v, 0)
+    beams = torch.tensor([2, 2, 0], device="cuda")
+    cache.reorder_cache(beams)  # the first one allocates
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cache.reorder_cache(beams)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cache.memory().pages_shared == 2
+    again = copy.deepcopy(cache)
+    order = beams[beams]
+    for each in (cache, again):
+        for seen, states in zip(each.update(new, new, 0), (k, v)):
+            assert torch.equal(seen, torch.cat([states[order], new], dim=2))
