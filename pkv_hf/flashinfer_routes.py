@@ -7,7 +7,7 @@ import torch
 
 from pkv_hf.costs import Work
 from pkv_hf.kernels.flashinfer import PLANNED_GROUPS, XQA_CAPABILITIES, XQA_PAGE_SIZES, Planned, Xqa
-from pkv_hf.kernels.launch import capability, device_limits
+from pkv_hf.kernels.launch import capability
 from pkv_hf.layer import PagedLayer
 from pkv_hf.routes import Accepted, Bounds, Rejected, StepShape, Triton, installed
 from pkv_hf.table import BlockTable
@@ -56,8 +56,8 @@ class FlashInfer(_FlashInfer):
         return ""
 
     def work(self, shape: StepShape) -> Work:
-        processors = device_limits(shape.device)[0]
-        return shape.work(-(-shape.tokens * shape.kv_heads // (2 * processors)), 2, 2 * processors)
+        programs = 2 * shape.processors
+        return shape.work(-(-shape.tokens * shape.kv_heads // programs), 2, programs)
 
     def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
         table = layer.table
@@ -93,7 +93,7 @@ class FlashInferXqa(_FlashInfer):
 
     def work(self, shape: StepShape) -> Work:
         items = shape.rows * shape.kv_heads
-        splits = max(1, round(device_limits(shape.device)[0] / items))
+        splits = max(1, round(shape.processors / items))
         return shape.work(-(-shape.longest // splits), 1, items * splits if splits > 1 else 0)
 
     def prepare(self, table: BlockTable, device: torch.device) -> None:

@@ -13,6 +13,26 @@ class CaptureError(RuntimeError):
     """A forward cannot be captured in a CUDA graph."""
 
 
+_streams: dict[tuple[int, int, torch.device], torch.cuda.Stream] = {}
+
+
+def _capture_stream(key: tuple[int, int, torch.device]) -> torch.cuda.Stream:
+    """The stream that captures for a thread and its stream, the same for all models.
+
+    cuBLAS keeps a workspace of up to 32 MiB for each stream that it was called on, for good. Made during a capture it
+    would keep a block of the graph's memory for good as well, so it is called here once.
+    """
+    if key not in _streams:
+        device = key[-1]
+        stream = torch.cuda.Stream(device)
+        with torch.cuda.stream(stream), torch.no_grad():
+            operand = torch.zeros(16, 16, device=device)
+            torch.mm(operand, operand)
+            torch.addmm(operand[0], operand, operand)  # cuBLASLt has one of its own
+        _streams[key] = stream
+    return _streams[key]
+
+
 class GraphMemory:
     """A pool of memory and the stream that captures into it, for graphs that are replayed one after the other.
 
@@ -20,9 +40,9 @@ class GraphMemory:
     to be read before the next replay. torch gives a pool up with its last graph, so one of our own lives as long as it.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self.device = device
-        self.stream = torch.cuda.Stream(device)
+        self.stream = stream
         self.pool = torch.cuda.graph_pool_handle()
         self.nbytes = 0
         """Memory that captures have reserved."""
@@ -59,7 +79,7 @@ class GraphMemories:
         """That of the thread and stream that call. Raises CaptureError where there can be none."""
         key = (threading.get_ident(), torch.cuda.current_stream(device).cuda_stream, device)
         if key not in self._held:
-            self._held[key] = GraphMemory(device)
+            self._held[key] = GraphMemory(device, _capture_stream(key))
         return self._held[key]
 
     @property

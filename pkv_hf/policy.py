@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pkv_hf.calibration import constants_for
-from pkv_hf.costs import Constants, predict
+from pkv_hf.costs import Constants, RouteConstants, predict
 from pkv_hf.errors import RouteError
 from pkv_hf.flashinfer_routes import FlashInfer, FlashInferTensorCores, FlashInferXqa
 from pkv_hf.routes import Rejected, Route, Sdpa, Split, StepShape, Workqueue
@@ -40,11 +40,28 @@ class Decision:
 
     route: Route
     shape: StepShape
-    candidates: tuple[Candidate, ...]
-    source: str
-    """Where the constants come from."""
+    constants: Constants
     answers: dict[str, str | None]
     """Of every route: why it rejects steps of this kind, None where it takes them."""
+    contenders: dict[str, RouteConstants]
+    """The routes that take such steps and can be predicted."""
+    seconds: dict[str, float]
+    """What each of these is predicted to take a layer."""
+
+    @property
+    def source(self) -> str:
+        """Where the constants come from."""
+        return self.constants.source
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """All routes."""
+        return tuple(Candidate(name, self.seconds.get(name), self._rejection(name)) for name in ROUTES)
+
+    def _rejection(self, name: str) -> str | None:
+        if self.answers[name] is not None or name in self.seconds or name == self.route.name:
+            return self.answers[name]
+        return None if ROUTES[name].work(self.shape) is None else "not calibrated: run `pkv-hf calibrate`"
 
     @property
     def rejected(self) -> dict[str, str]:
@@ -85,30 +102,23 @@ def choose(
     Raises RouteError where the caller named a route that rejects the step.
     """
     constants = constants or constants_for(shape.device)
-    if before is not None and before.shape.kind() == shape.kind():
-        answers = before.answers
+    if before is not None and before.constants is constants and before.shape.kind() == shape.kind():
+        answers, contenders = before.answers, before.contenders
     else:
         answers = {route.name: _reason(route, shape) for route in ROUTES.values()}
-    measured = constants.of("graph" if shape.captured else "eager", shape.group)
-    candidates, timed = {}, {}
-    for route in ROUTES.values():
-        reason, work = answers[route.name], None
-        if reason is None:
-            work = route.work(shape)
-        if reason is not None or work is None:
-            candidates[route.name] = Candidate(route.name, rejected=reason)
-        elif route.name in measured:
-            timed[route.name] = predict(work, measured[route.name], shape.layers)
-            candidates[route.name] = Candidate(route.name, timed[route.name])
-        else:
-            uncalibrated = None if route.name == name else "not calibrated: run `pkv-hf calibrate`"
-            candidates[route.name] = Candidate(route.name, rejected=uncalibrated)
-    fastest = min(timed, key=timed.__getitem__, default="sdpa")
-    if last in timed and timed[fastest] > timed[last] * (1 - HYSTERESIS):
+        measured = constants.of("graph" if shape.captured else "eager", shape.group)
+        contenders = {name: measured[name] for name, reason in answers.items() if reason is None and name in measured}
+    seconds = {
+        name: predict(work, of_route, shape.layers)
+        for name, of_route in contenders.items()
+        if (work := ROUTES[name].work(shape)) is not None
+    }
+    fastest = min(seconds, key=seconds.__getitem__, default="sdpa")
+    if last in seconds and seconds[fastest] > seconds[last] * (1 - HYSTERESIS):
         fastest = last
     taken = fastest if name == "auto" else name
-    decision = Decision(ROUTES[taken], shape, tuple(candidates.values()), constants.source, answers)
-    if name != "auto" and candidates[name].rejected is not None:
+    decision = Decision(ROUTES[taken], shape, constants, answers, contenders, seconds)
+    if answers[taken] is not None:
         reasons = "; ".join(f"{route}: {reason}" for route, reason in decision.rejected.items())
         raise RouteError(f"route={name!r} cannot serve this step ({reasons}). Use route='auto' or {fastest!r}.")
     return decision

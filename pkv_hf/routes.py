@@ -74,7 +74,19 @@ class StepShape:
     torch_alone: str = ""
     """Why no kernel of ours or FlashInfer's serves the layers, empty where one may."""
 
-    @property
+    @functools.cached_property
+    def processors(self) -> int:
+        """Multiprocessors of the device."""
+        return device_limits(self.device)[0]
+
+    @functools.cached_property
+    def tile(self) -> Tile | None:
+        """The tile of the Triton routes, None where the queries leave no room for any."""
+        shared_memory = device_limits(self.device)[1]
+        queries, itemsize = self.q_len * self.group, self.dtype.itemsize
+        return choose_tile(self.head_dim, itemsize, queries, shared_memory, self.kv_dtype.itemsize)
+
+    @functools.cached_property
     def token_bytes(self) -> int:
         """Bytes of a token's K and V of one head."""
         return 2 * (self.head_dim * self.kv_dtype.itemsize + 4 * (self.kv_dtype in LARGEST))
@@ -86,10 +98,9 @@ class StepShape:
     def work(self, tokens_a_program: int, launches: float, partials: int = 0) -> Work:
         """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`."""
         heads_tokens = self.tokens * self.kv_heads
-        processors = device_limits(self.device)[0]
         return Work(
             kv_bytes=heads_tokens * self.token_bytes,
-            parallel=max(heads_tokens, 1) / (max(tokens_a_program, 1) * processors),
+            parallel=max(heads_tokens, 1) / (max(tokens_a_program, 1) * self.processors),
             launches=launches,
             merge_bytes=2 * partials * self.q_len * self.group * (self.head_dim + 2) * 4,
         )
@@ -211,7 +222,7 @@ class Triton:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:
             return Rejected(f"{shape.group} query heads a KV head, at most 16 are served")
-        if _tile(shape) is None:
+        if shape.tile is None:
             queries, shared_memory = shape.q_len * shape.group, device_limits(shape.device)[1]
             return Rejected(f"{queries} queries a KV head do not fit {shared_memory} bytes of shared memory")
         return Accepted()
@@ -244,9 +255,9 @@ class Split(Triton):
     name = "split"
 
     def work(self, shape: StepShape) -> Work:
-        tile = tile_of(shape)
+        tile = _tokens(shape)
         items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile)
-        splits = splits_for(items, tiles, device_limits(shape.device)[0])
+        splits = splits_for(items, tiles, shape.processors)
         merges = splits > 1
         return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
 
@@ -270,9 +281,9 @@ class Workqueue(Triton):
     name = "workqueue"
 
     def work(self, shape: StepShape) -> Work:
-        tile = tile_of(shape)
+        tile = _tokens(shape)
         tiles = (-(-shape.tokens // tile) + shape.rows) * shape.kv_heads  # a row's last tile is part of one
-        programs = min(PROGRAMS_PER_SM * device_limits(shape.device)[0], tiles)
+        programs = min(PROGRAMS_PER_SM * shape.processors, tiles)
         items = shape.rows * shape.kv_heads
         return shape.work(-(-tiles // programs) * tile, 2, items + programs)
 
@@ -290,14 +301,7 @@ def installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def _tile(shape: StepShape) -> Tile | None:
-    shared_memory = device_limits(shape.device)[1]
-    queries, itemsize = shape.q_len * shape.group, shape.dtype.itemsize
-    return choose_tile(shape.head_dim, itemsize, queries, shared_memory, shape.kv_dtype.itemsize)
-
-
-def tile_of(shape: StepShape) -> int:
+def _tokens(shape: StepShape) -> int:
     """Tokens of a tile of the Triton routes, for a step that they take."""
-    tile = _tile(shape)
-    assert tile is not None
-    return tile.tokens
+    assert shape.tile is not None
+    return shape.tile.tokens

@@ -12,9 +12,9 @@ import torch
 import pkv_hf
 from pkv_hf.costs import MODES, Constants, RouteConstants, Work, from_properties, predict
 from pkv_hf.errors import RouteError
-from pkv_hf.kernels.launch import device_limits, splits_for
+from pkv_hf.kernels.launch import splits_for
 from pkv_hf.policy import HYSTERESIS, ROUTES, choose
-from pkv_hf.routes import Rejected, StepShape, tile_of
+from pkv_hf.routes import Rejected, StepShape
 from tiny import tiny
 
 pytest.importorskip("triton")
@@ -52,7 +52,7 @@ def test_the_model_is_the_papers():
 def test_work_is_what_the_launches_do(name, lengths):
     """Parallelism by counting the tiles of every program, as the kernels cut them."""
     shape = shape_of(lengths)
-    tile, processors = tile_of(shape), device_limits(CPU)[0]
+    tile, processors = shape.tile.tokens, shape.processors
     tiles = [-(-length // tile) for length in lengths]
     if name == "split":
         splits = max(1, min(-(-max(lengths) // tile) + 1, 2 * processors // (len(lengths) * 8)))

@@ -131,6 +131,18 @@ def test_calls_to_come_capture_into_the_memory_of_calls_gone_by():
     assert pkv_hf.report(model).graph_bytes == kept > 0
 
 
+def test_patching_again_and_again_holds_no_more():
+    model, inputs = tiny("qwen2").cuda(), on_gpu(20, 9)  # its projections have biases, which cuBLASLt adds
+    held = []
+    for _ in range(6):
+        with pkv_hf.patched(model):
+            generate(model, inputs)
+        gc.collect()
+        torch.cuda.empty_cache()
+        held.append((torch.cuda.memory_allocated(), torch.cuda.memory_reserved()))
+    assert len(set(held[1:])) == 1, held
+
+
 def test_threads_and_streams_have_graphs_of_their_own():
     model = tiny("llama").cuda()
     prompts = [on_gpu(20, 9, seed=seed) for seed in range(4)]

@@ -25,6 +25,14 @@ CASES = {
 """Whether weights are in 4 bits, settings of `generate`, and of `patch`."""
 
 
+@pytest.fixture(autouse=True, scope="module")
+def unfragmented():
+    """Sums say nothing of gaps between blocks: with segments that grow there are none to speak of."""
+    torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+    yield
+    torch.cuda.memory._set_allocator_settings("expandable_segments:False")
+
+
 @pytest.fixture
 def cap():
     """Caps what torch may take of the GPU, in bytes."""
