@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from pkv_hf.kernels.launch import capability
 from pkv_hf.layer import PagedLayer
@@ -32,7 +33,8 @@ def sdpa(
 ) -> torch.Tensor:
     """torch's attention of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, never by the math kernel.
 
-    `softcap` caps scores, which no kernel of torch does: all scores are built, and causality is the mask's part.
+    `causal`: the last query is of the last key's token. `softcap` caps scores, which no kernel of torch does: all scores
+    are built, and causality is the mask's part.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
     group = q.shape[1] // k.shape[1]
@@ -45,6 +47,8 @@ def sdpa(
     if group > 1 and not _takes_grouped_heads(q, mask):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         group = 1
+    if causal and q.shape[2] < k.shape[2]:  # SDPA's own `is_causal` aligns the first ones
+        mask, causal = causal_lower_right(q.shape[2], k.shape[2]), False
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=group > 1
     )
@@ -106,7 +110,8 @@ def attend_block(
     if q_len == 1:
         seen = slice(max(length - window, 0) if window else 0, None)
         return _one_query(q, k[:, :, seen], v[:, :, seen], scale, softcap)
-    if not softcap and q_begin == k_begin and (not window or length <= window):
+    # on a CPU torch would build the mask of queries that follow others, whole
+    if not softcap and (q_begin == k_begin or q.is_cuda) and (not window or length <= window):
         return sdpa(q, k, v, scale, causal=True)
     out = torch.empty_like(q)
     block = max(MASK_ELEMENTS // length, 16) if not window else max(window, 256)

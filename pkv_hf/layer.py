@@ -214,7 +214,8 @@ def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int,
         first = max(padding, end - states[row].shape[1])
         tokens = movable(states[row][:, first - end :])
         if offset is not None:
-            flat[:, padding + offset : first + offset] = 0
+            if padding < first:
+                flat[:, padding + offset : first + offset] = 0
             flat[:, first + offset : end + offset] = tokens
         elif first < end:
             slots = torch.from_numpy(table.slots(row, padding, end)).to(storage.device)

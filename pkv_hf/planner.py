@@ -17,7 +17,7 @@ from pkv_hf.attention import MASK_ELEMENTS
 from pkv_hf.cache import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import layer_windows
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.patch import served_layers, unwrap
 from pkv_hf.tables import table
@@ -29,6 +29,8 @@ CUBLAS_WORKSPACE = 32 * MIB
 
 CUDA_CONTEXT = 512 * MIB
 """The driver's context and the loaded kernels, outside of torch's allocator; 300 to 600 MiB by GPU and driver."""
+
+CUDA = torch.device("cuda")
 
 PROCESSORS = 132
 """Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
@@ -276,8 +278,13 @@ class _Needs:
         return 2 * programs * block * (next_power_of_2(self.head_dim) + 2) * 4
 
     def _over_pages(self, length: int) -> int:
-        """Later chunks of a prompt: K and V of one row repeated for every query head, and a block's mask as bias."""
-        return (2 * length * self.heads * self.head_dim + MASK_ELEMENTS) * self.dtype.itemsize + MASK_ELEMENTS
+        """Later chunks of a prompt: K and V of one row repeated for every query head, where torch's attention cannot
+        read grouped heads, and behind a window a block's mask as bias."""
+        grouped = self.dtype.itemsize == 2 and torch.cuda.is_available() and capability(CUDA) >= (8, 0)
+        windows = any(self.windows)
+        repeated = 0 if grouped and not windows else 2 * length * self.heads * self.head_dim
+        masks = MASK_ELEMENTS if windows else 0
+        return (repeated + masks) * self.dtype.itemsize + masks
 
 
 def _processors() -> int:

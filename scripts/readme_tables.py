@@ -33,24 +33,13 @@ ABLATION = {
 }
 
 
+CASE = ("model", "dtype", "weight_bits", "lengths", "engine", "gpu", "mode", "num_beams", "assistant", "draft_tokens")
 MODE = {"mode": "greedy", "num_beams": 1, "assistant": None, "draft_tokens": 0, "tokens_per_step": 1.0}
+"""What records of before there were modes count as."""
 
 
 def generate_records(on_gpu: bool, *modes: str) -> list[Record]:
-    case = ("model", "dtype", "weight_bits", "lengths", "engine", "gpu", *MODE)
-    case = (
-        "model",
-        "dtype",
-        "weight_bits",
-        "lengths",
-        "engine",
-        "gpu",
-        "mode",
-        "num_beams",
-        "assistant",
-        "draft_tokens",
-    )
-    records = newest("generate.jsonl", case, **MODE)
+    records = newest("generate.jsonl", CASE, **MODE)
     return [r for r in records if r["gpu"].startswith("none") != on_gpu and r["mode"] in modes]
 
 

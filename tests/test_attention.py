@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pkv_hf.attention import LONG_ON_CPU, over_pages, prefill
+from pkv_hf.attention import LONG_ON_CPU, over_pages, prefill, sdpa
 from pkv_hf.kernels.reference import paged_attention
 from pkv_hf.layer import PagedLayer
 from pkv_hf.pool import PagePool
@@ -35,6 +35,13 @@ def test_over_pages(q_len, length, pads, window, reserve):
     starts, ends = torch.tensor(pads, dtype=torch.int32), torch.full((len(pads),), length, dtype=torch.int32)
     expected = paged_attention(q.double(), *layer.pages, table, starts, ends, scale=0.3, window=window)
     torch.testing.assert_close(out.transpose(1, 2).double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_causal_queries_may_follow_others(group):
+    q, k, v = torch.randn(2, 2 * group, 7, 32), *torch.randn(2, 2, 2, 300, 32)
+    last = sdpa(torch.randn(2, 2 * group, 300, 32).index_copy_(2, torch.arange(293, 300), q), k, v, 0.3, causal=True)
+    torch.testing.assert_close(sdpa(q, k, v, 0.3, causal=True), last[:, :, 293:])
 
 
 @pytest.mark.parametrize("window", [0, 30, 290])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pkv_hf
+from pkv_hf.attention import attend_block
 from tiny import FAMILIES, left_padded, tiny
 
 pytestmark = pytest.mark.gpu
@@ -36,6 +37,20 @@ def test_smollm2(smollm2, pydoc_ids, length):
     with pkv_hf.patched(model):
         assert torch.equal(generate(model, inputs, 64), expected)
     smollm2.cpu()
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_queries_that_follow_others_are_as_exact_as_under_a_mask(dtype, group):
+    q, k, v = (torch.randn(2, heads, tokens, 64, device="cuda", dtype=dtype)
+               for heads, tokens in ((2 * group, 70), (2, 300), (2, 300)))  # fmt: skip
+    mask = torch.ones(70, 300, dtype=torch.bool, device="cuda").tril(230)
+    exact, masked = (
+        torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, enable_gqa=True)
+        for states in ((q.double(), k.double(), v.double()), (q, k, v))
+    )
+    ours = attend_block(q, k, v, 64**-0.5, 230, 0, 0)
+    assert (ours - exact).square().mean() <= 4 * (masked - exact).square().mean()
 
 
 @pytest.mark.parametrize("settings", [{}, {"prefill_chunk_size": 16_384}], ids=str)
