@@ -33,8 +33,8 @@ def sdpa(
 ) -> torch.Tensor:
     """torch's attention of q `[B, H_q, q_len, D]` with k and v `[B, H_kv, S, D]`, never by the math kernel.
 
-    `causal`: the last query is of the last key's token. `softcap` caps scores, which no kernel of torch does: all scores
-    are built, and causality is the mask's part.
+    `causal`: the last query is of the last key's token. `softcap` caps scores, which no kernel of torch does: all are
+    built, and causality is the mask's part.
     """
     k, v = k.to(q.dtype), v.to(q.dtype)
     group = q.shape[1] // k.shape[1]
