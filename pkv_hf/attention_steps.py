@@ -37,6 +37,8 @@ class AttentionShape:
     """Share of the pool's pages that no row has."""
     kv_dtype: torch.dtype | None = None
     """int8 or float8_e4m3fn for quantised pages."""
+    scattered: bool = True
+    """Pages in random order, as a long-lived pool has them; else consecutive, as `generate()` makes them."""
 
     def step(self, lengths: Sequence[int], captured: bool) -> StepShape:
         """What the policy is asked about rows of these lengths, one query each."""
@@ -80,7 +82,7 @@ Pages = tuple[torch.Tensor, torch.Tensor, "Scales | None"]
 
 
 class AttentionStep:
-    """Rows of given lengths on pages in random order, with random queries, K and V.
+    """Rows of given lengths on pages, with random queries, K and V.
 
     `splits` is what `split` cuts a row into, None for its own choice.
     """
@@ -92,7 +94,7 @@ class AttentionStep:
         self.splits = splits
         self.lengths = np.asarray(lengths)
         device = shape.device
-        tables, pages = block_tables(lengths, shape.page_size, shape.holes, rng)
+        tables, pages = block_tables(lengths, shape.page_size, shape.holes, rng if shape.scattered else None)
         self.layer_nbytes = int(self.lengths.sum()) * shape.kv_heads * shape.step(lengths, captured=False).token_bytes
         # Layers take turns on pools that do not fit the device's cache together, as a model's layers do.
         self.turns = max(shape.layers, -(-4 * L2_NBYTES // self.layer_nbytes) if device.type == "cuda" else 1)

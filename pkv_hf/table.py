@@ -122,10 +122,15 @@ class BlockTable:
         if not missing.any():
             return
         self.pool.require(int(missing.sum()), exact)
+        padded = []  # pages that begin with padding, which reads as zeros there too
         for row in np.flatnonzero(missing.any(axis=1)):
             holes = np.flatnonzero(missing[row])
             before = self.pages[row, holes[0] - 1] if holes[0] else NULL_PAGE
             self.pages[row, holes] = self.pool.allocator.alloc(len(holes), after=int(before))
+            if holes[0] * self.page_size < first[row]:
+                padded.append(int(self.pages[row, holes[0]]))
+        if padded:
+            self.pool.copy_pages([NULL_PAGE] * len(padded), padded)
         self._changed()
 
     def _unshare(self, first_page: int, end_page: int) -> None:

@@ -155,10 +155,11 @@ def decode_steps(requests: Sequence[Request], max_active: int) -> Iterator[list[
 
 
 def block_tables(
-    lengths: Sequence[int], page_size: int, holes: float, rng: np.random.Generator
+    lengths: Sequence[int], page_size: int, holes: float, rng: np.random.Generator | None
 ) -> tuple[np.ndarray, int]:
     """Pages of rows of these lengths, scattered by a random permutation, and the number of pages of their pool.
 
+    Without `rng` they are consecutive, as in a cache that `generate()` has just made.
     A fraction `holes` of the pool, from 0 to below 1, is pages that no row has. Returns int32 `[rows, max_pages]`, page
     0 (the null page) beyond a row's end.
     """
@@ -167,7 +168,7 @@ def block_tables(
     counts = [-(-length // page_size) for length in lengths]
     used = sum(counts)
     total = -(-used // (1 - holes)) if holes else used
-    chosen = rng.permutation(int(total))[:used] + 1
+    chosen = (np.arange(used) if rng is None else rng.permutation(int(total))[:used]) + 1
     tables = np.zeros((len(counts), max(counts)), dtype=np.int32)
     taken = 0
     for row, count in enumerate(counts):

@@ -28,16 +28,24 @@ from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 from pkv_hf.trace_benchmark import Record, check
 
-SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "kv_dtype", "splits")
+SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "order", "dtype", "kv_dtype",
+         "splits")  # fmt: skip
+ORDERS = ("scattered", "consecutive")
 
 
 def measure(case: dict[str, Any], arguments: argparse.Namespace, bandwidth: float) -> list[Record]:
-    rows, length, heads, group, head_dim, page_size, holes, dtype, kv_dtype, splits = (case[name] for name in SWEPT)
     shape = AttentionShape(
-        heads // group, group, head_dim, page_size, DTYPES[dtype], torch.device(arguments.device), holes=holes,
-        kv_dtype=None if kv_dtype == "same" else KV_DTYPES[kv_dtype],
-    )  # fmt: skip
-    step = AttentionStep(shape, [length] * rows, np.random.default_rng(0), splits or None)
+        case["query_heads"] // case["group"],
+        case["group"],
+        case["head_dim"],
+        case["page_size"],
+        DTYPES[case["dtype"]],
+        torch.device(arguments.device),
+        holes=case["holes"],
+        kv_dtype=None if case["kv_dtype"] == "same" else KV_DTYPES[case["kv_dtype"]],
+        scattered=case["order"] == "scattered",
+    )
+    step = AttentionStep(shape, [case["length"]] * case["rows"], np.random.default_rng(0), case["splits"] or None)
     routes = [route for route in arguments.engines if step.accepts(route)]
     errors = check(step, routes)
     records = []
@@ -62,6 +70,7 @@ def main() -> int:
     parser.add_argument("--head-dim", nargs="+", type=count, default=[128])
     parser.add_argument("--page-size", nargs="+", type=count, default=[16])
     parser.add_argument("--holes", nargs="+", type=share, default=[0.0], help="share of the pool that no row has")
+    parser.add_argument("--order", nargs="+", default=["scattered"], choices=ORDERS, help="of a row's pages")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)
     parser.add_argument("--kv-dtype", nargs="+", default=["same"], choices=("same", "int8", "fp8"), help="of the pages")
     parser.add_argument("--splits", nargs="+", type=int, default=[0], help="parts of a row in split, 0 for its choice")

@@ -148,17 +148,17 @@ def groups_table(gpu: str) -> str:
     return markdown(header, rows) + measured_on(used) if rows else ""
 
 
-ATTENTION_CASE = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "dtype", "kv_dtype",
-                  "splits")  # fmt: skip
-PLAIN = {"query_heads": 32, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "dtype": "float16",
-         "kv_dtype": "same", "splits": 0}  # fmt: skip
+ATTENTION_CASE = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "order", "dtype",
+                  "kv_dtype", "splits")  # fmt: skip
+PLAIN = {"query_heads": 32, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "order": "scattered",
+         "dtype": "float16", "kv_dtype": "same", "splits": 0}  # fmt: skip
 
 
 def attention_records(gpu: str, **wanted: Any) -> dict[tuple, dict[str, Record]]:
     """Records of equal rows by case and engine, plain but for what is wanted: a value, one of several, None for any."""
     settings = {**PLAIN, **wanted}
     groups: dict[tuple, dict[str, Record]] = {}
-    for r in newest("attention.jsonl", (*ATTENTION_CASE, "engine", "gpu")):
+    for r in newest("attention.jsonl", (*ATTENTION_CASE, "engine", "gpu"), order="scattered"):
         fits = (r[key] in value if isinstance(value, tuple) else value in (None, r[key])
                 for key, value in settings.items())  # fmt: skip
         if r["gpu"] == gpu and all(fits):

@@ -112,12 +112,14 @@ def modes_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
-QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0}
+QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0,
+             "order": "scattered"}  # fmt: skip
 
 
 def quantised_table() -> str:
     case = (*QUANTISED, "query_heads", "dtype", "kv_dtype", "engine", "gpu")
-    records = [r for r in newest("attention.jsonl", case) if all(r[key] == value for key, value in QUANTISED.items())]
+    records = newest("attention.jsonl", case, order="scattered")
+    records = [r for r in records if all(r[key] == value for key, value in QUANTISED.items())]
     records = [r for r in records if r["gpu_us"] is not None and r["dtype"] == "bfloat16"]
     base = {(r["query_heads"], r["engine"], r["gpu"]): r for r in records if r["kv_dtype"] == "same"}
     pairs = [(r, base[key]) for r in records if (key := (r["query_heads"], r["engine"], r["gpu"])) in base]

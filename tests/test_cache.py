@@ -115,6 +115,8 @@ def test_a_crop_into_padding_ends_it_there():
         keys, values = paged.update(k, v, layer)
         assert torch.equal(keys[:, :, 5:], k)
         assert torch.equal(values[:, :, 5:], v)
+        assert not keys[1, :, :5].any()  # a page that nothing was in holds no NaN of its memory's past
+        assert not values[1, :, :5].any()
     assert_consistent(paged)
 
 
