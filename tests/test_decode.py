@@ -27,11 +27,14 @@ def judge(model, inputs):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "lengths"),
-    [(torch.bfloat16, (20,)), (torch.bfloat16, (20, 9, 3)), (torch.float16, (20, 9, 3))],
+    ("family", "dtype", "lengths"),
+    [
+        *((family, torch.bfloat16, (20, 9, 3)) for family in FAMILIES),
+        *((family, torch.float16, (20, 9, 3)) for family in ("llama-tied", "mistral", "qwen2-windows")),
+        *((family, torch.bfloat16, (20,)) for family in ("llama", "qwen2", "qwen3")),  # plain, with biases, with norms
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
     inputs = left_padded(*lengths)
     model = tiny(family).to(dtype)

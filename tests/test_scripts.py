@@ -123,8 +123,9 @@ def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch)
             out[0, 0, 0, 0] += 1
 
     monkeypatch.setattr(check, "run", wrong)
-    monkeypatch.setattr(fuzz, "MAX_DRAWS", 2)  # how often a case that seems wrong is drawn again
-    status, lines = run("check_kernels", "--cases", 1, "--longest", 60, "--out", tmp_path / "kernels.jsonl")
+    for module in (check, fuzz):  # how often a small case, or one that seems wrong, is drawn
+        monkeypatch.setattr(module, "MAX_DRAWS", 2)
+    status, lines = run("check_kernels", "--cases", 1, "--longest", 40, "--out", tmp_path / "kernels.jsonl")
     assert status == 1
     assert json.loads(lines[-1])["passed"] is False
     assert any(line.startswith("FAILED split") for line in lines)
