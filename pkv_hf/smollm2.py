@@ -28,24 +28,29 @@ def load_tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder(), gguf_file=FILE)
 
 
-def load_smollm2(cls: Any = LlamaForCausalLM, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
-    """The model, on the CPU in eval mode. Takes about ten seconds: the file is quantised and is expanded here.
+def load_smollm2(dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    """The model, on the CPU in eval mode; `settings` go to its configuration.
 
-    `cls` is LlamaForCausalLM or a class that the weights fit too (MistralForCausalLM; Qwen2ForCausalLM with zero
-    biases); `settings` go to its configuration.
+    Takes about ten seconds: the file is quantised and is expanded here.
     """
     quantised = AutoModelForCausalLM.from_pretrained(folder(), gguf_file=FILE, dtype=dtype)
+    return in_class(quantised, LlamaForCausalLM, **settings)
+
+
+def in_class(model: Any, cls: Any, **settings: Any) -> Any:
+    """A model's weights in a class that they fit too (Llama's in MistralForCausalLM, or Qwen2ForCausalLM with zero
+    biases), in eval mode; `settings` go to its configuration. Raises ValueError for weights that do not fit."""
     keep = ("quantization_config", "model_type", "architectures", "dtype", "transformers_version")
-    config = {name: value for name, value in quantised.config.to_dict().items() if name not in keep}
-    model = cls(cls.config_class(**{**config, **settings})).to(dtype)
-    missing, unexpected = model.load_state_dict(quantised.state_dict(), strict=False)
+    config = {name: value for name, value in model.config.to_dict().items() if name not in keep}
+    other = cls(cls.config_class(**{**config, **settings})).to(model.dtype)
+    missing, unexpected = other.load_state_dict(model.state_dict(), strict=False)
     biases = [name for name in missing if name.endswith(".bias")]
     if unexpected or len(biases) != len(missing):
         raise ValueError(f"the weights do not fit {cls.__name__}: missing {missing}, unexpected {unexpected}")
     for name in biases:
-        torch.nn.init.zeros_(model.get_parameter(name))
-    model.generation_config = quantised.generation_config
-    return model.eval()
+        torch.nn.init.zeros_(other.get_parameter(name))
+    other.generation_config = model.generation_config
+    return other.eval()
 
 
 def pydoc_topics() -> list[str]:

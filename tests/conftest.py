@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when tr
 
 import pytest
 import torch
+from filelock import FileLock
 
 import interpreter
 
@@ -46,11 +47,18 @@ def fresh_pages_hold_nan(monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def smollm2():
+def smollm2(tmp_path_factory):
     """SmolLM2-135M, fp32, on the CPU: real weights. Tests leave it unpatched."""
+    from transformers import LlamaForCausalLM
+
     from pkv_hf.smollm2 import load_smollm2
 
-    return load_smollm2()
+    base = tmp_path_factory.getbasetemp()  # a worker's, in that of the run
+    saved = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
+    with FileLock(f"{saved}.lock"):  # one worker expands the weights, the others read what it has saved
+        if not saved.exists():
+            load_smollm2().save_pretrained(saved)
+    return LlamaForCausalLM.from_pretrained(saved)
 
 
 @pytest.fixture(scope="session")
