@@ -26,8 +26,11 @@ import numpy as np
 from tqdm import tqdm
 
 import interpreter
-from pkv_hf.arguments import count, device
-from pkv_hf.records import append_record, environment, output
+
+interpreter.use()  # first: packages that transformers finds installed may import triton
+
+from pkv_hf.arguments import count, device  # noqa: E402
+from pkv_hf.records import append_record, environment, output  # noqa: E402
 
 CASES = {
     "cpu": {"kernels": 200, "cache": 400, "leaks": 2_000},
@@ -130,7 +133,6 @@ def main() -> int:
     for kind in arguments.kinds:
         if kind not in KINDS:
             parser.error(f"{kind!r} is no kind of soak: name one of {', '.join(KINDS)}")
-    interpreter.use()
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
     summary = {}
     for kind in arguments.kinds or list(KINDS):
