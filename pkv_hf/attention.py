@@ -44,7 +44,7 @@ def sdpa(
         if mask is not None:
             scores.masked_fill_(~mask, float("-inf"))
         return (scores.softmax(dim=-1, dtype=torch.float32).to(q.dtype) @ v.unsqueeze(2)).flatten(1, 2)
-    if group > 1 and not _takes_grouped_heads(q, mask):
+    if group > 1 and not takes_grouped_heads(q.dtype, q.device, mask is not None):
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         group = 1
     if causal and q.shape[2] < k.shape[2]:  # SDPA's own `is_causal` aligns the first ones
@@ -54,12 +54,15 @@ def sdpa(
     )
 
 
-def _takes_grouped_heads(q: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    # On CUDA only the flash kernel reads grouped heads in place. It needs a half type, sm_80 and no mask; otherwise
-    # enable_gqa falls to the math kernel, which builds the whole score matrix.
-    if not q.is_cuda:
+def takes_grouped_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:
+    """Whether SDPA reads grouped heads in place.
+
+    On CUDA only the flash kernel does. It needs a half type, sm_80 and no mask; otherwise enable_gqa falls to the math
+    kernel, which builds the whole score matrix.
+    """
+    if device.type != "cuda":
         return True
-    return mask is None and q.dtype != torch.float32 and capability(q.device) >= (8, 0)
+    return not masked and dtype != torch.float32 and capability(device) >= (8, 0)
 
 
 def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:

@@ -210,12 +210,11 @@ class PagedCache(Cache):
         Does not wait for a GPU: `beam_idx` is copied from it meanwhile, and the rows move when the tables are next
         asked for. Raises as `batch_select_indices` does, where it names rows that are not there only then.
         """
+        if not isinstance(beam_idx, torch.Tensor) or not beam_idx.is_cuda or beam_idx.dtype == torch.bool:
+            return self.batch_select_indices(beam_idx)
         self._check_indices(beam_idx)
-        if beam_idx.is_cuda and beam_idx.dtype != torch.bool:
-            self._reorder()
-            self._reordering = Reordering(beam_idx, self.get_seq_length())
-        else:
-            self.batch_select_indices(beam_idx)
+        self._reorder()
+        self._reordering = Reordering(beam_idx, self.get_seq_length())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side, on the same pages until one of them writes."""

@@ -13,11 +13,11 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from pkv_hf.attention import MASK_ELEMENTS
+from pkv_hf.attention import MASK_ELEMENTS, takes_grouped_heads
 from pkv_hf.cache import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import layer_windows
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, next_power_of_2, padded_queries
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.patch import served_layers, unwrap
 from pkv_hf.tables import table
@@ -280,9 +280,9 @@ class _Needs:
     def _over_pages(self, length: int) -> int:
         """Later chunks of a prompt: K and V of one row repeated for every query head, where torch's attention cannot
         read grouped heads, and behind a window a block's mask as bias."""
-        grouped = self.dtype.itemsize == 2 and torch.cuda.is_available() and capability(CUDA) >= (8, 0)
         windows = any(self.windows)
-        repeated = 0 if grouped and not windows else 2 * length * self.heads * self.head_dim
+        grouped = torch.cuda.is_available() and takes_grouped_heads(self.dtype, CUDA, masked=windows)
+        repeated = 0 if grouped else 2 * length * self.heads * self.head_dim
         masks = MASK_ELEMENTS if windows else 0
         return (repeated + masks) * self.dtype.itemsize + masks
 

@@ -19,6 +19,7 @@ attention --rows 64 --length 2048 8192
 attention --rows 8 --length 16384 --query-heads 32 --group 1 2 8 16
 attention --rows 8 --length 16384 --query-heads 42 --group 3 6 7
 attention --rows 1 8 --length 16384 --page-size 32 64 128 --holes 0 0.5
+attention --rows 1 8 --length 8192 8240 --order scattered consecutive
 attention --rows 1 8 --length 16384 --head-dim 64 256
 attention --rows 1 8 --length 16384 --dtype bfloat16 float32
 attention --rows 8 --length 16384 --dtype bfloat16 --kv-dtype same int8 fp8 --engines split workqueue
