@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,17 @@ def _capture_stream(key: tuple[int, int, torch.device]) -> torch.cuda.Stream:
     return _streams[key]
 
 
+_given_up: list[tuple[int, int]] = []
+"""Pools whose graphs are gone. torch keeps their memory, and takes it for nothing else, until its cache is emptied."""
+
+
+def _hand_back() -> None:
+    if _given_up:
+        with contextlib.suppress(RuntimeError):  # not while another thread captures: the next one does it
+            torch.cuda.empty_cache()
+            _given_up.clear()
+
+
 class GraphMemory:
     """A pool of memory and the stream that captures into it, for graphs that are replayed one after the other.
 
@@ -41,9 +53,11 @@ class GraphMemory:
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
+        _hand_back()
         self.device = device
         self.stream = stream
         self.pool = torch.cuda.graph_pool_handle()
+        weakref.finalize(self, _given_up.append, self.pool).atexit = False
         self.nbytes = 0
         """Memory that captures have reserved."""
         self._keeper, _ = self.capture(lambda: torch.zeros(1, device=device))

@@ -1,0 +1,133 @@
+"""One model on one GPU, its layers on all GPUs (accelerate's device_map), and tensor parallel over them (tp_plan).
+
+Each way is measured unpatched and patched, and its tokens are compared with those of one GPU, unpatched: in float32 a
+difference is an error. Tensor parallel runs under torchrun, which this script starts on itself with the model in a
+temporary folder. On a CPU there are one device, and two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from pkv_hf import benchmark
+from pkv_hf.arguments import count, device
+from pkv_hf.models import DTYPES
+from pkv_hf.records import append_record, environment, output
+from pkv_hf.tables import table
+
+ENGINES = ("dynamic", "patched")
+
+
+def measure(model: Any, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Times and tokens of each engine, of JSON types."""
+    inputs, found = benchmark.prompts(arguments.model, model, arguments.lengths), {}
+    for engine in ENGINES:
+        summary = benchmark.measure(model, inputs, arguments.new_tokens, engine)
+        p20, p50, p80 = summary.percentiles_ms()
+        found[engine] = {
+            "step_ms_p20": p20, "step_ms_p50": p50, "step_ms_p80": p80,
+            "first_token_ms": summary.run.first_token_s * 1e3, "peak_gib": summary.run.peak_bytes / 2**30,
+            "route": summary.route, "tokens": summary.run.sequences.tolist(),
+        }  # fmt: skip
+    return found
+
+
+def tensor_parallel(arguments: argparse.Namespace) -> int:
+    """One of torchrun's processes; the first prints what it measured."""
+    model = AutoModelForCausalLM.from_pretrained(
+        os.environ["PKV_HF_FOLDER"], dtype=DTYPES[arguments.dtype], tp_plan="auto"
+    )
+    found = measure(model, arguments)
+    if os.environ["RANK"] == "0":
+        print(json.dumps(found))
+    torch.distributed.destroy_process_group()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="llama-3.2-1b", help=f"smollm2, {', '.join(benchmark.SHAPES)}, or a folder")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES)
+    parser.add_argument("--lengths", nargs="+", type=count, default=[4096], metavar="N", help="the prompt of each row")
+    parser.add_argument("--new-tokens", type=count, default=48, metavar="N")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=output, default=Path("benchmarks/results/devices.jsonl"))
+    arguments = parser.parse_args()
+    if arguments.new_tokens <= benchmark.WARM_STEPS + 1:
+        parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {benchmark.WARM_STEPS + 1}")
+    transformers.utils.logging.set_verbosity_error()
+    if "RANK" in os.environ:
+        return tensor_parallel(arguments)
+
+    devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
+    processes = max(devices, 2)
+    if devices == 1 and arguments.device == "cuda":
+        parser.error("one GPU: this compares several")
+    dtype = DTYPES[arguments.dtype]
+    ways: dict[str, dict[str, dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        print("one device ...", file=sys.stderr)
+        model = benchmark.load(arguments.model, dtype, arguments.device)
+        model.save_pretrained(folder)
+        ways["one device"] = measure(model, arguments)
+        del model
+        if devices > 1:
+            torch.cuda.empty_cache()
+            print(f"layers on {devices} ...", file=sys.stderr)
+            spread = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="balanced")
+            ways["layers on several"] = measure(spread, arguments)
+            del spread
+            torch.cuda.empty_cache()
+        print(f"tensor parallel, {processes} processes ...", file=sys.stderr)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [*launch, __file__, *sys.argv[1:]],
+            env={**os.environ, "PKV_HF_FOLDER": folder},
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            print("error: the processes of tensor parallel failed", file=sys.stderr)
+            return 1
+        ways["tensor parallel"] = json.loads(done.stdout.splitlines()[-1])
+
+    expected = ways["one device"]["dynamic"]["tokens"]
+    records = []
+    for way, engines in ways.items():
+        for engine, found in engines.items():
+            match = found.pop("tokens") == expected
+            if not match and arguments.dtype == "float32":
+                print(f"error: {engine}, {way}: other tokens than transformers on one device", file=sys.stderr)
+                return 1
+            records.append({
+                "bench": "devices", "way": way, "engine": engine, "model": arguments.model, "dtype": arguments.dtype,
+                "devices": 1 if way == "one device" else processes, "lengths": arguments.lengths,
+                "new_tokens": arguments.new_tokens, **found, "tokens_match": match, **environment(),
+            })  # fmt: skip
+            append_record(arguments.out, records[-1])
+    header = ("way", "engine", "p20 ms", "p50 ms", "p80 ms", "first ms", "GiB on the first", "route", "tokens match")
+    rows = [
+        (r["way"], r["engine"], f"{r['step_ms_p20']:.2f}", f"{r['step_ms_p50']:.2f}", f"{r['step_ms_p80']:.2f}",
+         f"{r['first_token_ms']:,.0f}", f"{r['peak_gib']:.1f}", r["route"] or "", r["tokens_match"])
+        for r in records
+    ]  # fmt: skip
+    print(table(header, rows), end="\n\n")
+    match = all(r["tokens_match"] for r in records)
+    print(json.dumps({"model": arguments.model, "records": len(records), "tokens_match": match}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
