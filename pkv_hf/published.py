@@ -34,10 +34,13 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def measured_on(records: Iterable[Record]) -> str:
-    places = {(r["gpu"], r["torch"], r["transformers"], r["commit"]) for r in records}
+    places: dict[tuple[str, str, str], set[str]] = {}
+    for r in records:
+        places.setdefault((r["gpu"], r["torch"], r["transformers"]), set()).add(r["commit"])
     return "".join(
-        f"\nMeasured on: {gpu}; torch {torch}, transformers {transformers}, commit {commit}.\n"
-        for gpu, torch, transformers, commit in sorted(places)
+        f"\nMeasured on: {gpu}; torch {torch}, transformers {transformers}, "
+        f"commit{'s' * (len(commits) > 1)} {', '.join(sorted(commits))}.\n"
+        for (gpu, torch, transformers), commits in sorted(places.items())
     )
 
 

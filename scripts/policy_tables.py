@@ -220,6 +220,9 @@ OF_A_GPU: dict[str, Callable[[str], str]] = {
         attention_table, LENGTHS + ", pages of {page_size}, holes {holes:.0%}",
         rows=(1, 8), length=16_384, page_size=None, holes=None,
     ),
+    "attention-order": partial(
+        attention_table, LENGTHS + ", {order}", rows=(1, 8), length=(8192, 8240), order=None,
+    ),
     "attention-heads": partial(
         attention_table, LENGTHS + ", heads of {head_dim}, {dtype}",
         rows=(1, 8), length=16_384, head_dim=None, dtype=None,

@@ -6,6 +6,8 @@ The newest record of a case counts. `--check` changes nothing and fails where a 
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,16 @@ def generate_records(on_gpu: bool, *modes: str) -> list[Record]:
 
 
 def generate_table(on_gpu: bool) -> str:
-    records = [r for r in generate_records(on_gpu, "greedy") if r["engine"] in ("dynamic", "static-compile", "patched")]
-    rows = []
-    for r in records:
-        case = ("model", "dtype", "weight_bits", "lengths", "gpu")
-        alike = [b for b in records if all(b.get(key) == r.get(key) for key in case)]
-        base = next(b for b in alike if b["engine"] == "dynamic")
+    cases: dict[str, dict[str, Record]] = {}
+    for r in generate_records(on_gpu, "greedy"):
+        case = json.dumps([r.get(key) for key in ("model", "dtype", "weight_bits", "lengths", "gpu")])
+        cases.setdefault(case, {})[r["engine"]] = r
+    rows, records = [], []
+    for found, engine in itertools.product(cases.values(), ("dynamic", "static-compile", "patched")):
+        if engine not in found:
+            continue
+        r, base = found[engine], found["dynamic"]
+        records.append(r)
         lengths = r["lengths"]
         size = (
             f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} rows, {sum(lengths):,}"
@@ -116,15 +122,38 @@ QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_siz
              "order": "scattered"}  # fmt: skip
 
 
+def devices_table() -> str:
+    records = newest("devices.jsonl", ("model", "dtype", "lengths", "devices", "way", "engine", "gpu"))
+    if not records:
+        return NO_GPU_RUN
+    rows = [
+        [
+            f"{r['model']} {r['dtype']}, {len(r['lengths'])} x {max(r['lengths']):,}",
+            f"{r['way']} ({r['devices']})",
+            r["engine"] + (f" ({r['route']})" if r["route"] else ""),
+            f"{r['step_ms_p50']:.2f} ({r['step_ms_p20']:.2f} to {r['step_ms_p80']:.2f})",
+            f"{r['first_token_ms'] / 1e3:.2f} s",
+            f"{r['peak_gib']:.1f} GiB",
+            "yes" if r["tokens_match"] else "no",
+        ]
+        for r in records
+    ]
+    header = ["case", "where (devices)", "engine", "step ms, p50 (p20 to p80)", "first token",
+              "peak memory of the first", "tokens of one device"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
 def quantised_table() -> str:
-    case = (*QUANTISED, "query_heads", "dtype", "kv_dtype", "engine", "gpu")
+    case = (*QUANTISED, "query_heads", "dtype", "kv_dtype", "engine", "gpu", "commit")  # speeds are of one run
     records = newest("attention.jsonl", case, order="scattered")
     records = [r for r in records if all(r[key] == value for key, value in QUANTISED.items())]
-    records = [r for r in records if r["gpu_us"] is not None and r["dtype"] == "bfloat16"]
-    base = {(r["query_heads"], r["engine"], r["gpu"]): r for r in records if r["kv_dtype"] == "same"}
-    pairs = [(r, base[key]) for r in records if (key := (r["query_heads"], r["engine"], r["gpu"])) in base]
-    if not any(r["kv_dtype"] != "same" for r, _ in pairs):
+    records = [r for r in records if r["engine"] in ("split", "workqueue") and r["dtype"] == "bfloat16"]
+    quantised = [r["commit"] for r in records if r["kv_dtype"] != "same"]
+    if not quantised:
         return NO_GPU_RUN
+    records = [r for r in records if r["commit"] == quantised[-1]]
+    base = {r["engine"]: r for r in records if r["kv_dtype"] == "same"}
+    pairs = [(r, base[r["engine"]]) for r in records]
     rows = [
         [r["engine"], "bfloat16" if r["kv_dtype"] == "same" else r["kv_dtype"], f"{r['gpu_us']:.1f}",
          f"{r['gb_s']:,.0f} ({r['percent_of_read']:.0f} %)", f"{same['gpu_us'] / r['gpu_us']:.2f}x"]
@@ -300,6 +329,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-gpu": lambda: generate_table(True),
     "generate-cpu": lambda: generate_table(False),
     "generate-modes": modes_table,
+    "devices": devices_table,
     "quantised": quantised_table,
     "ablation": ablation_table,
     "linear": linear_table,

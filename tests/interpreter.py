@@ -2,12 +2,16 @@
 
 The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, its casts of integers to bfloat16 are bits
 too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32 values, which are exact,
-and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does. At every call of one
-function by another it goes through all of triton.language, which takes most of its time; here a kernel does so once.
+and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does.
+
+Most of its time goes where kernels do not need it: at every call of one function by another it goes through all of
+triton.language (here a kernel does so once), every sum of integers is done again in 64 bits to find overflow (an option
+of debug builds, and nothing here is large enough), and a table of dtypes is built whenever one is looked up.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 
 import torch
@@ -19,8 +23,10 @@ def use() -> None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle, _patch_lang
 
+    plain_np_dtype = interpreter._get_np_dtype
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
 
     def create_dot(self, a, b, *rest):
@@ -45,6 +51,14 @@ def use() -> None:
         exact = torch.from_numpy(src.data.copy()).view(torch.float8_e4m3fn).float()
         return self.cast_impl(TensorHandle(exact.numpy(), tl.float32), dst_type)
 
+    np_dtypes = {}
+
+    def np_dtype(dtype):
+        name = "pointer" if dtype.scalar.is_ptr() else dtype.scalar.name
+        if name not in np_dtypes:
+            np_dtypes[name] = plain_np_dtype(dtype)
+        return np_dtypes[name]
+
     patched = set()
 
     def call_from_a_kernel(self, *args, **kwargs):
@@ -58,3 +72,6 @@ def use() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
+    interpreter._get_np_dtype = np_dtype
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

@@ -153,6 +153,7 @@ COMMANDS = [
     ("benchmark_generate", ["--lengths", "4,x"], "--lengths: 'x' is not a whole"),
     ("benchmark_generate", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
     ("benchmark_generate", ["--dtype", "int8"], "invalid choice: 'int8'"),
+    ("benchmark_devices", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
     ("check_kernels", ["--cases", "0"], "--cases: '0'"),
     ("soak", ["forever"], "'forever' is no kind of soak"),
     ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
@@ -166,11 +167,12 @@ COMMANDS = [
     ("perplexity", ["--mode", "fast"], "invalid choice: 'fast'"),
     ("benchmark_dataset", ["--max-active", "x"], "invalid int value"),
     *[(script, ["--device", "toaster"], "--device: 'toaster' is no device") for script in
-      ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
+      ("benchmark_attention", "benchmark_devices", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
     *[(script, ["--device", "cuda:97"], "'cuda:97' is not on this machine") for script in
       ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
     *[(script, ["--out", "."], "--out . cannot be written") for script in
-      ("benchmark_attention", "benchmark_linear", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
+      ("benchmark_attention", "benchmark_devices", "benchmark_linear", "benchmark_generate", "benchmark_traces",
+       "check_kernels", "soak")],
 ]  # fmt: skip
 
 

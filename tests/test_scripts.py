@@ -91,6 +91,21 @@ def test_benchmark_generate_counts_4_bit_weights_as_what_they_take(run, tmp_path
     assert floors[0] - floors[1] == pytest.approx(linears * (4 - 0.5 - 4 / 64))
 
 
+def test_benchmark_devices_compares_one_device_with_two_processes(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny("llama").save_pretrained(tmp_path / "model")
+    out = tmp_path / "devices.jsonl"
+    arguments = ("--model", tmp_path / "model", "--lengths", 20, 9, "--new-tokens", 8, "--device", "cpu", "--out", out)
+    status, lines = run("benchmark_devices", *arguments)
+    assert status == 0
+    assert json.loads(lines[-1]) == {"model": str(tmp_path / "model"), "records": 4, "tokens_match": True}
+    found = [(r["way"], r["devices"], r["engine"], r["route"], r["tokens_match"]) for r in records(out)]
+    assert found == [
+        ("one device", 1, "dynamic", None, True), ("one device", 1, "patched", "sdpa", True),
+        ("tensor parallel", 2, "dynamic", None, True), ("tensor parallel", 2, "patched", "sdpa", True),
+    ]  # fmt: skip
+
+
 def test_a_step_reads_its_weights_and_the_live_kv():
     from pkv_hf.benchmark import step_bytes
 
@@ -152,10 +167,12 @@ def test_soak_records_what_ran(run, tmp_path):
 
 def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from pkv_hf.kernels import check
+    from pkv_hf.kernels import check, fuzz
     from pkv_hf.pool import PageAllocator
 
     right, out = check.run, tmp_path / "soak.jsonl"
+    for module in (check, fuzz):  # how often a small case, or one that seems wrong, is drawn
+        monkeypatch.setattr(module, "MAX_DRAWS", 2)
 
     def wrong(case, route, inputs, out):
         right(case, route, inputs, out)
