@@ -257,8 +257,10 @@ class BlockTable:
     def first_held(self) -> list[int]:
         """The first position of every row whose page is not the null page."""
         if self._first_held is None:
-            held = np.maximum(self.pads, self.live_from) // self.page_size * self.page_size
-            self._first_held = held.tolist()
+            held = np.maximum(self.pads, self.live_from) // self.page_size
+            if self.pages.shape[1]:  # a row cropped into its padding has no page yet where that ends now
+                held = np.maximum(held, (self.pages != NULL_PAGE).argmax(axis=1))
+            self._first_held = (held * self.page_size).tolist()
         return self._first_held
 
     def slots(self, row: int, begin: int, end: int) -> np.ndarray:

@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import sys
@@ -25,6 +26,11 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what was imported stays: collections, of which the tests ask for many, need not look at it again
 
 
 @pytest.fixture(autouse=True)

@@ -104,12 +104,14 @@ def test_crop_goes_back(window):
     assert paged.memory().pages_in_use == in_use
 
 
-def test_a_crop_into_padding_ends_it_there():
-    paged = PagedCache(config())
+@pytest.mark.parametrize("reserved", [None, 64])  # pages that stay, also where the padding now ends before them
+def test_a_crop_into_padding_ends_it_there(reserved):
+    paged = PagedCache(config(), max_length=reserved)
     paged.start(2, np.array([0, 40]))
     append(50, 2, paged)
     paged.crop(-45)
     assert paged.pads.tolist() == [0, 5]
+    assert not paged.layers[0].keys[1].any()
     k, v = states(2, 10)
     for layer in range(LAYERS):
         keys, values = paged.update(k, v, layer)
