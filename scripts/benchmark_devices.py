@@ -55,56 +55,57 @@ def tensor_parallel(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def everywhere(arguments: argparse.Namespace, devices: int, processes: int) -> dict[str, dict[str, dict[str, Any]]]:
+    """What `measure` finds, by where the model is. Raises CalledProcessError where tensor parallel fails."""
+    dtype, found = DTYPES[arguments.dtype], {}
+    with tempfile.TemporaryDirectory() as folder:
+        print("one device ...", file=sys.stderr)
+        model = benchmark.load(arguments.model, dtype, arguments.device)
+        model.save_pretrained(folder)
+        found["one device"] = measure(model, arguments)
+        del model
+        if devices > 1:
+            torch.cuda.empty_cache()
+            print(f"layers on {devices} ...", file=sys.stderr)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="balanced")
+            found["layers on several"] = measure(model, arguments)
+            del model
+            torch.cuda.empty_cache()
+        print(f"tensor parallel, {processes} processes ...", file=sys.stderr)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        environ = {**os.environ, "PKV_HF_FOLDER": folder}
+        if arguments.device == "cpu":
+            environ["CUDA_VISIBLE_DEVICES"] = ""  # tp_plan takes GPUs where there are any
+        command = [*launch, __file__, *sys.argv[1:]]
+        done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, text=True, check=True)
+        found["tensor parallel"] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="llama-3.2-1b", help=f"smollm2, {', '.join(benchmark.SHAPES)}, or a folder")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=count, default=[4096], metavar="N", help="the prompt of each row")
     parser.add_argument("--new-tokens", type=count, default=48, metavar="N")
-    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", type=device, choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
+    )
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/devices.jsonl"))
     arguments = parser.parse_args()
     if arguments.new_tokens <= benchmark.WARM_STEPS + 1:
         parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {benchmark.WARM_STEPS + 1}")
+    devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
+    if arguments.device == "cuda" and devices < 2:
+        parser.error("--device cuda: there is one GPU, and this compares several")
     transformers.utils.logging.set_verbosity_error()
     if "RANK" in os.environ:
         return tensor_parallel(arguments)
 
-    devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
     processes = max(devices, 2)
-    if devices == 1 and arguments.device == "cuda":
-        parser.error("one GPU: this compares several")
-    dtype = DTYPES[arguments.dtype]
-    ways: dict[str, dict[str, dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        print("one device ...", file=sys.stderr)
-        model = benchmark.load(arguments.model, dtype, arguments.device)
-        model.save_pretrained(folder)
-        ways["one device"] = measure(model, arguments)
-        del model
-        if devices > 1:
-            torch.cuda.empty_cache()
-            print(f"layers on {devices} ...", file=sys.stderr)
-            spread = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="balanced")
-            ways["layers on several"] = measure(spread, arguments)
-            del spread
-            torch.cuda.empty_cache()
-        print(f"tensor parallel, {processes} processes ...", file=sys.stderr)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [*launch, __file__, *sys.argv[1:]],
-            env={**os.environ, "PKV_HF_FOLDER": folder},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            print("error: the processes of tensor parallel failed", file=sys.stderr)
-            return 1
-        ways["tensor parallel"] = json.loads(done.stdout.splitlines()[-1])
-
-    expected = ways["one device"]["dynamic"]["tokens"]
     records = []
+    ways = everywhere(arguments, devices, processes)
+    expected = ways["one device"]["dynamic"]["tokens"]
     for way, engines in ways.items():
         for engine, found in engines.items():
             match = found.pop("tokens") == expected
@@ -116,7 +117,8 @@ def main() -> int:
                 "devices": 1 if way == "one device" else processes, "lengths": arguments.lengths,
                 "new_tokens": arguments.new_tokens, **found, "tokens_match": match, **environment(),
             })  # fmt: skip
-            append_record(arguments.out, records[-1])
+    for record in records:
+        append_record(arguments.out, record)
     header = ("way", "engine", "p20 ms", "p50 ms", "p80 ms", "first ms", "GiB on the first", "route", "tokens match")
     rows = [
         (r["way"], r["engine"], f"{r['step_ms_p20']:.2f}", f"{r['step_ms_p50']:.2f}", f"{r['step_ms_p80']:.2f}",

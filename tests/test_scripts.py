@@ -106,6 +106,16 @@ def test_benchmark_devices_compares_one_device_with_two_processes(run, tmp_path,
     ]  # fmt: skip
 
 
+def test_benchmark_devices_records_nothing_where_tokens_differ(run, tmp_path, monkeypatch, capsys):
+    devices, out = run.load("benchmark_devices"), tmp_path / "devices.jsonl"
+    ways = {"one device": {"dynamic": {"tokens": [[1]]}}, "tensor parallel": {"patched": {"tokens": [[2]]}}}
+    monkeypatch.setattr(devices, "everywhere", lambda *_: ways)
+    monkeypatch.setattr("sys.argv", ["benchmark_devices", "--device", "cpu", "--out", str(out)])
+    assert devices.main() == 1
+    assert "patched, tensor parallel: other tokens" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_a_step_reads_its_weights_and_the_live_kv():
     from pkv_hf.benchmark import step_bytes
 
