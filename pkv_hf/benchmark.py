@@ -50,10 +50,19 @@ class Summary:
     """The engine's whole first call, what it compiles and allocates included."""
     route: str | None
 
-    def percentiles_ms(self) -> tuple[float, float, float]:
-        """p20, p50 and p80 of a step, milliseconds."""
+    def figures(self) -> dict[str, Any]:
+        """Its fields of a record: times in milliseconds (`setup_s` in seconds), memory in GiB (`kv_bytes` in bytes)."""
         p20, p50, p80 = np.percentile(self.run.step_s[WARM_STEPS:], (20, 50, 80)) * 1e3
-        return float(p20), float(p50), float(p80)
+        return {
+            "route": self.route,
+            "step_ms_p20": float(p20),
+            "step_ms_p50": float(p50),
+            "step_ms_p80": float(p80),
+            "first_token_ms": self.run.first_token_s * 1e3,
+            "peak_gib": self.run.peak_bytes / 2**30,
+            "kv_bytes": self.run.kv_bytes,
+            "setup_s": self.setup_s,
+        }
 
 
 def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False) -> Any:

@@ -27,6 +27,8 @@ from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 
 ENGINES = ("dynamic", "patched")
+FOLDER = "PKV_HF_FOLDER"
+"""Where torchrun's processes find the model; what names it in their environment makes this script one of them."""
 
 
 def measure(model: Any, arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
@@ -34,20 +36,13 @@ def measure(model: Any, arguments: argparse.Namespace) -> dict[str, dict[str, An
     inputs, found = benchmark.prompts(arguments.model, model, arguments.lengths), {}
     for engine in ENGINES:
         summary = benchmark.measure(model, inputs, arguments.new_tokens, engine)
-        p20, p50, p80 = summary.percentiles_ms()
-        found[engine] = {
-            "step_ms_p20": p20, "step_ms_p50": p50, "step_ms_p80": p80,
-            "first_token_ms": summary.run.first_token_s * 1e3, "peak_gib": summary.run.peak_bytes / 2**30,
-            "route": summary.route, "tokens": summary.run.sequences.tolist(),
-        }  # fmt: skip
+        found[engine] = {**summary.figures(), "tokens": summary.run.sequences.tolist()}
     return found
 
 
 def tensor_parallel(arguments: argparse.Namespace) -> int:
     """One of torchrun's processes; the first prints what it measured."""
-    model = AutoModelForCausalLM.from_pretrained(
-        os.environ["PKV_HF_FOLDER"], dtype=DTYPES[arguments.dtype], tp_plan="auto"
-    )
+    model = AutoModelForCausalLM.from_pretrained(os.environ[FOLDER], dtype=DTYPES[arguments.dtype], tp_plan="auto")
     found = measure(model, arguments)
     if os.environ["RANK"] == "0":
         print(json.dumps(found))
@@ -73,7 +68,7 @@ def everywhere(arguments: argparse.Namespace, devices: int, processes: int) -> d
             torch.cuda.empty_cache()
         print(f"tensor parallel, {processes} processes ...", file=sys.stderr)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        environ = {**os.environ, "PKV_HF_FOLDER": folder}
+        environ = {**os.environ, FOLDER: folder}
         if arguments.device == "cpu":
             environ["CUDA_VISIBLE_DEVICES"] = ""  # tp_plan takes GPUs where there are any
         command = [*launch, __file__, *sys.argv[1:]]
@@ -99,7 +94,7 @@ def main() -> int:
     if arguments.device == "cuda" and devices < 2:
         parser.error("--device cuda: there is one GPU, and this compares several")
     transformers.utils.logging.set_verbosity_error()
-    if "RANK" in os.environ:
+    if FOLDER in os.environ:
         return tensor_parallel(arguments)
 
     processes = max(devices, 2)

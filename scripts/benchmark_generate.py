@@ -119,7 +119,8 @@ def main() -> int:
             if not match and arguments.dtype == "float32":
                 print(f"error: {engine} gave other tokens than transformers on {lengths}", file=sys.stderr)
                 return 1
-            p20, p50, p80 = summary.percentiles_ms()
+            figures = summary.figures()
+            p50 = figures["step_ms_p50"]
             record = {
                 "bench": "generate",
                 "mode": arguments.mode,
@@ -134,18 +135,11 @@ def main() -> int:
                 "lengths": lengths,
                 "new_tokens": arguments.new_tokens,
                 "engine": engine,
-                "route": summary.route,
-                "step_ms_p20": p20,
-                "step_ms_p50": p50,
-                "step_ms_p80": p80,
+                **figures,
                 "floor_ms": floor_ms,
                 "percent_of_floor": 100 * floor_ms / p50,
                 "tokens_per_step": summary.run.tokens_per_step,
                 "tokens_per_s": len(lengths) * summary.run.tokens_per_step * 1e3 / p50,
-                "first_token_ms": summary.run.first_token_s * 1e3,
-                "peak_gib": summary.run.peak_bytes / 2**30,
-                "kv_bytes": summary.run.kv_bytes,
-                "setup_s": summary.setup_s,
                 "triton_cache": "warm" if compiled_before else "empty",
                 "tokens_match": match,
                 "read_gb_s": bandwidth / 1e9,
