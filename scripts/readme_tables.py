@@ -118,10 +118,6 @@ def modes_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
-QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0,
-             "order": "scattered"}  # fmt: skip
-
-
 def devices_table() -> str:
     records = newest("devices.jsonl", ("model", "dtype", "lengths", "devices", "way", "engine", "gpu"))
     if not records:
@@ -143,17 +139,21 @@ def devices_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
+QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0,
+             "order": "scattered"}  # fmt: skip
+
+
 def quantised_table() -> str:
     case = (*QUANTISED, "query_heads", "dtype", "kv_dtype", "engine", "gpu", "commit")  # speeds are of one run
     records = newest("attention.jsonl", case, order="scattered")
     records = [r for r in records if all(r[key] == value for key, value in QUANTISED.items())]
-    records = [r for r in records if r["engine"] in ("split", "workqueue") and r["dtype"] == "bfloat16"]
-    quantised = [r["commit"] for r in records if r["kv_dtype"] != "same"]
-    if not quantised:
+    records = [r for r in records if r["gpu_us"] is not None and r["dtype"] == "bfloat16"]
+    runs = {r["gpu"]: r["commit"] for r in records if r["kv_dtype"] != "same"}  # each GPU's last
+    if not runs:
         return NO_GPU_RUN
-    records = [r for r in records if r["commit"] == quantised[-1]]
-    base = {r["engine"]: r for r in records if r["kv_dtype"] == "same"}
-    pairs = [(r, base[r["engine"]]) for r in records]
+    records = [r for r in records if r["engine"] in ("split", "workqueue") and r["commit"] == runs.get(r["gpu"])]
+    base = {(r["query_heads"], r["engine"], r["gpu"]): r for r in records if r["kv_dtype"] == "same"}
+    pairs = [(r, base[key]) for r in records if (key := (r["query_heads"], r["engine"], r["gpu"])) in base]
     rows = [
         [r["engine"], "bfloat16" if r["kv_dtype"] == "same" else r["kv_dtype"], f"{r['gpu_us']:.1f}",
          f"{r['gb_s']:,.0f} ({r['percent_of_read']:.0f} %)", f"{same['gpu_us'] / r['gpu_us']:.2f}x"]

@@ -1,4 +1,4 @@
-"""A few lines of text as local datasets, and what scripts recorded of them."""
+"""A few lines of text as local datasets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,6 @@ from pathlib import Path
 import pandas
 
 TEXTS = [f"Line {i} of a text that goes on for a while, then ends. " * 2 for i in range(8)]
-
-
-def records(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def write_dataset(path: Path, lines: list[str]) -> Path:

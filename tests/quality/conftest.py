@@ -1,11 +1,8 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import datasets
 import pytest
 
-from pkv_hf import measure
 from tiny import byte_tokenizer, tiny
 
 
@@ -18,9 +15,8 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quick_and_within_its_folder(monkeypatch, tmp_path):
+def within_its_folder(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(measure, "gc", SimpleNamespace(collect=lambda: None))  # most of the time here
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_datasets import TEXTS, records, write_dataset
+from jsonl import records
+from small_datasets import TEXTS, write_dataset
 
 from pkv_hf import metric, resume, texts, workload
 from tiny import byte_tokenizer, tiny

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_datasets import TEXTS, records, write_dataset
+from jsonl import records
+from small_datasets import TEXTS, write_dataset
 
 from pkv_hf import measure, workload
 from tiny import byte_tokenizer
