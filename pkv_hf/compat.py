@@ -105,6 +105,15 @@ def mask_window(mask_arguments: dict[str, Any]) -> int:
     return mask_arguments.get("local_size") or 0
 
 
+def only_asks_for_gradients(hook: Callable) -> bool:
+    """Whether a forward hook is the one that fine-tuning by adapters leaves on the embeddings.
+
+    transformers' `enable_input_require_grads` puts it there; PEFT, TRL and many a notebook bring copies of it.
+    """
+    named = getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
+    return named and _names(hook) == ("requires_grad_",)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Whether several processes hold parts of a model: tensor parallelism, FSDP or DeepSpeed's ZeRO-3."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
+from pkv_hf import compat
+
 FORWARD = "_pkv_hf_forward"
 """The attribute of a module whose `forward` we replaced: the bound one that was there, None for the class's own."""
 
 PLAIN = (bool, int, float, str, type(None))
+TORCHS_OWN = nn.Module().__dict__.keys() - {"training"}
+"""Attributes of every module that are no settings: its children, tensors and hooks."""
 
 
 class Watch:
@@ -31,9 +36,9 @@ class Watch:
         ]
         self._hooks = _hooks(modules)
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
-        self._settings = [(m, _settings(m)) for m in foreign]
+        self._settings = [(m.__dict__, len(m.__dict__), _settings(m)) for m in foreign]
         devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
-        self._hooked = any(self._hooks)
+        self._hooked = _any_runs(self._hooks)
         self.reason = ""
         """Why a forward of these modules may not be captured or replaced; empty where it may."""
         if self._hooked:
@@ -47,8 +52,8 @@ class Watch:
         return (
             all(store.get(name) is child for store, name, child in self._children)
             and all(_address(store.get(name)) == address for store, name, address in self._tensors)
-            and any(self._hooks) == self._hooked
-            and all(_settings(module) == settings for module, settings in self._settings)
+            and _any_runs(self._hooks) == self._hooked
+            and all(len(now) == size and settings.items() <= now.items() for now, size, settings in self._settings)
         )
 
 
@@ -61,16 +66,22 @@ def _address(tensor: Any) -> Any:
 
 def hooked(model: nn.Module) -> bool:
     """Whether a forward of the model runs anybody's hooks, to which every row and its place in the batch may matter."""
-    return any(_hooks(model.modules()))
+    return _any_runs(_hooks(model.modules()))
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[dict]:
     return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
 
-def _settings(module: nn.Module) -> dict[str, str]:
-    """The plain values of a module's attributes, and of containers of plain values."""
-    return {name: repr(value) for name, value in module.__dict__.items() if _plain(value)}
+def _any_runs(hooks: list[dict]) -> bool:
+    """Whether there is a hook that does something in a forward without gradients."""
+    return any(not compat.only_asks_for_gradients(hook) for of_module in hooks for hook in of_module.values())
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's attributes that are plain values or containers of them, as they are now."""
+    attributes = module.__dict__.items()
+    return {name: copy.deepcopy(value) for name, value in attributes if name not in TORCHS_OWN and _plain(value)}
 
 
 def _plain(value: Any) -> bool:

@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.kernels.check import rms
+from pkv_hf.routes import Split
 from pkv_hf.watch import Watch
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
@@ -41,6 +42,29 @@ def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
     judge(model, inputs)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-windows", "qwen3"])
+def test_blocks_longer_than_a_decode_step_are_rotated_into_the_pages(family, fuse, monkeypatch):
+    def blocks(cache):
+        first = model(**inputs, past_key_values=cache)
+        mask, cache, logits = inputs["attention_mask"], first.past_key_values, []
+        for block in turn.split(13, dim=1):
+            mask = torch.cat([mask, torch.ones_like(block)], dim=1)
+            logits.append(model(input_ids=block, attention_mask=mask, past_key_values=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    model, inputs = tiny(family), left_padded(40, 11)
+    turn = torch.randint(2, 128, (2, 39))
+    expected = blocks(None)
+    rotated = []
+    original = Split.rope_append
+    monkeypatch.setattr(Split, "rope_append", lambda *args: rotated.append(1) or original(*args))
+    with pkv_hf.patched(model, route="split", fuse=fuse):
+        torch.testing.assert_close(blocks(pkv_hf.PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
+    assert len(rotated) == 3 * model.config.num_hidden_layers
+
+
 def generate(model, inputs, **settings):
     return model.generate(**inputs, **{"max_new_tokens": 6, "do_sample": False, **settings})
 
@@ -64,6 +88,24 @@ def test_hooks_keep_running_at_every_step():
         handle.remove()
         generate(model, inputs)
         assert len(calls) == 6
+
+
+def test_the_hook_of_fine_tuning_leaves_steps_as_they_are():
+    model, inputs, calls = tiny("llama"), left_padded(9), []
+    model.enable_input_require_grads()
+    expected = generate(model, inputs)
+
+    def make_inputs_require_grads(module, args, output):
+        calls.append(1)
+        output.requires_grad_(True)
+
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs), expected)
+        assert not pkv_hf.report(model).left
+        model.get_input_embeddings().register_forward_hook(make_inputs_require_grads)  # that does more
+        assert torch.equal(generate(model, inputs), expected)
+        assert len(calls) == 6
+        assert any("hooks" in reason for reason in pkv_hf.report(model).left)
 
 
 def test_a_forward_of_the_callers_own_keeps_running_at_every_step():

@@ -45,6 +45,17 @@ def test_every_combination_gives_the_same_tokens(family, lengths):
             assert not pkv_hf.report(model).left
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_steps_are_captured_with_what_fine_tuning_leaves_on_the_embeddings(fuse):
+    model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
+    model.enable_input_require_grads()
+    expected = generate(model, inputs)
+    with pkv_hf.patched(model, fuse=fuse):
+        cache = generate(model, inputs, return_dict_in_generate=True).past_key_values
+        assert all(step.captured for step in cache.decode_steps.values())
+        assert torch.equal(generate(model, inputs), expected)
+
+
 @pytest.mark.parametrize("settings", COMBINATIONS[:3], ids=str)
 def test_sampling_from_a_seed(settings):
     model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
