@@ -104,7 +104,7 @@ def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor,
     norms = None
     if hasattr(attention, "q_norm"):
         norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
-    out = step.rope_decode(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
+    out = step.rope_attend(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
     stream.add(attention.o_proj, out.view(len(stream.hidden), -1))
 
 

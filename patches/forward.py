@@ -1,4 +1,4 @@
-"""The attention forward that the families share: RoPE, append and decode straight from the pages."""
+"""The attention forward that the families share: RoPE and append in one launch, attention straight from the pages."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def attention_forward(
     past_key_values: Any = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Takes the place of an attention module's `forward`; whatever is not a fused decode step goes to the one before.
+    """Takes the place of an attention module's `forward`; prompts, and steps without pages, go to the one before.
 
     hidden_states is `[B, q_len, hidden]`, position_embeddings cos and sin `[1 or B, q_len, D]`.
     """
@@ -38,5 +38,5 @@ def attention_forward(
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = step.rope_decode(q, k, v, *position_embeddings, self.layer_idx, self.scaling)
+    out = step.rope_attend(q, k, v, *position_embeddings, self.layer_idx, self.scaling)
     return self.o_proj(out.flatten(2)), None

@@ -6,10 +6,12 @@ SDPA's own causal kernels, and what is left is masked in blocks of queries.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 
 from pkv_hf.kernels.launch import capability
 from pkv_hf.layer import PagedLayer
@@ -48,10 +50,16 @@ def sdpa(
         k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
         group = 1
     if causal and q.shape[2] < k.shape[2]:  # SDPA's own `is_causal` aligns the first ones
-        mask, causal = causal_lower_right(q.shape[2], k.shape[2]), False
+        mask, causal = _lower_right(q.shape[2], k.shape[2]), False
     return functional.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, is_causal=causal, enable_gqa=group > 1
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _lower_right(q_len: int, kv_len: int) -> CausalBias:
+    """The bias of a step's layers, which are of one size."""
+    return causal_lower_right(q_len, kv_len)
 
 
 def takes_grouped_heads(dtype: torch.dtype, device: torch.device, masked: bool) -> bool:

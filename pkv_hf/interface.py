@@ -125,5 +125,5 @@ def _learn(module: Any, step: Step, shape: LayerShape) -> None:
     if not state.generic or shape in state.shapes:
         return
     state.shapes.add(shape)
-    if step.fuses_rope:  # the step's kernels were chosen without it
+    if step.decodes and step.route.fuses_rope:  # the step's kernels were chosen without it
         raise NotServed(f"{type(module).__name__} has other heads, scale or softcap than before")

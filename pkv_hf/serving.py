@@ -61,7 +61,7 @@ def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> 
     cache, bounds = step.cache, step.bounds
     alone = _last_hidden_alone(decoder, call)
     static = None
-    if step.fuses_rope and call.get("input_ids") is not None and alone and state.output_type is not None:
+    if step.decodes and call.get("input_ids") is not None and alone and state.output_type is not None:
         static = static_step(decoder, state, cache, step.route, bounds.q_len)
     if static is not None:
         positions = call.get("position_ids")

@@ -10,6 +10,7 @@ import torch
 from pkv_hf.attention import over_pages, packed, prefill
 from pkv_hf.cache import PagedCache
 from pkv_hf.errors import LayerNotServed
+from pkv_hf.layer import PagedLayer
 from pkv_hf.packing import Packing
 from pkv_hf.routes import MAX_DECODE_QUERIES, Bounds, Norms, Route
 
@@ -101,17 +102,26 @@ class Step:
             return packed(q, k, v, scale, self.packing, layer.table.window).transpose(1, 2)
         if not bounds.begin:
             return prefill(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
-        if softcap or bounds.q_len > MAX_DECODE_QUERIES:
+        return self._over_pages(layer, q, scale, softcap)
+
+    def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+        bounds = self.bounds
+        if softcap or not self.decodes:
             return over_pages(layer, q, scale, bounds.starts, bounds.begin, softcap).transpose(1, 2)
         with launching_on(q.device):
             return self.route.decode(layer, q, scale, bounds)
 
     @property
-    def fuses_rope(self) -> bool:
-        """Whether this step is a decode step whose route takes `rope_decode`."""
-        return self.route.fuses_rope and self.bounds.begin > 0 and self.bounds.q_len <= MAX_DECODE_QUERIES
+    def decodes(self) -> bool:
+        """Whether the route attends, unless scores are capped; to prompts and longer blocks torch does."""
+        return self.bounds.begin > 0 and self.bounds.q_len <= MAX_DECODE_QUERIES
 
-    def rope_decode(
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether the layers of this step may call `rope_attend`."""
+        return self.bounds.begin > 0 and self.route.fuses_rope
+
+    def rope_attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
         layer_idx: int, scale: float, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
@@ -119,7 +129,7 @@ class Step:
         layer = self.cache.layers[layer_idx]
         with launching_on(q.device):
             q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
-            return self.route.decode(layer, q, scale, self.bounds)
+        return self._over_pages(layer, q, scale)
 
 
 def handle_of(states: torch.Tensor) -> tuple[Step, int] | None:
