@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 from tqdm import tqdm
@@ -123,6 +124,11 @@ def perplexity(trainer: Trainer, blocks: list[dict[str, list[int]]]) -> float:
     return math.exp(trainer.evaluate(eval_dataset=blocks)["eval_loss"])  # type: ignore[arg-type]
 
 
+def step_ms(run: measure.Run, suffix: str = "") -> dict[str, float]:
+    times = np.percentile(run.step_s, (20, 50, 80)) * 1e3
+    return {f"step_ms_p{p}{suffix}": float(ms) for p, ms in zip((20, 50, 80), times)}
+
+
 def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     """Does all of it; `folder` is for the adapters. Raises UsageError for what cannot be done."""
     text = read_text(arguments.text_file) if arguments.text_file else pydoc_text()
@@ -145,7 +151,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     model = peft.PeftModel.from_pretrained(model.unload(), folder).eval()
     reloaded = sample(model, prompts, arguments.new_tokens)
     patched = measure.generate(model, prompts, arguments.new_tokens)
-    route = pkv_hf.report(model).route
+    report = pkv_hf.report(model)
     unpatched = measure.generate(pkv_hf.unpatch(model), prompts, arguments.new_tokens)
     for name, rows in (("before", before), ("after", after)):
         print(f"{name:8} {tokenizer.decode(rows[-1])!r}")
@@ -169,11 +175,14 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
         "perplexity_after": perplexities[1],
         "prompts": arguments.prompts,
         "new_tokens": arguments.new_tokens,
+        **step_ms(unpatched, "_unpatched"),
+        **step_ms(patched),
         "tokens_per_s_unpatched": unpatched.tokens_per_s,
         "tokens_per_s_patched": patched.tokens_per_s,
         "tokens_identical": torch.equal(unpatched.sequences, patched.sequences),
         "reloaded_tokens_identical": torch.equal(reloaded, after),
-        "route": route,
+        "route": report.route,
+        "left": report.left,
         "adapters": str(arguments.adapters) if arguments.adapters else None,
         **environment(),
     }

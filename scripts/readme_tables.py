@@ -139,6 +139,29 @@ def devices_table() -> str:
     return markdown(header, rows) + measured_on(records)
 
 
+def finetune_table() -> str:
+    records = newest("finetune.jsonl", ("model", "dtype", "weight_bits", "batch", "block", "rank", "prompts", "gpu"))
+    if not records:
+        return NO_GPU_RUN
+    rows = [
+        [
+            f"{r['model']} {r['dtype']}{', NF4 weights' if r['weight_bits'] else ''}, rank {r['rank']}, "
+            f"{r['steps']} steps of {r['batch']} x {r['block']}",
+            f"{r['perplexity_before']:.2f} to {r['perplexity_after']:.2f}",
+            f"{r['prompts']} x {r['new_tokens']}",
+            *(
+                f"{r['step_ms_p50' + s]:.2f} ({r['step_ms_p20' + s]:.2f} to {r['step_ms_p80' + s]:.2f})"
+                for s in ("_unpatched", "")
+            ),
+            f"{r['step_ms_p50_unpatched'] / r['step_ms_p50']:.2f}x",
+        ]
+        for r in records
+    ]
+    header = ["training", "perplexity, held out", "served", "step ms, transformers, p50 (p20 to p80)", "on pages",
+              "speed"]  # fmt: skip
+    return markdown(header, rows) + measured_on(records)
+
+
 QUANTISED = {"rows": 8, "length": 16_384, "group": 4, "head_dim": 128, "page_size": 16, "holes": 0.0, "splits": 0,
              "order": "scattered"}  # fmt: skip
 
@@ -330,6 +353,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generate-cpu": lambda: generate_table(False),
     "generate-modes": modes_table,
     "devices": devices_table,
+    "finetune": finetune_table,
     "quantised": quantised_table,
     "ablation": ablation_table,
     "linear": linear_table,
