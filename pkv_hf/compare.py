@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -17,37 +19,43 @@ Part = tuple[str, Callable[[], dict[str, Any]]]
 """A name that no other part of the run has, and what computes it: a dict of JSON types."""
 
 
+@dataclass(frozen=True)
+class Engine:
+    """A way to compute the parts of a run."""
+
+    on_pages: bool
+    parts: Sequence[Part]
+    warm_up: Callable[[], object]
+
+
 def run(
-    model: Any,
-    on_pages: bool,
-    parts: Sequence[Part],
-    warm_up: Callable[[], object],
-    store: Store | None,
-    label: str,
-    progress: bool = True,
-) -> list[dict[str, Any]]:
-    """Computes parts with the model patched (with its own settings if it has some) or unpatched, then as it was before.
+    model: Any, engines: Mapping[str, Engine], store: Store | None, label: str, progress: bool = True
+) -> dict[str, list[dict[str, Any]]]:
+    """Computes the parts of every engine, with the model patched (by its own settings if it has some) or unpatched.
 
-    `warm_up` runs first, if a part has to be computed that `store` does not hold. On pages every result says by which
-    `route` it ran and what was `left` to transformers.
+    Engines take turns at the parts, one of each at a time: a host that is slow for some seconds is so for all of them.
+    `warm_up` runs before an engine's first part that `store` does not hold. On pages every result says by which `route`
+    it ran and what was `left` to transformers. The model is then as it was before.
     """
-    warm = False
+    warm: set[str] = set()
 
-    def computed(compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        nonlocal warm
-        if not warm:
-            warm_up()
-            warm = True
-        result = compute()
-        if on_pages:
-            ran = state_of(model)
-            result = {**result, "route": ran.route, "left": list(ran.left)}
+    def computed(name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        engine = engines[name]
+        with _as_patched(model) if engine.on_pages else _unpatched(model):
+            if name not in warm:
+                engine.warm_up()
+                warm.add(name)
+            result = compute()
+            if engine.on_pages:
+                ran = state_of(model)
+                result = {**result, "route": ran.route, "left": list(ran.left)}
         return result
 
-    results = []
-    with _as_patched(model) if on_pages else _unpatched(model):
-        for name, compute in tqdm(parts, label, disable=not progress):
-            results.append(computed(compute) if store is None else store.part(name, lambda: computed(compute)))  # noqa: B023
+    turns = [(name, *part) for parts in zip(*(e.parts for e in engines.values())) for name, part in zip(engines, parts)]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in engines}
+    for name, part, compute in tqdm(turns, label, disable=not progress):
+        compute = functools.partial(computed, name, compute)
+        results[name].append(compute() if store is None else store.part(part, compute))
     return results
 
 

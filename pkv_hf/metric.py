@@ -100,16 +100,15 @@ class PagedPerplexity(evaluate.Metric):
         on_gpu = model.device.type == "cuda"  # whose allocator is slow until it has blocks of all sizes of a window
         warm_ups = engines(mode, chunk, decode_tokens if on_gpu else 2)
         first = cut[0] if on_gpu else cut[0][: 2 * chunk if mode == "chunk" else 64]
-        found: dict[str, list[Scores]] = {}
+        turns: dict[str, compare.Engine] = {}
         for engine, (on_pages, score) in engines(mode, chunk, decode_tokens).items():
             name = f"{engine}-{_kv_dtype(model)}" if on_pages else engine
             names = [f"{name}-{mode}-{context}-{digest(ids.numpy().tobytes())}" for ids in mine]
             parts = [(name, functools.partial(score, model, ids)) for name, ids in zip(names, mine)]
-            warm_up = functools.partial(warm_ups[engine][1], model, first)
-            label = f"{mode}, {context:,} tokens, {engine}"
-            found[engine] = compare.run(model, on_pages, parts, warm_up, store, label, progress)
-            if processes is not None:
-                found[engine] = gather_object(found[engine])
+            turns[engine] = compare.Engine(on_pages, parts, functools.partial(warm_ups[engine][1], model, first))
+        found: dict[str, list[Scores]] = compare.run(model, turns, store, f"{mode}, {context:,} tokens", progress)
+        if processes is not None:
+            found = {engine: gather_object(scores) for engine, scores in found.items()}
         result = {"mode": mode, "context": context, **summary(found, context)}
         if mode == "chunk" and chunk > MAX_DECODE_QUERIES:
             result["route"] = "sdpa"  # torch reads longer blocks from the pages, whatever the route of decode steps

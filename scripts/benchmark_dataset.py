@@ -86,14 +86,15 @@ def measure(arguments: argparse.Namespace) -> None:
     store = Store(arguments.out, {**case, "prompts": wanted}, model)
     pad = model.config.pad_token_id or 0
     short = [workload.Prompt(prompt.ids[:64], 3) for prompt in batches[0]]
-    results = {}
+    warm_up = functools.partial(generate_batch, model, short, pad)
+    turns = {}
     for engine in ENGINES:
         parts = [
             (f"{engine}-{index}", functools.partial(generate_batch, model, batch, pad))
             for index, batch in enumerate(batches)
         ]
-        warm_up = functools.partial(generate_batch, model, short, pad)
-        results[engine] = compare.run(model, engine == "patched", parts, warm_up, store, engine)
+        turns[engine] = compare.Engine(engine == "patched", parts, warm_up)
+    results = compare.run(model, turns, store, "batches")
     pairs = [pair for a, b in zip(*(results[engine] for engine in ENGINES)) for pair in zip(a["answers"], b["answers"])]
     same = sum(a == b for a, b in pairs) / len(pairs)
     if same < 1 and arguments.dtype == "float32":

@@ -51,14 +51,15 @@ def measure(arguments: argparse.Namespace) -> None:
             "rope_scaling": arguments.rope_scaling, "trials": arguments.trials}  # fmt: skip
     check_patchable(model)
     store = Store(arguments.out, case, model)
-    answers = {}
+    turns = {}
     for engine in ("unpatched", "patched"):
         parts = []
         for (length, depth), trial in itertools.product(cells, range(arguments.trials)):
             key = key_of(trial)
             compute = functools.partial(ask, model, tokenizer, prompt(tokenizer, length, depth, key), key)
             parts.append((f"{engine}-{length}-{depth}-{trial}", compute))
-        answers[engine] = compare.run(model, engine == "patched", parts, parts[0][1], store, engine)
+        turns[engine] = compare.Engine(engine == "patched", parts, parts[0][1])
+    answers = compare.run(model, turns, store, "keys")
     ran = compare.served(answers["patched"])
     records = []
     for index, (length, depth) in enumerate(cells):

@@ -10,9 +10,10 @@ import torch
 import transformers
 
 import pkv_hf
-from pkv_hf import PagedCache, measure, metric, perplexity, texts
+from pkv_hf import PagedCache, compare, measure, metric, perplexity, texts
 from pkv_hf.metric import PagedPerplexity
 from pkv_hf.perplexity import by_chunks, by_forward, by_generate
+from pkv_hf.state import STATE
 from tiny import COMMON, byte_tokenizer, tiny
 
 LENGTH = 90
@@ -198,3 +199,23 @@ def test_smollm2_on_real_text(smollm2, smollm2_tokenizer, pydoc_ids):
         found = PagedPerplexity().compute(**settings, context=256, mode=mode, decode_tokens=4, chunk=64)
         assert abs(found["difference_percent"]) < 0.01  # 1e-4 relative
         assert found["largest_log_prob_difference"] < 1e-3
+
+
+def test_engines_take_turns_at_the_windows():
+    model, done = tiny("llama"), []
+
+    def engine(name, on_pages):
+        def part(index):
+            return lambda: done.append((name, index, hasattr(model, STATE))) or {"index": index}
+
+        parts = [(f"{name}-{index}", part(index)) for index in range(3)]
+        return compare.Engine(on_pages, parts, lambda: done.append((name, "warm-up")))
+
+    found = compare.run(model, {"a": engine("a", False), "b": engine("b", True)}, None, "windows", progress=False)
+    assert [turn[:2] for turn in done] == [
+        ("a", "warm-up"), ("a", 0), ("b", "warm-up"), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2),
+    ]  # fmt: skip
+    assert all(turn[2] == (turn[0] == "b") for turn in done if len(turn) == 3)
+    assert [result["index"] for result in found["a"]] == [0, 1, 2]
+    assert all(result["left"] == [] for result in found["b"])
+    assert not hasattr(model, STATE)

@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(perplexity, out, monke
     stop = None
     status, _ = perplexity(*arguments)
     assert status == 0
-    assert len(calls) == 1 + 2  # a warm-up, and what was missing
+    assert len(calls) == 2 + 2  # what was missing, of both engines, and a warm-up of each
     whole, resumed = records(out)[:2], records(out)[2:]
     assert [figures(record) for record in whole] == [figures(record) for record in resumed]
     assert not out.with_suffix(".partial").exists()

@@ -170,7 +170,7 @@ def test_generation_refuses_bad_input(run, dataset_speed, out, tmp_path, argumen
 def test_a_killed_run_over_a_dataset_goes_on_with_the_next_batch(dataset_speed, out, tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "data.csv", TEXTS)
     arguments = ("--dataset", path, "--split", "train", "--requests", 4, "--max-active", 2, "--new-tokens", 4)
-    generate, calls, stop = measure.generate, [], 6  # a warm-up and two batches unpatched, then patched
+    generate, calls, stop = measure.generate, [], 6  # two warm-ups, then the last batch on pages
 
     def counted(model, inputs, *rest):
         calls.append(inputs["input_ids"].shape)
