@@ -34,6 +34,7 @@ class Watch:
         self._tensors = [
             (store, name, _address(tensor)) for store in stores for name, tensor in store.items() if tensor is not None
         ]
+        self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
         self._hooks = _hooks(modules)
         foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
         self._settings = [(m.__dict__, len(m.__dict__), _settings(m)) for m in foreign]
@@ -52,6 +53,7 @@ class Watch:
         return (
             all(store.get(name) is child for store, name, child in self._children)
             and all(_address(store.get(name)) == address for store, name, address in self._tensors)
+            and all(now.get("forward") is forward for now, forward in self._forwards)
             and _any_runs(self._hooks) == self._hooked
             and all(len(now) == size and settings.items() <= now.items() for now, size, settings in self._settings)
         )

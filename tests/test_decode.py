@@ -267,7 +267,7 @@ class TestWatch:
         assert watch.unchanged()
         assert not watch.reason
 
-    @pytest.mark.parametrize("change", ["data", "parameter", "module", "dtype", "hook", "buffer"])
+    @pytest.mark.parametrize("change", ["data", "parameter", "module", "dtype", "hook", "forward", "buffer"])
     def test_changes(self, change):
         model = tiny("llama")
         layer = model.model.layers[0]
@@ -282,6 +282,8 @@ class TestWatch:
             model.to(torch.bfloat16)
         elif change == "hook":
             layer.register_forward_pre_hook(lambda *_: None)
+        elif change == "forward":
+            layer.mlp.forward = lambda x: x
         else:
             model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
         assert not watch.unchanged()
