@@ -168,6 +168,13 @@ def packed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, packing: Packing, window: int
 ) -> torch.Tensor:
     """`prefill` of packed rows: q `[1, H_q, tokens, D]`, k and v `[1, H_kv, tokens, D]`; returns q's shape."""
+    if takes_grouped_heads(q.dtype, q.device, masked=False) and q.is_cuda and q.shape[3] % 8 == 0:
+        bounds, longest = packing.bounds_on(q.device), packing.length - int(packing.starts.min())
+        flash = torch.ops.aten._flash_attention_forward  # SDPA's own kernel, which reads rows of any length at once
+        by_token = (states[0].transpose(0, 1) for states in (q, k, v))
+        seen = {"window_size_left": window - 1} if window else {}
+        out, *_ = flash(*by_token, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **seen)
+        return out.transpose(0, 1)[None]
     out = torch.empty_like(q)
     for segment in packing.segments():
         out[:, :, segment] = attend_block(q[:, :, segment], k[:, :, segment], v[:, :, segment], scale, 0, 0, window)

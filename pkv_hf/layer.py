@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from pkv_hf.kernels.quantize import dequantize, quantize
-from pkv_hf.packing import Packing
+from pkv_hf.packing import Packing, Places
 from pkv_hf.pool import movable
 from pkv_hf.table import BlockTable
 
@@ -97,26 +99,36 @@ class PagedLayer(CacheLayerMixin):
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Appends states `[B, H_kv, q_len, head_dim]` to the pages, without building anything dense."""
         begin, end = self.length, self.prepare(key_states, value_states)
-        self._write(begin, end, [list(states.detach()) for states in (key_states, value_states)])
+        self._write(
+            (key_states, value_states),
+            lambda storage, states: write_tokens(storage, self.table, begin, end, states),
+        )
         self.length = end
 
     def write_packed(self, key_states: torch.Tensor, value_states: torch.Tensor, packing: Packing) -> None:
-        """Writes the first tokens of all rows, states `[1, H_kv, packing.tokens, head_dim]` without their padding."""
+        """Writes the first tokens of all rows, states `[1, H_kv, packing.tokens, head_dim]` without their padding.
+
+        Padding in a row's first page becomes zeros: a mask does not keep a NaN of fresh memory out of a softmax.
+        """
         self.prepare(key_states, value_states, len(packing.starts), packing.length)
-        segments = list(packing.segments())
-        rows = [[states[0, :, segment].detach() for segment in segments] for states in (key_states, value_states)]
-        self._write(0, packing.length, rows)
+        places = packing.places(self.table, key_states.device)
+        self._write(
+            (key_states[0], value_states[0]),
+            lambda storage, tokens: write_places(storage, places, tokens),
+        )
         self.length = packing.length
 
-    def _write(self, begin: int, end: int, states: list[list[torch.Tensor]]) -> None:
-        """Writes K and V of every row, `[H_kv, tokens, head_dim]` each, as `write_tokens` does."""
+    def _write(
+        self, states: tuple[torch.Tensor, torch.Tensor], put: Callable[[torch.Tensor, torch.Tensor], None]
+    ) -> None:
+        """Lets `put` write K and V, each `[..., head_dim]`, and their scales where pages are quantised."""
         k, v, *scales = self.table.pool.storage[self.layer_idx]
-        for rows, storage, storage_scales in zip(states, (k, v), scales):
+        for tokens, storage, storage_scales in zip(states, (k, v), scales):
+            tokens = tokens.detach()
             if storage_scales is not None:
-                quantized = [quantize(row, storage.dtype) for row in rows]
-                rows = [values for values, _ in quantized]
-                write_tokens(storage_scales[..., None], self.table, begin, end, [s[..., None] for _, s in quantized])
-            write_tokens(storage, self.table, begin, end, rows)
+                tokens, of_tokens = quantize(tokens, storage.dtype)
+                put(storage_scales[..., None], of_tokens[..., None])
+            put(storage, tokens)
 
     def prepare(
         self, key_states: torch.Tensor, value_states: torch.Tensor, rows: int | None = None, q_len: int | None = None
@@ -202,25 +214,29 @@ class PagedLayer(CacheLayerMixin):
         raise NotImplementedError("a PagedCache is not offloaded: use cache_implementation='offloaded' instead")
 
 
-def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int, states: list[torch.Tensor]) -> None:
-    """Writes a row's states `[H_kv, tokens, head_dim]` at its last positions before `end`, from `begin` on at most.
-
-    Positions in null pages are left out. Held positions before the states are padding: they become zeros, since a mask
-    does not keep a NaN of fresh memory out of a softmax.
-    """
+def write_tokens(storage: torch.Tensor, table: BlockTable, begin: int, end: int, states: torch.Tensor) -> None:
+    """Writes states `[rows, H, end - begin, D]` at positions [begin, end) of head-major storage `[H, num_pages,
+    page_size, D]`. Positions in null pages are left out."""
     flat = movable(storage).view(storage.shape[0], -1, storage.shape[3])
     for row, (held, offset) in enumerate(zip(table.first_held(), table.offsets())):
-        padding = max(begin, held)
-        first = max(padding, end - states[row].shape[1])
-        tokens = movable(states[row][:, first - end :])
+        first = max(begin, held)
+        tokens = movable(states[row][:, first - begin :])
         if offset is not None:
-            if padding < first:
-                flat[:, padding + offset : first + offset] = 0
             flat[:, first + offset : end + offset] = tokens
         elif first < end:
-            slots = torch.from_numpy(table.slots(row, padding, end)).to(storage.device)
-            flat.index_fill_(1, slots[: first - padding], 0)
-            flat.index_copy_(1, slots[first - padding :], tokens.to(flat.dtype))
+            slots = torch.from_numpy(table.slots(row, first, end)).to(storage.device)
+            flat.index_copy_(1, slots, tokens.to(flat.dtype))
+
+
+def write_places(storage: torch.Tensor, places: Places, tokens: torch.Tensor) -> None:
+    """Writes packed tokens `[H, tokens, D]` to their places in head-major storage, and zeros to the padding's."""
+    flat = movable(storage).view(storage.shape[0], -1, storage.shape[3])
+    tokens = movable(tokens)
+    if len(places.kept) < tokens.shape[1]:
+        tokens = tokens.index_select(1, places.kept)
+    flat.index_copy_(1, places.slots, tokens.to(flat.dtype))
+    if len(places.padding):
+        flat.index_fill_(1, places.padding, 0)
 
 
 def read_dense(storage: torch.Tensor, table: BlockTable, begin: int, end: int, rows: slice) -> torch.Tensor:

@@ -1,0 +1,44 @@
+"""Attention of packed prompts on a GPU: one launch over rows of any length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pkv_hf.attention import packed
+from pkv_hf.kernels.check import rms
+from pkv_hf.packing import Packing
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("window", [0, 24, 500])
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_packed_rows_are_as_exact_as_row_by_row(dtype, group, head_dim, window):
+    packing = Packing(np.array([0, 199, 137, 72]), 200)  # the second row has one token
+    shapes = [(1, heads, packing.tokens, head_dim) for heads in (2 * group, 2, 2)]
+    q, k, v = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
+    ours = packed(q, k, v, head_dim**-0.5, packing, window)
+    rows = Packing(packing.starts, packing.length)
+    exact = packed(*(states.double().cpu() for states in (q, k, v)), head_dim**-0.5, rows, window)
+    theirs = torch.cat(
+        [
+            torch.nn.functional.scaled_dot_product_attention(
+                *(states[:, :, segment] for states in (q, k, v)),
+                attn_mask=_mask(segment.stop - segment.start, window),
+                enable_gqa=True,
+            )
+            for segment in rows.segments()
+        ],
+        dim=2,
+    )
+    assert ours.shape == q.shape
+    assert rms(ours.double().cpu() - exact) <= 2 * rms(theirs.double().cpu() - exact)
+
+
+def _mask(length: int, window: int) -> torch.Tensor:
+    behind = torch.arange(length, device="cuda")[:, None] - torch.arange(length, device="cuda")[None]
+    return (behind >= 0) & (behind < (window or length))
