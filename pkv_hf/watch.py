@@ -23,21 +23,23 @@ class Watch:
     """What a forward of some modules rests on, at the time it is made.
 
     That is: which module is where, where every weight and buffer is stored (their values may change in place), hooks,
-    and, of modules that are neither torch's nor transformers', every plain setting (PEFT's active adapters, their
-    scaling, whether they are disabled or merged).
+    and, of modules that are not torch's, every plain setting (a layer's scaling, PEFT's active adapters, whether they
+    are disabled or merged).
     """
 
     def __init__(self, roots: list[nn.Module]) -> None:
         modules = [module for root in roots for module in root.modules()]
         self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
         stores = [store for m in modules for store in (m._parameters, m._buffers)]
-        self._tensors = [
-            (store, name, _address(tensor)) for store in stores for name, tensor in store.items() if tensor is not None
-        ]
+        tensors = [(store, name, tensor) for store in stores for name, tensor in store.items()]
+        self._tensors = [(store, name, _address(tensor)) for store, name, tensor in tensors if tensor is not None]
+        self._absent = [(store, name) for store, name, tensor in tensors if tensor is None]
+        self._stores = [*stores, *(m._modules for m in modules)]
+        self._held = sum(map(len, self._stores))
         self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
         self._hooks = _hooks(modules)
-        foreign = [m for m in modules if not type(m).__module__.startswith(("torch.", "transformers."))]
-        self._settings = [(m.__dict__, len(m.__dict__), _settings(m)) for m in foreign]
+        others = [m for m in modules if not type(m).__module__.startswith("torch.")]
+        self._settings = [(m.__dict__, len(m.__dict__), _settings(m)) for m in others]
         devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
         self._hooked = _any_runs(self._hooks)
         self.reason = ""
@@ -51,7 +53,9 @@ class Watch:
 
     def unchanged(self) -> bool:
         return (
-            all(store.get(name) is child for store, name, child in self._children)
+            sum(map(len, self._stores)) == self._held
+            and all(store.get(name) is None for store, name in self._absent)
+            and all(store.get(name) is child for store, name, child in self._children)
             and all(_address(store.get(name)) == address for store, name, address in self._tensors)
             and all(now.get("forward") is forward for now, forward in self._forwards)
             and _any_runs(self._hooks) == self._hooked
@@ -77,7 +81,9 @@ def _hooks(modules: Iterable[nn.Module]) -> list[dict]:
 
 def _any_runs(hooks: list[dict]) -> bool:
     """Whether there is a hook that does something in a forward without gradients."""
-    return any(not compat.only_asks_for_gradients(hook) for of_module in hooks for hook in of_module.values())
+    return any(
+        not compat.only_asks_for_gradients(hook) for of_module in filter(None, hooks) for hook in of_module.values()
+    )
 
 
 def _settings(module: nn.Module) -> dict[str, Any]:

@@ -257,6 +257,20 @@ def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
     assert not watch.unchanged()
 
 
+CHANGES = {
+    "data": lambda layer: setattr(layer.mlp.up_proj.weight, "data", layer.mlp.up_proj.weight.data.clone()),
+    "parameter": lambda layer: setattr(layer.input_layernorm, "weight", torch.nn.Parameter(torch.ones(64))),
+    "bias": lambda layer: setattr(layer.mlp.up_proj, "bias", torch.nn.Parameter(torch.ones(96))),
+    "module": lambda layer: setattr(layer.mlp, "up_proj", torch.nn.Linear(64, 96, bias=False)),
+    "more modules": lambda layer: setattr(layer.mlp, "more", torch.nn.Linear(64, 96)),
+    "dtype": lambda layer: layer.to(torch.bfloat16),
+    "hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
+    "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
+    "buffer": lambda layer: layer.register_buffer("more", torch.ones(1)),
+    "scaling": lambda layer: setattr(layer.self_attn, "scaling", 2.0),
+}
+
+
 class TestWatch:
     def test_nothing_changed(self):
         model = tiny("llama")
@@ -267,25 +281,11 @@ class TestWatch:
         assert watch.unchanged()
         assert not watch.reason
 
-    @pytest.mark.parametrize("change", ["data", "parameter", "module", "dtype", "hook", "forward", "buffer"])
+    @pytest.mark.parametrize("change", CHANGES)
     def test_changes(self, change):
         model = tiny("llama")
-        layer = model.model.layers[0]
         watch = Watch([model])
-        if change == "data":
-            layer.self_attn.o_proj.weight.data = layer.self_attn.o_proj.weight.data.clone()
-        elif change == "parameter":
-            layer.input_layernorm.weight = torch.nn.Parameter(torch.ones(64))
-        elif change == "module":
-            layer.mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
-        elif change == "dtype":
-            model.to(torch.bfloat16)
-        elif change == "hook":
-            layer.register_forward_pre_hook(lambda *_: None)
-        elif change == "forward":
-            layer.mlp.forward = lambda x: x
-        else:
-            model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+        CHANGES[change](model.model.layers[0])
         assert not watch.unchanged()
 
     def test_adapters(self):
