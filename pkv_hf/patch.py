@@ -182,7 +182,7 @@ def _not_served(model: Any, decoder: Any, family: Family | None, attentions: lis
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
     if family is not None:
         return ""
-    if decoder.config is not model.config:
+    if getattr(decoder.config, ORIGINAL, decoder.config) is not model.config:
         return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"

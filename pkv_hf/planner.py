@@ -8,20 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from pkv_hf.attention import MASK_ELEMENTS, takes_grouped_heads
 from pkv_hf.cache import KV_DTYPES, check_kv_dtype, check_page_size
-from pkv_hf.compat import layer_windows
-from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
-from pkv_hf.patch import served_layers, unwrap
+from pkv_hf.sizes import QUANTISED_BITS, ModelSizes
 from pkv_hf.tables import table
-from pkv_hf.weights import weight_bytes
 
 MIB = 1 << 20
 CUBLAS_WORKSPACE = 32 * MIB
@@ -34,9 +30,6 @@ CUDA = torch.device("cuda")
 
 PROCESSORS = 132
 """Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
-
-QUANTISED_BITS = {4: 4.5, 8: 8.0}
-"""bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,8 @@ def plan(
 
     Raises ValueError for anything else, and UnsupportedModelError (a ValueError) for what `patch` would refuse.
     """
-    lengths = list(prompt_tokens) if isinstance(prompt_tokens, Sequence) else [prompt_tokens]
+    several = isinstance(prompt_tokens, Sequence) and not isinstance(prompt_tokens, (str, bytes))
+    lengths: list[Any] = list(prompt_tokens) if several else [prompt_tokens]  # type: ignore[arg-type]
     for name, value in (
         ("batch", batch),
         *(("prompt_tokens", length) for length in lengths or [0]),
@@ -129,22 +123,22 @@ def plan(
     ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}={value!r} is not a positive number: pass at least 1")
-    if not isinstance(prompt_tokens, Sequence):
+    if not several:
         lengths *= batch
     elif batch not in (1, len(lengths)):
         raise ValueError(f"batch={batch}, but prompt_tokens names {len(lengths)} rows: leave batch out")
     check_page_size(page_size)
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype={dtype!r} is no floating dtype: pass torch.float16 say, or None")
-    if weight_bits is not None and weight_bits not in QUANTISED_BITS:
+    if weight_bits is not None and (type(weight_bits) is not int or weight_bits not in QUANTISED_BITS):
         raise ValueError(f"weight_bits={weight_bits!r} is not one of {list(QUANTISED_BITS)}, or None for dtype")
     check_kv_dtype(kv_dtype)
     memory = _gpu_bytes(gpu_memory)
-    needs = _Needs.of(model_or_config, dtype, weight_bits)
+    sizes = ModelSizes.of(model_or_config, dtype, weight_bits)
     settings = (new_tokens, kv_dtype, page_size, prefill_chunk_size)
 
     def planned(rows: list[int]) -> MemoryPlan:
-        return needs.plan(memory, rows, *settings)
+        return _planned(sizes, memory, rows, *settings)
 
     made = planned(lengths)
     return replace(
@@ -160,7 +154,7 @@ def _gpu_bytes(gpu_memory: int | str | None) -> int:
             raise ValueError("gpu_memory=None asks for this GPU's, and there is none: pass bytes, or '15GiB' say")
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
-        nbytes = convert_file_size_to_int(gpu_memory)
+        nbytes = 0 if isinstance(gpu_memory, bool) else convert_file_size_to_int(gpu_memory)
     except (ValueError, AttributeError, TypeError):
         nbytes = 0
     if nbytes < 1:
@@ -179,128 +173,77 @@ def _largest(fits: Any) -> int:
     return low
 
 
-@dataclass(frozen=True)
-class _Needs:
-    """What the sums need to know of a model. Counts are of elements, a token's where it says so."""
+def _planned(
+    sizes: ModelSizes,
+    memory: int,
+    lengths: list[int],
+    new_tokens: int,
+    kv_dtype: Any,
+    page_size: int,
+    chunk: int | None,
+) -> MemoryPlan:
+    longest, width = max(lengths), sizes.dtype.itemsize
+    whole = chunk is None or chunk >= longest
+    tokens = sum(lengths) if whole else len(lengths) * (chunk or 0)
+    return MemoryPlan(
+        gpu_memory=memory,
+        batch=len(lengths),
+        prompt_tokens=longest,
+        new_tokens=new_tokens,
+        weights=sizes.weights,
+        pages=_pages(sizes, lengths, new_tokens, kv_dtype, page_size),
+        prefill=tokens * _token_elements(sizes) * width,
+        workspace=2 * CUBLAS_WORKSPACE + _partials(sizes) + (0 if whole else _over_pages(sizes, longest)),
+        graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
+        + len(lengths) * sizes.vocabulary * (width + 4),  # and float32 scores
+    )
 
-    weights: int
-    """Bytes."""
-    dtype: torch.dtype
-    windows: tuple[int, ...]
-    heads: int
-    kv_heads: int
-    head_dim: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
 
-    @classmethod
-    def of(cls, source: Any, dtype: torch.dtype | None, weight_bits: int | None) -> _Needs:
-        if isinstance(source, PreTrainedConfig):
-            with init_empty_weights(include_buffers=True):
-                model: Any = AutoModelForCausalLM.from_config(source)
-            model.tie_weights()
-            own = source.dtype or torch.float32
-            dtype = dtype or (getattr(torch, own) if isinstance(own, str) else own)
-            weights = _weight_bytes(model, dtype, weight_bits)
-        elif isinstance(source, nn.Module):
-            if weight_bits is not None or dtype is not None:
-                raise ValueError("dtype and weight_bits are for a configuration: a model's weights count as they are")
-            model = unwrap(source)
-            weights = weight_bytes(source)
-            dtype = next(parameter.dtype for parameter in source.parameters() if parameter.is_floating_point())
+def _pages(sizes: ModelSizes, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int) -> int:
+    """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
+    dtype = sizes.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
+    token = 2 * sizes.kv_heads * (sizes.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
+    longest = max(lengths)
+    reserved = math.ceil((longest + new_tokens - 1) / page_size)
+    pages = 0
+    for window in sizes.windows:
+        if window:
+            pages += len(lengths) * min(reserved, math.ceil(window / page_size) + 1)
         else:
-            raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")
-        decoder, _, attentions = served_layers(model)
-        config = decoder.config
-        return cls(
-            weights=weights,
-            dtype=dtype,
-            windows=tuple(layer_windows(config)),
-            heads=config.num_attention_heads,
-            kv_heads=config.num_key_value_heads,
-            head_dim=attentions[0].head_dim,
-            hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
-            vocabulary=config.vocab_size,
-        )
+            pages += sum(reserved - (longest - length) // page_size for length in lengths)
+    return (pages + len(sizes.windows)) * page_size * token
 
-    def plan(
-        self, memory: int, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int, chunk: int | None
-    ) -> MemoryPlan:
-        longest, width = max(lengths), self.dtype.itemsize
-        whole = chunk is None or chunk >= longest
-        tokens = sum(lengths) if whole else len(lengths) * (chunk or 0)
-        return MemoryPlan(
-            gpu_memory=memory,
-            batch=len(lengths),
-            prompt_tokens=longest,
-            new_tokens=new_tokens,
-            weights=self.weights,
-            pages=self._pages(lengths, new_tokens, kv_dtype, page_size),
-            prefill=tokens * self._token_elements() * width,
-            workspace=2 * CUBLAS_WORKSPACE + self._partials() + (0 if whole else self._over_pages(longest)),
-            graphs=len(lengths) * (4 * self.hidden + 3 * self.intermediate) * width
-            + len(lengths) * self.vocabulary * (width + 4),  # and float32 scores
-        )
 
-    def _pages(self, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int) -> int:
-        """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
-        dtype = self.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
-        token = 2 * self.kv_heads * (self.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
-        longest = max(lengths)
-        reserved = math.ceil((longest + new_tokens - 1) / page_size)
-        pages = 0
-        for window in self.windows:
-            if window:
-                pages += len(lengths) * min(reserved, math.ceil(window / page_size) + 1)
-            else:
-                pages += sum(reserved - (longest - length) // page_size for length in lengths)
-        return (pages + len(self.windows)) * page_size * token
+def _token_elements(sizes: ModelSizes) -> int:
+    """The most that a layer of a prompt holds for a token.
 
-    def _token_elements(self) -> int:
-        """The most that a layer of a prompt holds for a token.
+    Beside the embeddings, which the decoder's forward keeps, that is in the MLP the layer's input, the residual,
+    its norm, gate, up and their product; in attention q, k, v and q's products with cosines and sines, or K and V
+    repeated for every query head and the result; in a norm two float32 copies. Cosines and sines come on top.
+    """
+    query, states = sizes.heads * sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    mlp = 4 * sizes.hidden + 3 * sizes.intermediate
+    attention = 3 * sizes.hidden + 4 * query + 2 * states
+    norm = 3 * sizes.hidden + 2 * sizes.hidden * 4 // sizes.dtype.itemsize
+    return max(mlp, attention, norm) + 2 * sizes.head_dim
 
-        Beside the embeddings, which the decoder's forward keeps, that is in the MLP the layer's input, the residual,
-        its norm, gate, up and their product; in attention q, k, v and q's products with cosines and sines, or K and V
-        repeated for every query head and the result; in a norm two float32 copies. Cosines and sines come on top.
-        """
-        query, states = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        mlp = 4 * self.hidden + 3 * self.intermediate
-        attention = 3 * self.hidden + 4 * query + 2 * states
-        norm = 3 * self.hidden + 2 * self.hidden * 4 // self.dtype.itemsize
-        return max(mlp, attention, norm) + 2 * self.head_dim
 
-    def _partials(self) -> int:
-        """Of the decode routes, float32: as many (row, head, part) items as programs, of one padded query block."""
-        programs = PROGRAMS_PER_SM * _processors()
-        block = padded_queries(self.heads // self.kv_heads)
-        return 2 * programs * block * (next_power_of_2(self.head_dim) + 2) * 4
+def _partials(sizes: ModelSizes) -> int:
+    """Of the decode routes, float32: as many (row, head, part) items as programs, of one padded query block."""
+    programs = PROGRAMS_PER_SM * _processors()
+    block = padded_queries(sizes.heads // sizes.kv_heads)
+    return 2 * programs * block * (next_power_of_2(sizes.head_dim) + 2) * 4
 
-    def _over_pages(self, length: int) -> int:
-        """Later chunks of a prompt: K and V of one row repeated for every query head, where torch's attention cannot
-        read grouped heads, and behind a window a block's mask as bias."""
-        windows = any(self.windows)
-        grouped = torch.cuda.is_available() and takes_grouped_heads(self.dtype, CUDA, masked=windows)
-        repeated = 0 if grouped else 2 * length * self.heads * self.head_dim
-        masks = MASK_ELEMENTS if windows else 0
-        return (repeated + masks) * self.dtype.itemsize + masks
+
+def _over_pages(sizes: ModelSizes, length: int) -> int:
+    """Later chunks of a prompt: K and V of one row repeated for every query head, where torch's attention cannot
+    read grouped heads, and behind a window a block's mask as bias."""
+    windows = any(sizes.windows)
+    grouped = torch.cuda.is_available() and takes_grouped_heads(sizes.dtype, CUDA, masked=windows)
+    repeated = 0 if grouped else 2 * length * sizes.heads * sizes.head_dim
+    masks = MASK_ELEMENTS if windows else 0
+    return (repeated + masks) * sizes.dtype.itemsize + masks
 
 
 def _processors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else PROCESSORS
-
-
-def _weight_bytes(model: nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:
-    """Of a model without storage; the head stays as it is where linear layers are quantised, as bitsandbytes has it."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    quantised: set[int] = set()
-    if weight_bits is not None:
-        linears = (module for module in model.modules() if isinstance(module, nn.Linear) and module is not head)
-        quantised = {id(module.weight) for module in linears}
-    bits = sum(
-        parameter.numel()
-        * (QUANTISED_BITS[weight_bits] if weight_bits and id(parameter) in quantised else 8 * dtype.itemsize)
-        for parameter in model.parameters()
-    )
-    return int(bits) // 8

@@ -175,6 +175,24 @@ def test_a_captured_step_depends_on_no_length_of_the_host(name):
         torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-4, rtol=1e-4)
 
 
+OTHER_NAMES = {  # configurations without num_key_value_heads or intermediate_size
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_head": 4, "n_layer": 3}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {"multi_query": True}),
+    "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED, *OTHER_NAMES])
+def test_a_plan_counts_the_pages_that_a_model_holds(name):
+    model, inputs = build(*{**SERVED, **OTHER_NAMES}[name]), left_padded(30, 30)
+    settings = {"prompt_tokens": 30, "batch": 2, "new_tokens": 5, "gpu_memory": "1GiB"}
+    planned = pkv_hf.plan(model.config, **settings)
+    pkv_hf.patch(model)
+    assert pkv_hf.plan(model, **settings) == planned
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert output.past_key_values.memory().held_bytes == planned.pages
+
+
 @pytest.mark.parametrize("name", LEFT)
 def test_layers_that_want_more_are_left_to_transformers(name, attended):
     *built, reason = LEFT[name]
