@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from pkv_hf.arguments import count, device, natural, needs
 from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
 from pkv_hf.kernels.check import DTYPES, ROUTES
 from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
 from pkv_hf.records import append_record, environment, output
@@ -34,14 +35,14 @@ def main() -> int:
     parser.add_argument("--seed", type=natural, default=None, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/kernels.jsonl"))
     arguments = parser.parse_args()
-    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     return status("check_kernels", lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Checks every case. Returns 1 where one fails."""
     needs("triton")
+    if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     made = batches(np.random.default_rng(seed), len(DTYPES) * arguments.cases, 1, arguments.longest, DTYPES)
     failures = 0
