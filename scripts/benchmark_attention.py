@@ -21,7 +21,7 @@ from tqdm import tqdm
 from pkv_hf.arguments import count, device, natural, needs, share
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.benchmark import read_bandwidth
-from pkv_hf.cache import KV_DTYPES
+from pkv_hf.cache import KV_DTYPES, PAGE_SIZES
 from pkv_hf.cli import status
 from pkv_hf.errors import UsageError, WrongResultError
 from pkv_hf.models import DTYPES
@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--query-heads", nargs="+", type=count, default=[32])
     parser.add_argument("--group", nargs="+", type=count, default=[4], help="query heads of a KV head")
     parser.add_argument("--head-dim", nargs="+", type=count, default=[128])
-    parser.add_argument("--page-size", nargs="+", type=count, default=[16])
+    parser.add_argument("--page-size", nargs="+", type=int, choices=PAGE_SIZES, default=[16])
     parser.add_argument("--holes", nargs="+", type=share, default=[0.0], help="share of the pool that no row has")
     parser.add_argument("--order", nargs="+", default=["scattered"], choices=ORDERS, help="of a row's pages")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)

@@ -21,6 +21,7 @@ import torch
 from pkv_hf.arguments import count, device, natural, needs, share
 from pkv_hf.attention_steps import AttentionShape
 from pkv_hf.benchmark import read_bandwidth
+from pkv_hf.cache import PAGE_SIZES
 from pkv_hf.cli import status
 from pkv_hf.errors import WrongResultError
 from pkv_hf.models import DTYPES
@@ -74,7 +75,7 @@ def main() -> int:
     parser.add_argument("--kv-heads", type=count, default=8)
     parser.add_argument("--group", type=count, default=4, help="query heads of a KV head")
     parser.add_argument("--head-dim", type=count, default=128)
-    parser.add_argument("--page-size", type=count, default=16)
+    parser.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=16)
     parser.add_argument("--holes", type=share, default=0.0, help="share of the pool's pages that no row has")
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--samples", type=count, default=7)

@@ -30,6 +30,7 @@ COMMANDS = [
     *[(script, [option, "-1"], f"{option}: '-1' is not a whole number of at least 0") for script, option in
       (("benchmark_attention", "--splits"), ("benchmark_traces", "--seeds"), ("check_kernels", "--seed"),
        ("soak", "--seed"))],
+    *[(script, ["--page-size", "7"], "invalid choice: 7") for script in ("benchmark_attention", "benchmark_traces")],
     *[(script, ["--head-dim", "7"], "no route takes such a step") for script in
       ("benchmark_attention", "benchmark_traces")],
     ("benchmark_attention", ["--engines", "flashinfer"], "(flashinfer: flashinfer is not installed)"),
