@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import operator
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from pkv_hf.errors import UsageError, first_line
 
 
 def whole(name: str, value: Any, least: int, instead: str) -> int:
@@ -39,12 +43,27 @@ def token_ids(name: str, given: Any) -> torch.Tensor:
     return ids.long()
 
 
-def count(text: str) -> int:
+def needs(*packages: str) -> None:
+    """Raises UsageError, with the command that installs it, where a package that a command needs is not there."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            reason = first_line(error)
+            raise UsageError(f"this needs the package {package}: pip install {package} ({reason})") from error
+
+
+def count(text: str, least: int = 1) -> int:
     """A command's argument that counts something, for argparse: 1 or more."""
     try:
-        return whole("it", int(text), 1, "")
+        return whole("it", int(text), least, "")
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}") from None
+
+
+def natural(text: str) -> int:
+    """A command's argument that may be 0 too, such as a seed, for argparse."""
+    return count(text, 0)
 
 
 def share(text: str) -> float:
@@ -58,11 +77,33 @@ def share(text: str) -> float:
     return value
 
 
-def existing(text: str) -> Path:
-    """A command's argument that names a file or folder to read, for argparse."""
-    if not Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text!r} does not exist")
+def file(text: str) -> Path:
+    """A command's argument that names a file to read, for argparse."""
+    if not os.path.isfile(text):
+        reason = "is a folder: name a file in it" if os.path.isdir(text) else "does not exist"
+        raise argparse.ArgumentTypeError(f"{text!r} {reason}")
     return Path(text)
+
+
+def folder(text: str) -> Path:
+    """A command's argument that names a folder to read, for argparse."""
+    if not os.path.isdir(text):
+        reason = "is a file: name its folder" if os.path.exists(text) else "does not exist"
+        raise argparse.ArgumentTypeError(f"{text!r} {reason}")
+    return Path(text)
+
+
+def output_folder(text: str) -> Path:
+    """A command's argument that names a folder to write to, for argparse."""
+    if not writable(Path(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: name a folder that can")
+    return Path(text)
+
+
+def writable(folder: Path) -> bool:
+    """Whether files can be made in a folder, which need not be there yet."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def device(text: str) -> str:

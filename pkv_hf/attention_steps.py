@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from pkv_hf.errors import UsageError
 from pkv_hf.kernels.flashinfer import Planned, Xqa
 from pkv_hf.kernels.launch import Scales
 from pkv_hf.kernels.quantize import quantize
 from pkv_hf.kernels.reference import paged_attention
 from pkv_hf.policy import ROUTES
-from pkv_hf.routes import Accepted, StepShape
+from pkv_hf.routes import Rejected, StepShape
 from pkv_hf.traces import block_tables
 
 L2_NBYTES = 64 << 20
@@ -128,7 +129,17 @@ class AttentionStep:
 
     def accepts(self, route: str) -> bool:
         """Whether a route takes the step, FlashInfer's planned paths also where a graph is planned anew."""
-        return isinstance(ROUTES[route].supports(self.shape.step(self.lengths.tolist(), captured=False)), Accepted)
+        return self.refusal(route) is None
+
+    def refusal(self, route: str) -> str | None:
+        """Why a route does not take the step, None where it does."""
+        answer = ROUTES[route].supports(self.shape.step(self.lengths.tolist(), captured=False))
+        return answer.reason if isinstance(answer, Rejected) else None
+
+    def refused(self, routes: Iterable[str]) -> UsageError:
+        """What a command ends with where none of these routes takes the step."""
+        reasons = "; ".join(f"{route}: {self.refusal(route)}" for route in routes if not self.accepts(route))
+        return UsageError(f"no route takes such a step, pass another --device or other sizes ({reasons})")
 
     def reference(self) -> torch.Tensor:
         """The first layer in float64, `[rows, 1, H_q, head_dim]`."""

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pkv_hf.arguments import needs
+from pkv_hf.errors import UsageError
 from pkv_hf.measure import Run, generate
-from pkv_hf.models import in_4bit
+from pkv_hf.models import check_positions, in_4bit, loading
 from pkv_hf.patch import patched
 from pkv_hf.report import state_of
 from pkv_hf.smollm2 import load_smollm2, load_tokenizer, pydoc_text
@@ -65,25 +67,31 @@ class Summary:
         }
 
 
-def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False) -> Any:
-    """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device."""
-    if name == "smollm2":
-        model: Any = load_smollm2(dtype=dtype)
-    elif name in SHAPES:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device(device):
-                model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], eos_token_id=None, pad_token_id=0))
-        finally:
-            torch.set_default_dtype(before)
-    else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return in_4bit(model, device) if four_bits else model.eval().to(device)
+def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False, option: str = "--model") -> Any:
+    """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device.
+
+    Raises UsageError, naming the command's option, for what cannot be loaded.
+    """
+    if four_bits:
+        needs("bitsandbytes")
+    with loading(f"{option} {name}{' --load-in-4bit' * four_bits}", name):
+        if name == "smollm2":
+            model: Any = load_smollm2(dtype=dtype)
+        elif name in SHAPES:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                with torch.device(device):
+                    model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], eos_token_id=None, pad_token_id=0))
+            finally:
+                torch.set_default_dtype(before)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return in_4bit(model, device) if four_bits else model.eval().to(device)
 
 
 def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
-    """Prompts of these lengths, left-padded: real text for smollm2, random tokens for any other model."""
+    """Prompts of these lengths, left-padded: real text for smollm2 (which goes round), else random tokens."""
     longest = max(lengths)
     if name == "smollm2":
         source = load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids[0]
@@ -94,18 +102,32 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
     mask = torch.zeros_like(input_ids)
     taken = 0
     for row, length in enumerate(lengths):
-        input_ids[row, longest - length :] = source[taken : taken + length]
+        input_ids[row, longest - length :] = source[torch.arange(taken, taken + length) % len(source)]
         mask[row, longest - length :] = 1
         taken += length
     return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def load_draft(name: str, tokens: int, dtype: torch.dtype, device: str) -> Any:
-    """A model by its name, for `assistant_model`; it drafts that many tokens in every round, however sure it is."""
-    draft = load(name, dtype, device)
+def load_draft(name: str, tokens: int, dtype: torch.dtype, model: Any) -> Any:
+    """A model by its name, to draft for another: that many tokens in every round, however sure it is.
+
+    Raises UsageError for what cannot be loaded, or has another vocabulary.
+    """
+    draft = load(name, dtype, model.device, option="--assistant")
+    sizes = [each.config.get_text_config().vocab_size for each in (draft, model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"--assistant {name} has {sizes[0]} tokens in its vocabulary, the model {sizes[1]}: pass one "
+                         "of the same tokens")  # fmt: skip
     draft.generation_config.update(num_assistant_tokens=tokens, num_assistant_tokens_schedule="constant")
     draft.generation_config.assistant_confidence_threshold = 0.0
     return draft
+
+
+def check_lengths(model: Any, cases: list[list[int]], new_tokens: int) -> None:
+    """Raises UsageError for prompts that, with what is generated after them, the model has no positions for."""
+    for length in map(max, cases):
+        what = f"--lengths {length} and --new-tokens {new_tokens}, {length + new_tokens} tokens,"
+        check_positions(model, length + new_tokens, what, rescales=False)
 
 
 @dataclass(frozen=True)
@@ -173,5 +195,6 @@ def step_bytes(model: Any, lengths: list[int], new_tokens: int, beams: int = 1) 
     """
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
     return step_weight_bytes(model) + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)

@@ -7,14 +7,17 @@ import datetime
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from pkv_hf.arguments import needs
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep, Timing
-from pkv_hf.calibration import constants_for, path_for, reset, save
+from pkv_hf.calibration import check_writable, constants_for, path_for, reset, save
 from pkv_hf.costs import MODES, Constants, RouteConstants, Work, predict
 from pkv_hf.errors import UsageError
 from pkv_hf.policy import ROUTES
@@ -127,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Raises UsageError where there is no such GPU."""
+    """Raises UsageError where there is no such GPU, or what it measures cannot be stored."""
     try:
         device = torch.device(arguments.device)
     except RuntimeError as error:
@@ -138,14 +141,27 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--device {arguments.device}: there are {torch.cuda.device_count()} GPUs, from cuda:0 on")
     path = path_for(device)
     if arguments.reset:
-        print(json.dumps({"path": str(path), "deleted": reset(device)}))
+        with _writing(path):
+            print(json.dumps({"path": str(path), "deleted": reset(device)}))
         return
     if not arguments.show:
+        needs("triton")
+        with _writing(path):
+            check_writable(device)  # before the minute that measuring takes
         constants, quality = calibrate(device, measure)
-        save(device, constants, quality)
+        with _writing(path):
+            save(device, constants, quality)
     constants = constants_for(device)
     print(show(constants), end="\n\n")
     print(json.dumps({"path": str(path), "stored": path.exists()}))
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written ({error.strerror}): name another folder in PKV_HF_CACHE") from error
 
 
 def show(constants: Constants) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -47,17 +49,48 @@ def save(device: torch.device, constants: Constants, fit: dict[str, Any]) -> Pat
     path = path_for(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, **_identity(device), "fit": fit, "routes": _as_dict(constants)}
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=1)
-        os.replace(temporary, path)  # readers see the old file or the new one, never a part
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    with _replacing(path) as file:
+        json.dump(content, file, indent=1)
     constants_for.cache_clear()
     return path
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[str]]:
+    """A file to write, which takes the place of `path` as a whole: readers see the old one or the new one.
+
+    Writers wait for each other. What a killed one leaves is one file at most, which the next one takes over.
+    """
+    import fcntl  # not on Windows, where there is nothing to calibrate
+
+    temporary = path.with_suffix(".tmp")
+    while True:
+        file = temporary.open("a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
+                break
+        file.close()  # it was another writer's, and has its place by now
+    with file:
+        try:
+            file.truncate(0)
+            yield file
+            file.flush()
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def check_writable(device: torch.device) -> None:
+    """Raises OSError where `save` could not write a device's constants."""
+    path = path_for(device)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 def reset(device: torch.device) -> bool:

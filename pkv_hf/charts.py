@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-
 Record = dict[str, Any]
+
+
+def pyplot() -> Any:
+    """matplotlib's, that draws into files. The command has asked for the package before."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
 
 
 def perplexity_chart(records: Sequence[Record], title: str, path: Path) -> None:
     """Writes a PNG: perplexity over the position in the window, one forward and patched, a pair of lines a context."""
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 4.5), layout="constrained")
     for record in records:
         pages = f", {record['kv_dtype']} pages" if record["kv_dtype"] else ""
         name = f"{record['mode']}{pages}, {record['context']:,}"
@@ -29,7 +33,7 @@ def perplexity_chart(records: Sequence[Record], title: str, path: Path) -> None:
     axes.set(xlabel="position in the window, tokens", ylabel="perplexity", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    _write(figure, path)
+    write(figure, path)
 
 
 def passkey_chart(records: Sequence[Record], title: str, path: Path) -> None:
@@ -38,7 +42,7 @@ def passkey_chart(records: Sequence[Record], title: str, path: Path) -> None:
     depths = sorted({record["depth"] for record in records})
     cells = {(record["length"], record["depth"]): record for record in records}
     shown = {"found_unpatched": "found, transformers", "found": "found, patched", "same_tokens": "same tokens"}
-    figure, all_axes = pyplot.subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
+    figure, all_axes = pyplot().subplots(1, 3, figsize=(12, 4), layout="constrained", sharey=True)
     for axes, (key, words) in zip(all_axes, shown.items()):
         shares = [[cells[length, depth][key] for length in lengths] for depth in depths]
         image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
@@ -51,10 +55,11 @@ def passkey_chart(records: Sequence[Record], title: str, path: Path) -> None:
     all_axes[0].set_ylabel("depth of the key")
     figure.colorbar(image, ax=all_axes)
     figure.suptitle(title)
-    _write(figure, path)
+    write(figure, path)
 
 
-def _write(figure: Any, path: Path) -> None:
+def write(figure: Any, path: Path) -> None:
+    """Writes a figure as a PNG, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    pyplot().close(figure)

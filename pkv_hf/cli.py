@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 
 from pkv_hf import calibrate, demo
-from pkv_hf.errors import TraceError, UnsupportedModelError, UsageError
+from pkv_hf.errors import RouteError, TraceError, UnsupportedModelError, UsageError
 from pkv_hf.version import __version__
 
 
@@ -23,11 +23,10 @@ def main() -> int:
     return status(f"pkv-hf {arguments.command}", lambda: command(arguments))
 
 
-def status(command: str, run: Callable[[], object]) -> int:
-    """Runs a command. Returns the exit status: 0, or 2 for what cannot be served (one line on stderr)."""
+def status(command: str, run: Callable[[], int | None]) -> int:
+    """Runs a command. Returns its exit status (0 for None), or 2 for what cannot be served (one line on stderr)."""
     try:
-        run()
-    except (TraceError, UnsupportedModelError, UsageError) as error:
+        return run() or 0
+    except (RouteError, TraceError, UnsupportedModelError, UsageError) as error:
         print(f"{command}: {error}", file=sys.stderr)
         return 2
-    return 0

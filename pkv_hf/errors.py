@@ -42,3 +42,8 @@ class TraceError(ValueError):
 
 class WrongResultError(RuntimeError):
     """A benchmark found a result that is not right, and measures nothing."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a message of one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

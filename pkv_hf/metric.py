@@ -20,13 +20,12 @@ from pkv_hf.compare import check_patchable
 from pkv_hf.errors import UsageError
 from pkv_hf.models import check_positions
 from pkv_hf.patch import unwrap
-from pkv_hf.perplexity import Scores, by_chunks, by_forward, by_generate
+from pkv_hf.perplexity import MODES, Scores, by_chunks, by_forward, by_generate
 from pkv_hf.resume import Store, digest
 from pkv_hf.routes import MAX_DECODE_QUERIES
 from pkv_hf.state import STATE
 from pkv_hf.texts import begin_ids, token_ids
 
-MODES = ("chunk", "decode")
 BUCKETS = 16
 """Spans of positions, of equal length, that perplexity is given for."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from pkv_hf import smollm2
-from pkv_hf.errors import UsageError
+from pkv_hf.arguments import needs
+from pkv_hf.errors import UsageError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROPE_SCALINGS = ("yarn", "linear")
@@ -37,10 +39,9 @@ def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = 
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--device {device} cannot be used, pass another: {reason}") from error
+        raise UsageError(f"--device {device} cannot be used, pass another: {first_line(error)}") from error
     scaling = None if rope_scaling is None else _rope_scaling(rope_scaling)
-    try:
+    with loading(f"--model {name}", name):
         if name == "smollm2":
             tokenizer = smollm2.load_tokenizer()
             config = AutoConfig.from_pretrained(smollm2.folder(), gguf_file=smollm2.FILE) if scaling else None
@@ -54,27 +55,32 @@ def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = 
             model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype)
         tokenizer.model_max_length = int(1e30)  # texts are longer than a window, and cut by us
         return model.eval().to(device), tokenizer
-    except (OSError, ModuleNotFoundError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        reason = str(error).strip().splitlines()[0]
-        if os.environ.get("HF_HUB_OFFLINE") == "1" and not Path(name).exists():
-            reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
-        raise UsageError(f"--model {name} cannot be loaded: {reason}") from error
 
 
 def load_in_4bit(name: str, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
     """As `load`, with linear layers but the head in NF4 by bitsandbytes. Raises UsageError where that cannot be."""
-    try:
+    needs("bitsandbytes")
+    with loading(f"--model {name} --load-in-4bit", name):
         if name == "smollm2":
             return in_4bit(smollm2.load_smollm2(dtype=dtype), device), smollm2.load_tokenizer()
         model = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, device_map=device, quantization_config=_nf4(dtype)
         )
         return model.eval(), AutoTokenizer.from_pretrained(name)
-    except (OSError, ImportError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"--model {name} --load-in-4bit cannot be loaded: {reason}") from error
+
+
+@contextlib.contextmanager
+def loading(asked: str, name: str) -> Iterator[None]:
+    """Raises UsageError where the model `name`, for which a command was `asked`, cannot be loaded inside."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:  # transformers raises errors of the hub, safetensors, torch and its own
+        reason = first_line(error)
+        if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.exists(name):
+            reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
+        raise UsageError(f"{asked} cannot be loaded: {reason}") from error
 
 
 def in_4bit(model: Any, device: Any) -> Any:
@@ -100,14 +106,15 @@ def positions_of(model: Any) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_positions(model: Any, length: int, what: str) -> None:
-    """Raises UsageError where `length` tokens (named `what` in the message) are more than the model has positions."""
+def check_positions(model: Any, length: int, what: str, rescales: bool = True) -> None:
+    """Raises UsageError where `length` tokens (named `what` in the message) are more than the model has positions.
+
+    The message names --rope-scaling to the users of a command that `rescales`.
+    """
     positions = positions_of(model)
     if positions is not None and length > positions:
-        raise UsageError(
-            f"{what} exceeds the model's {positions} positions: pass at most {positions}, "
-            f"or rescale RoPE with --rope-scaling yarn:{-(-length // positions)}"
-        )
+        rescaled = f", or rescale RoPE with --rope-scaling yarn:{-(-length // positions)}" if rescales else ""
+        raise UsageError(f"{what} exceeds the model's {positions} positions: pass at most {positions}{rescaled}")
 
 
 def _rope_scaling(argument: str) -> tuple[str, float]:

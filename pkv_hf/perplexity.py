@@ -17,6 +17,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from pkv_hf.measure import PeakMemory, generate
 from pkv_hf.patch import unwrap
 
+MODES = ("chunk", "decode")
+"""How a window is scored on pages: in chunks, or by generate()."""
+
 BLOCK_ELEMENTS = 1 << 25
 """Logits of a block in float32, at most: 128 MiB."""
 

@@ -9,6 +9,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pkv_hf.cli import status
+from pkv_hf.records import read_records
+
 Record = dict[str, Any]
 
 MARKS = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -22,8 +25,8 @@ def newest(path: Path, case: Iterable[str], **defaults: Any) -> list[Record]:
     """
     fields = list(case)
     records: dict[str, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
-        record = {**defaults, **json.loads(line)}
+    for read in read_records(path, str(path)) if path.exists() else ():
+        record = {**defaults, **read}
         records[json.dumps([record.get(key) for key in fields])] = record
     return list(records.values())
 
@@ -49,6 +52,11 @@ def main(doc: str | None, tables: Mapping[str, Callable[[], str]], pages: Sequen
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     check = parser.parse_args().check
+    return status(parser.prog, lambda: write(tables, pages, check))
+
+
+def write(tables: Mapping[str, Callable[[], str]], pages: Sequence[Path], check: bool) -> int:
+    """Writes tables into pages, or checks them. Returns 1 where one is stale."""
     stale = []
     for page in pages:
         before = page.read_text()

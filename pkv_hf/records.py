@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from pkv_hf.arguments import writable
 from pkv_hf.errors import UsageError
 from pkv_hf.version import __version__
 
@@ -54,8 +56,7 @@ def _git(*arguments: str) -> str:
 
 def check_out(path: Path) -> None:
     """Raises UsageError where records cannot be written to a path, before anything is measured for them."""
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    if path.is_dir() or not writable(path.parent) or (path.exists() and not os.access(path, os.W_OK)):
         raise UsageError(f"--out {path} cannot be written: name a file in a folder that can")
 
 
@@ -66,6 +67,30 @@ def output(text: str) -> Path:
     except UsageError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return Path(text)
+
+
+def read_records(path: Path, named: str, fields: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The records of a file that `append_record` has written, each with these fields.
+
+    Raises UsageError for any other file, by what the caller `named` it and by the line.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{named} cannot be read as records: {error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UsageError(f"{named}, line {number} is not JSON: take it out ({error})") from error
+        if not isinstance(record, dict):
+            raise UsageError(f"{named}, line {number} is {line[:40]}, not a record: pass a file of records")
+        missing = [field for field in fields if field not in record]
+        if missing:
+            raise UsageError(f"{named}, line {number} has no {', '.join(missing)}: pass what a benchmark has recorded")
+        records.append(record)
+    return records
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:

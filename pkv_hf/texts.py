@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from pkv_hf.errors import UsageError
+from pkv_hf.arguments import needs
+from pkv_hf.errors import UsageError, first_line
 from pkv_hf.smollm2 import pydoc_topics
 
 BUILDERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
@@ -55,10 +56,8 @@ def read_text(path: Path) -> str:
 
 def load_split(name: str, split: str) -> Any:
     """A split of a `datasets` dataset: NAME[:CONFIG] of the hub, a folder or a file of data."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(f"--dataset {name} needs the package datasets ({error}): pip install datasets") from error
+    needs("datasets")
+    import datasets
 
     path, config, files = name, None, None
     if Path(name).is_file():
@@ -77,9 +76,7 @@ def load_split(name: str, split: str) -> Any:
     except UsageError:
         raise
     except Exception as error:  # datasets raises errors of pyarrow, pandas, the hub and its own
-        cause = error.__cause__ or error
-        lines = str(cause).strip().splitlines() or [type(cause).__name__]
-        raise UsageError(f"--dataset {name} cannot be loaded: {lines[0]}") from error
+        raise UsageError(f"--dataset {name} cannot be loaded: {first_line(error.__cause__ or error)}") from error
 
 
 def column_of(rows: Any, column: str, split: str) -> Iterator[str]:

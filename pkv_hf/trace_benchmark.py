@@ -139,7 +139,8 @@ def measure(
 ) -> list[Record]:
     """Records of a trace: every route, launched by the host and (on a GPU) replayed, on `steps` of its steps.
 
-    Raises WrongResultError, before anything is timed, where an engine is wrong.
+    Before anything is timed it raises WrongResultError where an engine is wrong, and UsageError where the policy's
+    choice is none of those that are measured.
     """
     played = list(decode_steps(requests, max_active))
     chosen = [played[i] for i in np.linspace(0, len(played) - 1, min(steps, len(played))).astype(int)]
@@ -152,6 +153,8 @@ def measure(
     for lengths in tqdm(chosen, desc=progress, file=sys.stderr):
         step = AttentionStep(shape, lengths, rng)
         routes = [route for route in RUNNERS if step.accepts(route)]
+        if choose("auto", shape.step(lengths, captured=False)).route.name not in routes:
+            raise step.refused(RUNNERS)
         errors = errors or check(step, routes)
         timings = {route: step.time(route, samples) for route in routes}
         for of_mode in by_mode:

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pkv_hf.arguments import count, device, share
+from pkv_hf.arguments import count, device, natural, needs, share
 from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.benchmark import read_bandwidth
-from pkv_hf.cache import KV_DTYPES
-from pkv_hf.errors import WrongResultError
+from pkv_hf.cache import KV_DTYPES, PAGE_SIZES
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError, WrongResultError
 from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
@@ -47,6 +48,8 @@ def measure(case: dict[str, Any], arguments: argparse.Namespace, bandwidth: floa
     )
     step = AttentionStep(shape, [case["length"]] * case["rows"], np.random.default_rng(0), case["splits"] or None)
     routes = [route for route in arguments.engines if step.accepts(route)]
+    if not routes:
+        raise step.refused(arguments.engines)
     errors = check(step, routes)
     records = []
     for route in routes:
@@ -68,12 +71,12 @@ def main() -> int:
     parser.add_argument("--query-heads", nargs="+", type=count, default=[32])
     parser.add_argument("--group", nargs="+", type=count, default=[4], help="query heads of a KV head")
     parser.add_argument("--head-dim", nargs="+", type=count, default=[128])
-    parser.add_argument("--page-size", nargs="+", type=count, default=[16])
+    parser.add_argument("--page-size", nargs="+", type=int, choices=PAGE_SIZES, default=[16])
     parser.add_argument("--holes", nargs="+", type=share, default=[0.0], help="share of the pool that no row has")
     parser.add_argument("--order", nargs="+", default=["scattered"], choices=ORDERS, help="of a row's pages")
     parser.add_argument("--dtype", nargs="+", default=["float16"], choices=DTYPES)
     parser.add_argument("--kv-dtype", nargs="+", default=["same"], choices=("same", "int8", "fp8"), help="of the pages")
-    parser.add_argument("--splits", nargs="+", type=int, default=[0], help="parts of a row in split, 0 for its choice")
+    parser.add_argument("--splits", nargs="+", type=natural, default=[0], help="parts of a row in split, 0: its choice")
     parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--samples", type=count, default=15)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,16 +86,28 @@ def main() -> int:
     for case in cases:
         if case["group"] < 1 or case["query_heads"] % case["group"]:
             parser.error(f"--query-heads {case['query_heads']} are no multiple of --group {case['group']}")
+    return status("benchmark_attention", lambda: run(arguments, cases))
+
+
+def run(arguments: argparse.Namespace, cases: list[dict[str, Any]]) -> None:
+    """Measures every case; one that no engine takes is passed over, but not where there is no other."""
+    if {"split", "workqueue"} & set(arguments.engines):
+        needs("triton")
     bandwidth = read_bandwidth(arguments.device) / 1e9
-    records = []
+    records: list[Record] = []
     for case in tqdm(cases, file=sys.stderr):
         try:
             of_case = measure(case, arguments, bandwidth)
+        except UsageError as error:
+            refused = error
+            continue
         except WrongResultError as error:
             raise SystemExit(f"error: {error}") from error
         for record in of_case:
             append_record(arguments.out, record)
         records += of_case
+    if not records:
+        raise refused
     swept = [name for name in SWEPT if len(getattr(arguments, name)) > 1]
     lines = [
         (" ".join(f"{name} {r[name]}" for name in swept), r["engine"],
@@ -102,7 +117,6 @@ def main() -> int:
     ]  # fmt: skip
     print(table(("case", "engine", "GPU us", "GB/s", "% of read", "wall ms"), lines), end="\n\n")
     print(json.dumps({"records": len(records), "read_gb_s": bandwidth}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -22,6 +22,9 @@ from transformers import AutoModelForCausalLM
 
 from pkv_hf import benchmark
 from pkv_hf.arguments import count, device
+from pkv_hf.cli import status
+from pkv_hf.compare import check_patchable
+from pkv_hf.errors import UsageError
 from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
@@ -51,11 +54,20 @@ def tensor_parallel(arguments: argparse.Namespace) -> int:
 
 
 def everywhere(arguments: argparse.Namespace, devices: int, processes: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """What `measure` finds, by where the model is. Raises CalledProcessError where tensor parallel fails."""
+    """What `measure` finds, by where the model is. Raises CalledProcessError where tensor parallel fails.
+
+    Raises UsageError, before anything is measured, for a model that cannot be.
+    """
     dtype, found = DTYPES[arguments.dtype], {}
     with tempfile.TemporaryDirectory() as folder:
         print("one device ...", file=sys.stderr)
         model = benchmark.load(arguments.model, dtype, arguments.device)
+        benchmark.check_lengths(model, [arguments.lengths], arguments.new_tokens)
+        check_patchable(model)
+        kv_heads = getattr(model.config, "num_key_value_heads", None) or model.config.num_attention_heads
+        if kv_heads % processes:
+            raise UsageError(f"--model {arguments.model} has {kv_heads} KV heads, which {processes} processes cannot "
+                             "share: pass another")  # fmt: skip
         model.save_pretrained(folder)
         found["one device"] = measure(model, arguments)
         del model
@@ -96,7 +108,11 @@ def main() -> int:
     transformers.utils.logging.set_verbosity_error()
     if FOLDER in os.environ:
         return tensor_parallel(arguments)
+    return status("benchmark_devices", lambda: compare(arguments, devices))
 
+
+def compare(arguments: argparse.Namespace, devices: int) -> int:
+    """Measures every way, and compares. Returns 1 where one gives other tokens than transformers on one device."""
     processes = max(devices, 2)
     records = []
     ways = everywhere(arguments, devices, processes)

@@ -28,6 +28,8 @@ import transformers
 
 from pkv_hf import benchmark
 from pkv_hf.arguments import count, device
+from pkv_hf.cli import status
+from pkv_hf.compare import check_patchable
 from pkv_hf.measure import generate
 from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment, output
@@ -94,21 +96,32 @@ def main() -> int:
             parser.error("--mode assisted: pass --assistant, and 1 or more --draft-tokens")
         if max(len(lengths) for lengths in cases) > 1 or "static-compile" in engines:
             parser.error("--mode assisted: transformers takes one row, and no static cache")
+    return status("benchmark_generate", lambda: run(arguments, engines, beams, drafted))
+
+
+def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: int) -> int:
+    """Measures every case by every engine. Returns 1 where one gives other tokens than transformers."""
     transformers.utils.logging.set_verbosity_error()
     compiled_before = kernels_are_cached()
-    bandwidth = benchmark.read_bandwidth(arguments.device)
-    model = benchmark.load(arguments.model, DTYPES[arguments.dtype], arguments.device, arguments.load_in_4bit)
-    weights = step_weight_bytes(model)
+    dtype = DTYPES[arguments.dtype]
+    model = benchmark.load(arguments.model, dtype, arguments.device, arguments.load_in_4bit)
+    used = [model]
     mode: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     if drafted:
-        draft = benchmark.load_draft(arguments.assistant, drafted, DTYPES[arguments.dtype], arguments.device)
-        mode = {"assistant_model": draft}
+        used.append(benchmark.load_draft(arguments.assistant, drafted, dtype, model))
+        mode = {"assistant_model": used[-1]}
+    for each in used:
+        benchmark.check_lengths(each, arguments.lengths, arguments.new_tokens)
+        if any(engine.startswith("patched") for engine in engines):
+            check_patchable(each)
+    bandwidth = benchmark.read_bandwidth(arguments.device)
+    weights = step_weight_bytes(model)
     records = []
-    for lengths in cases:
+    for lengths in arguments.lengths:
         inputs = benchmark.prompts(arguments.model, model, lengths)
         least_bytes = benchmark.step_bytes(model, lengths, arguments.new_tokens, beams)
         if drafted:
-            least_bytes += drafted * benchmark.step_bytes(draft, lengths, arguments.new_tokens)
+            least_bytes += drafted * benchmark.step_bytes(used[-1], lengths, arguments.new_tokens)
         floor_ms = least_bytes / bandwidth * 1e3
         expected = None
         for engine in engines:

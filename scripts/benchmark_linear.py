@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pkv_hf.arguments import count
+from pkv_hf.arguments import count, needs
 from pkv_hf.benchmark import SHAPES, read_bandwidth
-from pkv_hf.kernels.gemv import linear, swiglu
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
 from pkv_hf.records import append_record, environment, output
 from pkv_hf.tables import table
 
@@ -41,6 +42,8 @@ def cases(shape: dict) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def ours(name: str, x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
+    from pkv_hf.kernels.gemv import linear, swiglu
+
     if name == "gate-up":
         return swiglu(x, *weights)
     return linear(x, weights, residual=residual if name in ("output", "down") else None)
@@ -83,6 +86,14 @@ def main() -> int:
     parser.add_argument("--rows", nargs="+", type=count, default=[1, 2, 4, 8, 16])
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/linear.jsonl"))
     arguments = parser.parse_args()
+    return status("benchmark_linear", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures every case. Returns 1 where one is wrong."""
+    needs("triton")
+    if not torch.cuda.is_available():
+        raise UsageError("there is no GPU here, and it times kernels of one: run it where torch finds CUDA")
     bandwidth = read_bandwidth("cuda") / 1e9
     records = []
     for shape in arguments.shapes:

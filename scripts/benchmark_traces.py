@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pkv_hf.arguments import count, device, share
+from pkv_hf.arguments import count, device, natural, needs, share
 from pkv_hf.attention_steps import AttentionShape
 from pkv_hf.benchmark import read_bandwidth
+from pkv_hf.cache import PAGE_SIZES
+from pkv_hf.cli import status
 from pkv_hf.errors import WrongResultError
 from pkv_hf.models import DTYPES
 from pkv_hf.records import append_record, environment, output
@@ -66,20 +68,25 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", type=case_of, default=[case_of(case) for case in cases])
     parser.add_argument("--trace-file", type=Path, help="CSV or JSON of requests, instead of --cases")
     parser.add_argument("--max-active", nargs="+", type=count, default=[1, 4, 8, 16], help="rows, with --trace-file")
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(HELD_OUT_SEEDS))
+    parser.add_argument("--seeds", nargs="+", type=natural, default=list(HELD_OUT_SEEDS))
     parser.add_argument("--requests", type=count, default=64, help="requests of a trace, the first of a file's")
     parser.add_argument("--steps", type=count, default=12, help="steps of a trace that are measured")
     parser.add_argument("--layers", type=count, default=1)
     parser.add_argument("--kv-heads", type=count, default=8)
     parser.add_argument("--group", type=count, default=4, help="query heads of a KV head")
     parser.add_argument("--head-dim", type=count, default=128)
-    parser.add_argument("--page-size", type=count, default=16)
+    parser.add_argument("--page-size", type=int, choices=PAGE_SIZES, default=16)
     parser.add_argument("--holes", type=share, default=0.0, help="share of the pool's pages that no row has")
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--samples", type=count, default=7)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/traces.jsonl"))
     arguments = parser.parse_args()
+    return status("benchmark_traces", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    needs("triton")
     played = [(name, seed, rows) for name, rows in arguments.cases for seed in arguments.seeds]
     if arguments.trace_file:
         played = [(arguments.trace_file.stem, None, rows) for rows in arguments.max_active]
@@ -107,13 +114,10 @@ def main() -> int:
             for record in of_case:
                 records.append({**case, **record, "read_gb_s": bandwidth, **environment()})
                 append_record(arguments.out, records[-1])
-    except ValueError as error:
-        parser.error(str(error))
     except WrongResultError as error:
         raise SystemExit(f"error: {error}") from error
     print(summary(records), end="\n\n")
     print(json.dumps({"records": len(records), "read_gb_s": bandwidth}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from pkv_hf.arguments import count, device
+from pkv_hf.arguments import count, device, natural, needs
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
 from pkv_hf.kernels.check import DTYPES, ROUTES
 from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
 from pkv_hf.records import append_record, environment, output
@@ -30,11 +32,17 @@ def main() -> int:
     parser.add_argument("--longest", type=count, default=131_072, help="tokens of the longest row")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=count, default=1, help="processes; most of a case's time is its compilation")
-    parser.add_argument("--seed", type=int, default=None, help="drawn afresh where it is not given")
+    parser.add_argument("--seed", type=natural, default=None, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/kernels.jsonl"))
     arguments = parser.parse_args()
+    return status("check_kernels", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Checks every case. Returns 1 where one fails."""
+    needs("triton")
     if arguments.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        parser.error("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
+        raise UsageError("--device cpu needs Triton's interpreter: set TRITON_INTERPRET=1 (its bfloat16 is not exact)")
     seed = secrets.randbits(32) if arguments.seed is None else arguments.seed
     made = batches(np.random.default_rng(seed), len(DTYPES) * arguments.cases, 1, arguments.longest, DTYPES)
     failures = 0

@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import torch
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import pkv_hf
 from pkv_hf import measure, models
-from pkv_hf.errors import UnsupportedModelError, UsageError
+from pkv_hf.arguments import needs, writable
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
 from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.smollm2 import pydoc_text
 from pkv_hf.tables import table
@@ -131,8 +132,13 @@ def step_ms(run: measure.Run, suffix: str = "") -> dict[str, float]:
 
 def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     """Does all of it; `folder` is for the adapters. Raises UsageError for what cannot be done."""
+    import peft
+
     text = read_text(arguments.text_file) if arguments.text_file else pydoc_text()
     model, tokenizer = load(arguments.model, models.DTYPES[arguments.dtype], arguments.load_in_4bit)
+    longest = arguments.block + arguments.new_tokens
+    what = f"--block {arguments.block} and --new-tokens {arguments.new_tokens}, {longest} tokens,"
+    models.check_positions(model, longest, what, rescales=False)
     training, held_out = split_blocks(tokenizer, text, arguments.block)
     prompts = make_prompts(tokenizer, held_out, arguments.prompts, model.device)
     pkv_hf.patch(model)
@@ -192,14 +198,15 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
 
 
 def check(arguments: argparse.Namespace) -> None:
+    needs("peft")
     least = {"steps": 1, "batch": 1, "block": 16, "rank": 1, "prompts": 1, "new_tokens": 3}
     for name, value in least.items():
         if getattr(arguments, name) < value:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: pass at least {value}")
     if not 0 < arguments.learning_rate < 1:
         raise UsageError(f"--learning-rate is {arguments.learning_rate}: pass one between 0 and 1")
-    if arguments.adapters and arguments.adapters.is_file():
-        raise UsageError(f"--adapters {arguments.adapters} is a file: name a folder")
+    if arguments.adapters and not writable(arguments.adapters):
+        raise UsageError(f"--adapters {arguments.adapters} cannot be written: name a folder that can")
     if arguments.out:
         check_out(arguments.out)
 
@@ -222,14 +229,13 @@ def main() -> int:
     parser.add_argument("--adapters", type=Path, metavar="FOLDER", help="keep the adapters here")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the last line of stdout to this file too")
     arguments = parser.parse_args()
-    try:
-        check(arguments)
-        with tempfile.TemporaryDirectory() as scratch:
-            finetune_then_serve(arguments, str(arguments.adapters or scratch))
-    except (UnsupportedModelError, UsageError) as error:
-        print(f"finetune_then_serve: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status("finetune_then_serve", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    check(arguments)
+    with tempfile.TemporaryDirectory() as scratch:
+        finetune_then_serve(arguments, str(arguments.adapters or scratch))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from pkv_hf import compare, models
+from pkv_hf.arguments import needs, output_folder
 from pkv_hf.charts import passkey_chart
 from pkv_hf.cli import status
 from pkv_hf.compare import check_patchable
@@ -38,6 +39,7 @@ def ask(model: Any, tokenizer: Any, ids: torch.Tensor, key: str) -> dict[str, An
 
 def measure(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
+    needs("matplotlib")
     if arguments.trials < 1:
         raise UsageError(f"--trials {arguments.trials}: pass at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +96,7 @@ def main() -> int:
     parser.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="SHARE")
     parser.add_argument("--trials", type=int, default=2, metavar="N", help="keys of a cell")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/passkey.jsonl"))
-    parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
+    parser.add_argument("--plots", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     return status("passkey", lambda: measure(arguments))
 

@@ -20,10 +20,12 @@ from typing import Any
 from accelerate import PartialState
 
 import pkv_hf
-from pkv_hf import metric, models, texts
+from pkv_hf import models, texts
+from pkv_hf.arguments import needs, output_folder
 from pkv_hf.charts import perplexity_chart
 from pkv_hf.cli import status
 from pkv_hf.errors import UsageError
+from pkv_hf.perplexity import MODES
 from pkv_hf.records import append_record, check_out, environment
 from pkv_hf.resume import Store, digest
 from pkv_hf.tables import mebibytes, table
@@ -31,6 +33,9 @@ from pkv_hf.tables import mebibytes, table
 
 def measure(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
+    needs("datasets", "evaluate", "matplotlib")
+    from pkv_hf import metric
+
     processes = PartialState(cpu=arguments.device == "cpu")
     if arguments.max_windows is not None and arguments.max_windows < 1:
         raise UsageError(f"--max-windows {arguments.max_windows}: pass at least 1, or leave it out for all")
@@ -105,7 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models.add_arguments(parser)
     texts.add_arguments(parser)
-    parser.add_argument("--mode", nargs="+", default=["chunk"], choices=metric.MODES)
+    parser.add_argument("--mode", nargs="+", default=["chunk"], choices=MODES)
     parser.add_argument("--contexts", nargs="+", type=int, default=[2048, 4096], metavar="N", help="tokens of a window")
     parser.add_argument("--max-windows", type=int, metavar="N", help="windows of each context; default: all")
     parser.add_argument("--chunk", type=int, default=512, metavar="N", help="tokens of a forward in chunk mode")
@@ -115,7 +120,7 @@ def main() -> int:
         help="what the pages hold: the model's dtype, or quantised to 8 bits",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/perplexity.jsonl"))
-    parser.add_argument("--plots", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
+    parser.add_argument("--plots", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     return status("perplexity", lambda: measure(arguments))
 

@@ -8,17 +8,17 @@ from __future__ import annotations
 import argparse
 import json
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot
 
-from pkv_hf.arguments import existing
+from pkv_hf.arguments import folder, needs, output_folder
+from pkv_hf.charts import pyplot, write
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
+from pkv_hf.records import read_records
 
 Record = dict[str, Any]
 BASELINE = "flashinfer"
@@ -50,11 +50,11 @@ TRACE_CASE = (
 )
 
 
-def newest(path: Path, case: tuple[str, ...]) -> dict[str, list[Record]]:
-    """The newest record of every case, by GPU."""
+def newest(path: Path, case: tuple[str, ...], drawn: tuple[str, ...]) -> dict[str, list[Record]]:
+    """The newest record of every case, by GPU; each has the fields that are `drawn`."""
     found: dict[tuple, Record] = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        r = json.loads(line)
+    fields = ("gpu", *case, *drawn)
+    for r in read_records(path, f"--results: {path}", fields) if path.exists() else []:
         key = (r["gpu"], *(r[name] for name in case))
         found[key] = r
     by_gpu = defaultdict(list)
@@ -73,7 +73,7 @@ def draw_bandwidth(records: list[Record], gpu: str, path: Path) -> bool:
     rows = sorted({r["rows"] for r in plain})
     if not rows:
         return False
-    figure, panels = pyplot.subplots(1, len(rows), figsize=(3.2 * len(rows) + 1, 4), sharey=True, squeeze=False)
+    figure, panels = pyplot().subplots(1, len(rows), figsize=(3.2 * len(rows) + 1, 4), sharey=True, squeeze=False)
     for axes, count in zip(panels[0], rows):
         for engine in dict.fromkeys(r["engine"] for r in plain):
             points = sorted(
@@ -86,8 +86,7 @@ def draw_bandwidth(records: list[Record], gpu: str, path: Path) -> bool:
     figure.suptitle(f"decode attention, 32 query heads, 8 KV heads of 128; {gpu}")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="lower center", ncols=5, fontsize=8)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    write(figure, path)
     return True
 
 
@@ -102,7 +101,7 @@ def draw_traces(records: list[Record], gpu: str, path: Path) -> bool:
     if not compared:
         return False
     names = list(dict.fromkeys(engine for engines in compared.values() for engine in engines if engine != BASELINE))
-    figure, axes = pyplot.subplots(figsize=(max(7, 1.1 * len(compared) + 2), 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(max(7, 1.1 * len(compared) + 2), 4.5), layout="constrained")
     width = 0.8 / len(names)
     for i, engine in enumerate(names):
         ratios = [
@@ -120,28 +119,38 @@ def draw_traces(records: list[Record], gpu: str, path: Path) -> bool:
     axes.set_xticks(range(len(compared)), labels, fontsize=7)
     axes.set(ylabel=f"wall tokens/s over {BASELINE}'s", title=gpu)
     axes.legend(ncols=3, fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    write(figure, path)
     return True
+
+
+CHARTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], Callable[[list[Record], str, Path], bool]]] = {
+    "attention": (ATTENTION_CASE, ("gpu_us", "percent_of_read"), draw_bandwidth),
+    "traces": (TRACE_CASE, ("tokens_per_s_wall",), draw_traces),
+}
+"""Of each file of records: what tells its cases apart, what is drawn of them, and how."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--results", type=existing, default=Path("benchmarks/results"), help="folder of the JSONL files"
-    )
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
+    parser.add_argument("--results", type=folder, default=Path("benchmarks/results"), help="folder of the JSONL files")
+    parser.add_argument("--out", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    return status("plot_attention", lambda: plot(arguments))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    needs("matplotlib")
+    if not any((arguments.results / f"{name}.jsonl").exists() for name in CHARTS):
+        raise UsageError(f"--results {arguments.results} has no {' and no '.join(f'{name}.jsonl' for name in CHARTS)}: "
+                         "name the folder that benchmark_attention.py and benchmark_traces.py write to")  # fmt: skip
     files = []
-    for name, case, draw in (("attention", ATTENTION_CASE, draw_bandwidth), ("traces", TRACE_CASE, draw_traces)):
-        for gpu, records in newest(arguments.results / f"{name}.jsonl", case).items():
+    for name, (case, drawn, draw) in CHARTS.items():
+        for gpu, records in newest(arguments.results / f"{name}.jsonl", case, drawn).items():
             path = arguments.out / f"{name}-{gpu.split(' (')[0].replace(' ', '-').lower()}.png"
             if draw(records, gpu, path):
                 files.append(path)
                 print(path)
     print(json.dumps({"plots": [str(file) for file in files]}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -11,23 +11,19 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-from matplotlib import pyplot
-from matplotlib.ticker import FuncFormatter, NullFormatter
-
-from pkv_hf.arguments import existing
+from pkv_hf.arguments import file, needs, output_folder
+from pkv_hf.charts import pyplot, write
+from pkv_hf.cli import status
+from pkv_hf.records import read_records
 
 Record = dict[str, Any]
+FIELDS = ("model", "dtype", "gpu", "lengths", "engine", "batch", "step_ms_p50", "floor_ms", "percent_of_floor")
 
 
 def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
     """Records of greedy decoding by model, dtype of activations (and of quantised weights) and GPU."""
     newest: dict[tuple, Record] = {}
-    for line in path.read_text().splitlines():
-        r = json.loads(line)
+    for r in read_records(path, f"--results {path}", FIELDS):
         if r.get("mode", "greedy") != "greedy":
             continue
         dtype = f"{r['dtype']}-nf4" if r.get("weight_bits") else r["dtype"]
@@ -39,7 +35,9 @@ def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
 
 
 def draw(records: list[Record], title: str, path: Path) -> None:
-    figure, (times, percents) = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    figure, (times, percents) = pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     engines = list(dict.fromkeys(r["engine"] for r in records))
     for engine in engines:
         single = sorted((r for r in records if r["engine"] == engine and r["batch"] == 1), key=lambda r: r["lengths"])
@@ -66,16 +64,19 @@ def draw(records: list[Record], title: str, path: Path) -> None:
     for set_formatter in (times.yaxis.set_major_formatter, times.yaxis.set_minor_formatter):
         set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    write(figure, path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=existing, default=Path("benchmarks/results/generate.jsonl"))
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/plots"), help="folder of the PNG files")
+    parser.add_argument("--results", type=file, default=Path("benchmarks/results/generate.jsonl"))
+    parser.add_argument("--out", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    return status("plot_results", lambda: plot(arguments))
+
+
+def plot(arguments: argparse.Namespace) -> None:
+    needs("matplotlib")
     files = []
     for (model, dtype, gpu), records in load(arguments.results).items():
         name = (
@@ -84,8 +85,7 @@ def main() -> int:
         files.append(arguments.out / f"{name}.png")
         draw(records, f"{Path(model).name}, {dtype}, {'CPU' if gpu.startswith('none') else gpu}", files[-1])
         print(files[-1])
-    print(json.dumps({"plots": [str(file) for file in files]}))
-    return 0
+    print(json.dumps({"plots": [str(path) for path in files]}))
 
 
 if __name__ == "__main__":

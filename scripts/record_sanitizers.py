@@ -10,6 +10,8 @@ import json
 import re
 from pathlib import Path
 
+from pkv_hf.cli import status
+from pkv_hf.errors import UsageError
 from pkv_hf.records import append_record, environment, output
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -20,17 +22,33 @@ FINDINGS = 40
 
 
 def read(folder: Path, tool: str) -> dict[str, object]:
-    """A tool's summary, the tests that ran under it and the status of its program."""
-    log, status = (folder / f"{tool}.log").read_text(errors="replace"), folder / f"{tool}.status"
+    """A tool's summary, the tests that ran under it and the status of its program.
+
+    Raises UsageError for a folder without what scripts/sanitize.sh leaves of the tool.
+    """
+    log, status = _text(folder / f"{tool}.log"), folder / f"{tool}.status"
     summaries, passed = SUMMARY.findall(log), PASSED.findall(log)
     found = {
         "summary": summaries[-1] if summaries else "none",
         "tests": int(passed[-1]) if passed else 0,
-        "status": int(status.read_text()) if status.exists() else 0,
-        "seconds": int((folder / f"{tool}.seconds").read_text()),
+        "status": _number(status) if status.exists() else 0,
+        "seconds": _number(folder / f"{tool}.seconds"),
     }
     clean = all(re.match(r"0 (errors|hazards displayed \(0 errors)", summary) for summary in summaries)
     return {**found, "clean": bool(summaries) and clean and found["tests"] != 0 and found["status"] == 0}
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise UsageError(f"{path.parent} has no {path.name}: name a folder that scripts/sanitize.sh has filled")
+    return path.read_text(errors="replace")
+
+
+def _number(path: Path) -> int:
+    text = _text(path).strip()
+    if not text.isdecimal():
+        raise UsageError(f"{path} holds {text[:40]!r}, not a number: run scripts/sanitize.sh again")
+    return int(text)
 
 
 def main() -> int:
@@ -38,9 +56,11 @@ def main() -> int:
     parser.add_argument("logs", type=Path)
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/sanitizers.jsonl"))
     arguments = parser.parse_args()
-    missing = [tool for tool in TOOLS if not (arguments.logs / f"{tool}.log").is_file()]
-    if missing:
-        parser.error(f"{arguments.logs} has no {missing[0]}.log: scripts/sanitize.sh writes it")
+    return status("record_sanitizers", lambda: record(arguments))
+
+
+def record(arguments: argparse.Namespace) -> int:
+    """Returns 1 unless every tool is clean."""
     tools = {tool: read(arguments.logs, tool) for tool in TOOLS}
     for tool, found in tools.items():
         if not found["clean"]:

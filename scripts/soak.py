@@ -29,7 +29,8 @@ import interpreter
 
 interpreter.use()  # first: packages that transformers finds installed may import triton
 
-from pkv_hf.arguments import count, device  # noqa: E402
+from pkv_hf.arguments import count, device, natural, needs  # noqa: E402
+from pkv_hf.cli import status  # noqa: E402
 from pkv_hf.records import append_record, environment, output  # noqa: E402
 
 CASES = {
@@ -127,12 +128,18 @@ def main() -> int:
     parser.add_argument("--device", type=device, default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--jobs", type=count, default=1, help="processes of kernels (default: %(default)s)")
     parser.add_argument("--longest", type=count, help="tokens of the longest row of kernels")
-    parser.add_argument("--seed", type=int, help="drawn afresh where it is not given")
+    parser.add_argument("--seed", type=natural, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/soak.jsonl"))
     arguments = parser.parse_args()
     for kind in arguments.kinds:
         if kind not in KINDS:
             parser.error(f"{kind!r} is no kind of soak: name one of {', '.join(KINDS)}")
+    return status("soak", lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs every kind that is named. Returns 1 where there are failures."""
+    needs("triton", "hypothesis", "pytest")
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
     summary = {}
     for kind in arguments.kinds or list(KINDS):

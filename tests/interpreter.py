@@ -13,6 +13,7 @@ sees every line of every program (here those of the first launch with each set o
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 
@@ -20,8 +21,8 @@ import torch
 
 
 def use() -> None:
-    """Turns the interpreter on where there is no GPU. Must run before a kernel module is imported."""
-    if torch.cuda.is_available():
+    """Turns the interpreter on where there are Triton and no GPU. Must run before a kernel module is imported."""
+    if torch.cuda.is_available() or importlib.util.find_spec("triton") is None:
         return
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language as tl

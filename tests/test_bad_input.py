@@ -1,11 +1,10 @@
-"""Wrong arguments of every public function and command: the exact error, naming the argument, and nothing changed."""
+"""Wrong arguments of every public function: the exact error, naming the argument, and nothing changed."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from hypothesis import strategies as st
 import pkv_hf
 from tiny import COMMON, tiny
 
-SCRIPTS = Path(__file__).parent.parent / "scripts"
 STEP = {
     "device": torch.device("cpu"), "dtype": torch.float32, "kv_dtype": torch.float32, "q_len": 1, "group": 2,
     "kv_heads": 2, "head_dim": 64, "page_size": 16, "layers": 2, "rows": 2, "tokens": 9, "longest": 5, "padded": True,
@@ -140,59 +138,6 @@ def test_every_public_function_is_in_the_table():
     functions = {name for name in pkv_hf.__all__ if inspect.isfunction(getattr(pkv_hf, name))}
     assert functions - {"unpatch"} <= {name for name, *_ in CALLS}  # unpatch leaves what it does not know as it is
     assert pkv_hf.unpatch(torch.nn.Linear(2, 2)) is not None
-
-
-COMMANDS = [
-    *[(script, ["--rows", text], f"--rows: '{text}' is not a whole") for text in ("0", "x", "-1")
-      for script in ("benchmark_attention", "benchmark_linear")],
-    ("benchmark_attention", ["--holes", "1"], "--holes: '1' is not a share"),
-    ("benchmark_attention", ["--engines", "fast"], "invalid choice: 'fast'"),
-    ("benchmark_attention", ["--query-heads", "4", "--group", "3"], "no multiple of --group 3"),
-    ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
-    ("benchmark_traces", ["--trace-file", "missing.csv"], "missing.csv"),
-    ("benchmark_generate", ["--lengths", "4,x"], "--lengths: 'x' is not a whole"),
-    ("benchmark_generate", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
-    ("benchmark_generate", ["--dtype", "int8"], "invalid choice: 'int8'"),
-    ("benchmark_devices", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
-    ("check_kernels", ["--cases", "0"], "--cases: '0'"),
-    ("soak", ["forever"], "'forever' is no kind of soak"),
-    ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
-    ("record_sanitizers", ["missing"], "missing has no memcheck.log"),
-    ("plot_results", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
-    ("plot_attention", ["--results", "missing"], "--results: 'missing' does not exist"),
-    ("readme_tables", ["--chekc"], "unrecognized arguments: --chekc"),
-    ("policy_tables", ["--chekc"], "unrecognized arguments: --chekc"),
-    ("finetune_then_serve", ["--steps", "0"], "--steps is 0: pass at least 1"),
-    ("passkey", ["--trials", "0"], "--trials 0: pass at least 1"),
-    ("perplexity", ["--mode", "fast"], "invalid choice: 'fast'"),
-    ("benchmark_dataset", ["--max-active", "x"], "invalid int value"),
-    *[(script, ["--device", "toaster"], "--device: 'toaster' is no device") for script in
-      ("benchmark_attention", "benchmark_devices", "benchmark_generate", "benchmark_traces", "check_kernels", "soak")],
-    *[(script, ["--device", "cuda:97"], "'cuda:97' is not on this machine") for script in
-      ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
-    *[(script, ["--out", "."], "--out . cannot be written") for script in
-      ("benchmark_attention", "benchmark_devices", "benchmark_linear", "benchmark_generate", "benchmark_traces",
-       "check_kernels", "soak")],
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("script", "arguments", "says"), COMMANDS, ids=[" ".join([c[0], *c[1]]) for c in COMMANDS])
-def test_a_command_ends_with_status_2_and_one_line(run, capsys, script, arguments, says):
-    pytest.importorskip("triton")
-    try:
-        status, _ = run(script, *arguments)
-        printed = run.stderr
-    except SystemExit as stopped:
-        status, printed = stopped.code, capsys.readouterr().err
-    assert status == 2
-    assert says in printed.strip().splitlines()[-1]
-    assert "Traceback" not in printed
-
-
-def test_every_script_is_in_the_table():
-    parses = re.compile("ArgumentParser|published.main")
-    with_parser = {path.stem for path in SCRIPTS.glob("*.py") if parses.search(path.read_text())}
-    assert with_parser == {script for script, *_ in COMMANDS}
 
 
 def outcome(call):

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import os
-import signal
-import sys
-
 import numpy as np
 import pytest
 import torch
 
-from pkv_hf import calibrate, calibration, cli
+from pkv_hf import calibrate
 from pkv_hf.attention_steps import AttentionShape, AttentionStep, Timing
 from pkv_hf.calibrate import Sample, fit, steps
-from pkv_hf.calibration import constants_for, path_for, reset, save
-from pkv_hf.costs import MODES, Constants, RouteConstants, Work, predict
+from pkv_hf.costs import MODES, RouteConstants, Work, predict
 from pkv_hf.policy import ROUTES, choose
 from pkv_hf.traces import HELD_OUT_SEEDS, decode_steps, synthetic
 
@@ -37,23 +30,10 @@ TRUTH = {
 
 
 @pytest.fixture(autouse=True)
-def own_folder(monkeypatch, tmp_path):
-    monkeypatch.setenv("PKV_HF_CACHE", str(tmp_path / "cache"))
-    constants_for.cache_clear()
-    yield
-    constants_for.cache_clear()
-
-
-@pytest.fixture(autouse=True)
 def many_multiprocessors(monkeypatch):
     """The interpreter's device with the multiprocessors of a large GPU."""
     for module in ("pkv_hf.routes", "pkv_hf.kernels.launch"):
         monkeypatch.setattr(f"{module}.device_limits", lambda device: (132, 227 * 1024))
-
-
-def some_constants(bandwidth: float = 1e12) -> Constants:
-    of_route = {"split": RouteConstants(bandwidth, 1.5, 4e-6), "workqueue": RouteConstants(bandwidth, 2.0, 5e-6, 1e-6)}
-    return Constants({mode: {1: of_route, 4: of_route} for mode in MODES}, "a test")
 
 
 def simulated(noise: float = 0.0):
@@ -131,132 +111,6 @@ def test_steps_are_the_calibration_seeds():
     assert len(found) == 5 * 4 * calibrate.STEPS
     assert {len(lengths) for lengths in found} >= {1, 4, 8, 16}
     assert found == list(steps())
-
-
-def test_constants_are_kept_for_one_device(tmp_path):
-    path = save(CPU, some_constants(), {"seed": 1})
-    assert path == path_for(CPU)
-    assert path.parent == tmp_path / "cache"
-    known = constants_for(CPU)
-    assert known.routes == some_constants().routes
-    assert str(path) in known.source
-    save(CPU, some_constants(2e12), {})
-    assert constants_for(CPU).of("graph", 4)["split"].bandwidth == 2e12
-    assert reset(CPU)
-    assert not reset(CPU)
-    assert constants_for(CPU).routes != some_constants().routes
-
-
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        (lambda content: content.update(format=99), "format"),
-        (lambda content: content.update(gpu="NVIDIA T4"), "gpu is 'NVIDIA T4'"),
-        (lambda content: content.update(torch="1.0"), "torch is '1.0'"),
-        (lambda content: content.pop("routes"), "KeyError"),
-        (lambda content: content["routes"].pop("eager"), "KeyError"),
-        (lambda content: content["routes"].update(graph={}), "no groups"),
-        (lambda content: content["routes"]["graph"]["4"]["split"].update(bandwidth=0), "out of range"),
-        (lambda content: content["routes"]["graph"]["4"]["split"].update(launch_s=-1.0), "out of range"),
-        (lambda content: content["routes"]["graph"]["4"]["split"].update(launch_s="soon"), "ValueError"),
-        (lambda content: content["routes"]["graph"]["4"]["split"].update(speed=1.0), "TypeError"),
-    ],
-)
-def test_a_foreign_file_is_ignored_aloud(change, reason, caplog):
-    path = save(CPU, some_constants(), {})
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    known = constants_for(CPU)
-    assert "device's properties" in known.source
-    assert reason in caplog.text
-    assert str(path) in caplog.text
-    caplog.clear()
-    constants_for(CPU)
-    assert not caplog.text  # once
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "\x00\xff"])
-def test_a_corrupt_file_is_ignored_aloud(text, caplog):
-    path = save(CPU, some_constants(), {})
-    path.write_bytes(text.encode("latin-1"))
-    assert "device's properties" in constants_for(CPU).source
-    assert "calibration" in caplog.text
-
-
-def test_a_save_that_dies_leaves_the_file_before(monkeypatch):
-    path = save(CPU, some_constants(), {})
-
-    def dies(content, file, **_):
-        file.write("{")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(calibration.json, "dump", dies)
-    with pytest.raises(KeyboardInterrupt):
-        save(CPU, some_constants(2e12), {})
-    assert constants_for(CPU).routes == some_constants().routes
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_process_killed_while_it_saves_leaves_the_file_before():
-    path = save(CPU, some_constants(), {})
-
-    def dies(content, file, **_):
-        file.write("{")
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def save_and_die():
-        calibration.json.dump = dies
-        save(CPU, some_constants(2e12), {})
-
-    process = multiprocessing.get_context("fork").Process(target=save_and_die)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
-    constants_for.cache_clear()
-    assert constants_for(CPU).routes == some_constants().routes
-    save(CPU, some_constants(3e12), {})
-    assert constants_for(CPU).of("graph", 4)["split"].bandwidth == 3e12
-    assert path == path_for(CPU)
-
-
-def _save_often(bandwidth: float) -> None:
-    for _ in range(50):
-        save(CPU, some_constants(bandwidth), {})
-
-
-def test_two_processes_may_save_at_once():
-    save(CPU, some_constants(), {})
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_save_often, args=(bandwidth,)) for bandwidth in (2e12, 3e12)]
-    for writer in writers:
-        writer.start()
-    while any(writer.is_alive() for writer in writers):
-        constants_for.cache_clear()
-        assert "measured on" in constants_for(CPU).source  # never half a file
-    assert [writer.exitcode for writer in writers] == [0, 0]
-    assert len(list(path_for(CPU).parent.iterdir())) == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--device", "cpu"], "--device cpu: no such GPU here"),
-        (["--device", "toaster"], "--device 'toaster' is no device of torch"),
-        (["--device", "cuda:97", "--show"], "--device cuda:97"),
-    ],
-)
-def test_the_command_names_what_is_wrong(arguments, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["pkv-hf", "calibrate", *arguments])
-    assert cli.main() == 2
-    assert message in capsys.readouterr().err
-
-
-def test_constants_are_shown():
-    text = calibrate.show(some_constants())
-    assert "graph G4 workqueue" in text
-    assert "1,000" in text
 
 
 @pytest.mark.parametrize("route", ["split", "workqueue"])
