@@ -37,7 +37,8 @@ class AppendCase:
     group: int = 1
     head_major: bool = True
     layout: str = "heads"
-    """Which dimension of q, k and v is outermost in a row: `heads`, `tokens`, or tokens of all three in one tensor."""
+    """What is outermost in a row of q, k and v: `heads`, `tokens`, heads of v alone (`mixed`), tokens of all `together`
+    in one tensor."""
     angles_by_row: bool = False
     eps: float = EPS[0]
     aligned: bool = True
@@ -72,7 +73,7 @@ class AppendCase:
             num_kv_heads=int(rng.integers(1, 6)),
             group=int(rng.integers(1, 9)),
             head_major=bool(rng.random() < 0.5),
-            layout=str(rng.choice(["heads", "tokens", "together"])),
+            layout=str(rng.choice(["heads", "tokens", "mixed", "together"])),
             angles_by_row=bool(rng.random() < 0.5),
             eps=float(rng.choice(EPS)),
             aligned=bool(rng.random() < 0.7),
@@ -136,11 +137,13 @@ def _states(case: AppendCase, draw: Draw) -> list[torch.Tensor]:
         scale = torch.where(sizes < 0.05, 0.0, 10 ** (4 * sizes - 2))
         return draw(rows, *shape, case.head_dim, scale=scale)
 
-    if case.layout == "heads":
-        return [drawn(count, case.q_len) for count in heads]
-    if case.layout == "tokens":
-        return [drawn(case.q_len, count).transpose(1, 2) for count in heads]
-    return list(drawn(case.q_len, sum(heads)).transpose(1, 2).split(heads, dim=1))
+    if case.layout == "together":
+        return list(drawn(case.q_len, sum(heads)).transpose(1, 2).split(heads, dim=1))
+    by_heads = {"heads": (True, True, True), "tokens": (False, False, False), "mixed": (False, False, True)}
+    return [
+        drawn(count, case.q_len) if whole else drawn(case.q_len, count).transpose(1, 2)
+        for count, whole in zip(heads, by_heads[case.layout])
+    ]
 
 
 def _memory(case: AppendCase, draw: Draw) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
