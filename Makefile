@@ -29,7 +29,7 @@ soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 gpu-soak:
-	$(PYTHON) scripts/soak.py --device cuda --jobs 12 $(or $(ARGS),kernels leaks)
+	$(PYTHON) scripts/soak.py --device cuda --jobs 12 $(or $(ARGS),kernels layers leaks)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -26,6 +26,11 @@ MAX_DRAWS = 64
 POISONS = (float("nan"), float("inf"), float("-inf"))
 
 
+def log_uniform(rng: np.random.Generator, most: int) -> int:
+    """A size from 1 to `most`: small ones are as likely as large ones, by their logarithm."""
+    return int(2 ** rng.uniform(0, np.log2(most)))
+
+
 @dataclass(frozen=True)
 class Case:
     """One decode step: row `b` holds tokens [starts[b], ends[b]) and its last q_len ones are queries."""

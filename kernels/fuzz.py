@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from pkv_hf.kernels.check import MAX_DRAWS, ROUTES, Case, Result, measure_routes, random_case, vary
+from pkv_hf.kernels.check import MAX_DRAWS, ROUTES, Case, log_uniform, measure_routes, random_case, vary
 
 BOUND = 2.0
 """A route's error over that of torch's attention in the same dtype, at most."""
@@ -18,15 +19,19 @@ BOUND = 2.0
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    case: Case
-    results: dict[str, Result]
+    case: Any
+    results: dict[str, Any]
+    """By route or output; each says whether it was `written`, and its error's `ratio` to torch's."""
     redrawn: bool = False
     """The case was beyond the bound at first, and `results` are those of new random numbers."""
 
     @property
     def failed(self) -> list[str]:
-        """Routes that left an output unwritten or not finite, or erred more than the bound."""
-        return [route for route, result in self.results.items() if not (result.written and result.ratio <= BOUND)]
+        """Routes or outputs with elements unwritten or not finite, or with a larger error than the bound."""
+        return [name for name, result in self.results.items() if not (result.written and result.ratio <= BOUND)]
+
+
+Judge = Callable[[Any, str], Outcome]
 
 
 def batches(
@@ -34,16 +39,13 @@ def batches(
 ) -> list[list[Case]]:
     """`count` random cases, `variations` for each configuration that is compiled, the dtypes in turn.
 
-    A case's rows are of up to `longest` tokens; short ones are as likely as long ones, by their logarithm.
+    A case's rows are of up to `longest` tokens, by `log_uniform`.
     """
-
-    def bound() -> int:
-        return int(2 ** rng.uniform(0, np.log2(longest)))
-
     made: list[list[Case]] = []
     while count > 0:
-        first = random_case(rng, bound(), dtypes[len(made) % len(dtypes)])
-        made.append([first, *(vary(first, rng, bound()) for _ in range(min(variations, count) - 1))])
+        first = random_case(rng, log_uniform(rng, longest), dtypes[len(made) % len(dtypes)])
+        more = range(min(variations, count) - 1)
+        made.append([first, *(vary(first, rng, log_uniform(rng, longest)) for _ in more)])
         count -= len(made[-1])
     return made
 
@@ -57,16 +59,20 @@ def judge(case: Case, device: str) -> Outcome:
     return Outcome(case, measure_routes(other, ROUTES, device, draws=MAX_DRAWS), redrawn=True)
 
 
-def _judge_all(task: tuple[list[Case], str]) -> list[Outcome]:
-    cases, device = task
-    return [judge(case, device) for case in cases]
+def _judge_all(task: tuple[Judge, Sequence[Any], str]) -> list[Outcome]:
+    of_case, cases, device = task
+    return [of_case(case, device) for case in cases]
 
 
 def fuzz(
-    made: list[list[Case]], device: str, jobs: int, start: Callable[[], None] | None = None
+    made: Sequence[Sequence[Any]],
+    device: str,
+    jobs: int,
+    start: Callable[[], None] | None = None,
+    of_case: Judge = judge,
 ) -> Iterator[list[Outcome]]:
     """Outcomes of batches of cases, in `jobs` processes that each call `start` first; in this one for one job."""
-    tasks = [(cases, device) for cases in made]
+    tasks = [(of_case, cases, device) for cases in made]
     with contextlib.ExitStack() as stack:
         if jobs == 1:
             yield from map(_judge_all, tasks)

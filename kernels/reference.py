@@ -1,4 +1,4 @@
-"""Paged attention in torch, for any dtype: what every kernel is judged by."""
+"""Paged attention, RMSNorm and RoPE in torch, for any dtype: what the kernels are judged by."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ def paged_attention(
             weights = torch.einsum("kgd,tkd->kgt", grouped[row, :, :, t], k[seen]).mul(scale).softmax(dim=-1)
             out[row, t] = torch.einsum("kgt,tkd->kgd", weights, v[seen]).reshape(heads, head_dim)
     return out
+
+
+def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension, as transformers rounds it."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """RoPE of x `[rows, heads, q_len, head_dim]` by cos and sin `[1 or rows, q_len, head_dim]`, as transformers rounds
+    it."""
+    low, high = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]

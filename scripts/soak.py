@@ -1,6 +1,7 @@
 """Long runs that look for what short tests miss; each appends a record of what ran to a results file.
 
-kernels: random cases over the whole supported space against float64, poison wherever nothing may be read.
+kernels: random cases of attention over the whole supported space against float64, poison wherever nothing may be read.
+layers: the same of all other kernels: append and RoPE (what else pages hold stays), linear layers, norms, SwiGLU.
 cache: random sequences of cache operations beside transformers' dense cache, every page counted after each.
 leaks: generate() calls of every kind; memory, graphs and open files are as after the first quarter of them.
 
@@ -15,10 +16,10 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # what the tests run a little of
 
@@ -33,11 +34,14 @@ from pkv_hf.arguments import count, device, natural, needs  # noqa: E402
 from pkv_hf.cli import status  # noqa: E402
 from pkv_hf.records import append_record, environment, output  # noqa: E402
 
+if TYPE_CHECKING:
+    from pkv_hf.kernels.fuzz import Judge
+
 CASES = {
-    "cpu": {"kernels": 200, "cache": 400, "leaks": 2_000},
-    "cuda": {"kernels": 20_000, "cache": 400, "leaks": 10_000},
+    "cpu": {"kernels": 200, "layers": 1_000, "cache": 400, "leaks": 2_000},
+    "cuda": {"kernels": 20_000, "layers": 20_000, "cache": 400, "leaks": 10_000},
 }
-LONGEST = {"cpu": 120, "cuda": 16_384}
+LONGEST = {"cpu": {"kernels": 120, "layers": 4096}, "cuda": {"kernels": 16_384, "layers": 16_384}}
 VARIATIONS = 60
 """Cases that share what Triton compiles."""
 
@@ -50,29 +54,46 @@ SEQUENCES = 20
 
 def kernels(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
     from pkv_hf.kernels.check import DTYPES, ROUTES
-    from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
+    from pkv_hf.kernels.fuzz import batches, judge
 
-    longest = arguments.longest or LONGEST[arguments.device]
-    variations = VARIATIONS if arguments.device == "cuda" else 4
+    longest, variations = sizes("kernels", arguments)
     made = batches(np.random.default_rng(seed), cases, variations, longest, DTYPES)
-    failures, redrawn, worst = [], 0, 0.0
-    with progress("kernels", cases) as bar:
-        for outcomes in fuzz(made, arguments.device, arguments.jobs, interpreter.use):
+    found, worst = fuzzed("kernels", made, arguments, judge)
+    return {"routes": list(ROUTES), "longest": longest, "error_over_sdpa_max": worst, **found}
+
+
+def layers(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
+    from pkv_hf.kernels.fuzz_layers import batches, judge
+
+    longest, variations = sizes("layers", arguments)
+    made = batches(np.random.default_rng(seed), cases, variations, longest)
+    found, worst = fuzzed("layers", made, arguments, judge)
+    return {"longest": longest, "error_over_torch_max": worst, **found}
+
+
+def sizes(kind: str, arguments: argparse.Namespace) -> tuple[int, int]:
+    """The largest size of a case, and how many cases share what Triton compiles."""
+    return arguments.longest or LONGEST[arguments.device][kind], VARIATIONS if arguments.device == "cuda" else 4
+
+
+def fuzzed(
+    kind: str, made: Sequence[Sequence[Any]], arguments: argparse.Namespace, judge: Judge
+) -> tuple[dict[str, Any], float]:
+    """What a record says of batches of cases, and their largest error over torch's."""
+    from pkv_hf.kernels.fuzz import BOUND, fuzz
+
+    cases, failures, redrawn, worst = sum(map(len, made)), [], 0, 0.0
+    with progress(kind, cases) as bar:
+        for outcomes in fuzz(made, arguments.device, arguments.jobs, interpreter.use, judge):
             for outcome in outcomes:
-                failures += [f"{route} {outcome.case} {outcome.results[route]}" for route in outcome.failed]
+                failures += [f"{name} {outcome.case} {outcome.results[name]}" for name in outcome.failed]
                 redrawn += outcome.redrawn
                 worst = max(worst, *(result.ratio for result in outcome.results.values()))
             bar.update(len(outcomes))
-    return {
-        "cases": cases,
-        "routes": list(ROUTES),
-        "configurations": len(made),
-        "longest": longest,
-        "error_over_sdpa_max": worst,
-        "bound": BOUND,
-        "redrawn": redrawn,
-        "failures": failures,
-    }
+    found = {
+        "cases": cases, "configurations": len(made), "bound": BOUND, "redrawn": redrawn, "failures": failures
+    }  # fmt: skip
+    return found, worst
 
 
 def cache(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
@@ -112,9 +133,11 @@ def leaks(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any
 
 KINDS: dict[str, Callable[[argparse.Namespace, int, int], dict[str, Any]]] = {
     "kernels": kernels,
+    "layers": layers,
     "cache": cache,
     "leaks": leaks,
 }
+PACKAGES = {"kernels": ["triton"], "layers": ["triton"], "cache": ["hypothesis", "pytest"], "leaks": []}
 
 
 def progress(name: str, total: int, over: range | None = None) -> tqdm:
@@ -126,8 +149,8 @@ def main() -> int:
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)} (default: all)")
     parser.add_argument("--cases", type=count, help="cases, sequences or calls (default: by kind and device)")
     parser.add_argument("--device", type=device, default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--jobs", type=count, default=1, help="processes of kernels (default: %(default)s)")
-    parser.add_argument("--longest", type=count, help="tokens of the longest row of kernels")
+    parser.add_argument("--jobs", type=count, default=1, help="processes of kernels and layers (default: %(default)s)")
+    parser.add_argument("--longest", type=count, help="tokens of the longest row, and the widest of layers")
     parser.add_argument("--seed", type=natural, help="drawn afresh where it is not given")
     parser.add_argument("--out", type=output, default=Path("benchmarks/results/soak.jsonl"))
     arguments = parser.parse_args()
@@ -139,10 +162,11 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs every kind that is named. Returns 1 where there are failures."""
-    needs("triton", "hypothesis", "pytest")
+    kinds = arguments.kinds or list(KINDS)
+    needs(*(package for kind in kinds for package in PACKAGES[kind]))
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed
     summary = {}
-    for kind in arguments.kinds or list(KINDS):
+    for kind in kinds:
         started = time.perf_counter()
         found = KINDS[kind](arguments, arguments.cases or CASES[arguments.device][kind], seed)
         for failure in found["failures"]:

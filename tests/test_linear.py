@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from pkv_hf.kernels.check import poisoned_scratch, rms
 from pkv_hf.kernels.elementwise import rms_norm, silu_mul
 from pkv_hf.kernels.gemv import choose_block, linear, swiglu
+from pkv_hf.kernels.reference import normed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -19,14 +20,6 @@ EPS = 1e-5
 
 def drawn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, device=DEVICE) * scale).to(dtype)
-
-
-def normed(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-    """RMSNorm as transformers rounds it."""
-    if weight is None:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
 
 def judge(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
@@ -52,7 +45,8 @@ def test_linear(rows, inputs, outputs, bias, dtype):
     residual = drawn(rows, outputs[0], dtype=dtype) if len(outputs) == 1 else None
 
     def reference(x, norm, residual, weights, biases):
-        y = torch.cat([functional.linear(normed(x, norm), w, b) for w, b in zip(weights, biases)], dim=1)
+        x = x if norm is None else normed(x, norm, EPS)
+        y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases)], dim=1)
         return y if residual is None else y + residual
 
     with poisoned_scratch():
@@ -71,7 +65,7 @@ def test_swiglu(rows, inputs, outputs, dtype):
     norm = drawn(inputs, dtype=dtype) if rows == 1 else None
 
     def reference(x, norm, gate, up):
-        x = normed(x, norm)
+        x = x if norm is None else normed(x, norm, EPS)
         return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
 
     with poisoned_scratch():
@@ -89,7 +83,7 @@ def test_rms_norm(width, residual, dtype):
         ours, total = rms_norm(x, weight, EPS, other)
     expected = x if other is None else x + other
     assert torch.equal(total, expected)
-    judge(ours, normed(expected, weight), normed(expected.double(), weight.double()))
+    judge(ours, normed(expected, weight, EPS), normed(expected.double(), weight.double(), EPS))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)

@@ -157,24 +157,27 @@ def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch)
 def test_soak_records_what_ran(run, tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "soak.jsonl"
-    for kind, cases in (("kernels", 2), ("cache", 3), ("leaks", 8)):
+    for kind, cases in (("kernels", 2), ("layers", 9), ("cache", 3), ("leaks", 8)):
         status, lines = run("soak", kind, "--cases", cases, "--longest", 40, "--seed", 5, "--out", out)
         assert status == 0, lines
         assert json.loads(lines[-1])[kind]["failures"] == 0
     found = records(out)
     assert [(r["kind"], r["cases"], r["failures"], r["seed"]) for r in found] == [
         ("kernels", 2, 0, 5),
+        ("layers", 9, 0, 5),
         ("cache", 6, 0, 5),
         ("leaks", 8, 0, 5),
     ]
-    assert found[1]["operations"] > 10
+    assert found[1]["configurations"] == 3
+    assert found[1]["error_over_torch_max"] <= found[1]["bound"]
+    assert found[2]["operations"] > 10
     for record in found:
         assert {"seconds", "device", "gpu", "torch", "triton", "transformers", "commit", "date"} <= set(record)
 
 
 def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from pkv_hf.kernels import check, fuzz
+    from pkv_hf.kernels import append, check, fuzz
     from pkv_hf.pool import PageAllocator
 
     right, out = check.run, tmp_path / "soak.jsonl"
@@ -188,7 +191,9 @@ def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, mon
 
     monkeypatch.setattr(check, "run", wrong)
     monkeypatch.setattr(PageAllocator, "release", lambda self, pages: None)
-    for kind, cases in (("kernels", 1), ("cache", 10)):
+    for name in ("append", "rope_append"):  # writes nothing
+        monkeypatch.setattr(append, name, lambda k_pages, v_pages, q, *_, **settings: q)
+    for kind, cases in (("kernels", 1), ("layers", 4), ("cache", 10)):
         status, lines = run("soak", kind, "--cases", cases, "--longest", 20, "--out", out)
         assert status == 1
         assert lines[0].startswith(f"FAILED {kind} ")

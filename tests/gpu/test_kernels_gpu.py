@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.check import DTYPES, ROUTES, Case, build, measure, random_case, run
+from pkv_hf.kernels.fuzz_layers import batches, judge
 
 pytestmark = pytest.mark.gpu
 
@@ -27,6 +28,14 @@ def test_rows_to_131072_tokens(dtype, route):
         result = measure(case, route, "cuda")
         assert result.written, (seed, case)
         assert result.error <= 2 * result.sdpa_error, (seed, case, result)
+
+
+def test_appends_and_layers_to_16384():
+    seed = secrets.randbits(32)
+    for cases in batches(np.random.default_rng(seed), 160, 10, 16_384):
+        for case in cases:
+            outcome = judge(case, "cuda")
+            assert not outcome.failed, (seed, outcome)
 
 
 @pytest.mark.parametrize("route", ROUTES)
