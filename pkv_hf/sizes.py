@@ -88,7 +88,8 @@ def _found(model: Any) -> tuple[int, int, int]:
     Raises UnsupportedModelError where its layers do not run so, and its configuration does not name them.
     """
     unpadded = copy.deepcopy(model.config)
-    unpadded.pad_token_id = None  # or transformers looks for it among tokens that are not there
+    # Or transformers looks for padding, among tokens and in a mask that are not there.
+    unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
     decoder = _empty(unpadded).get_decoder()
     layers = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
     widest = max(max(weight.shape) for weight in layers)
