@@ -8,8 +8,9 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
-# The oldest supported transformers, with those of its dependencies that the newest replaced.
-OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+# The oldest supported transformers, with those of its dependencies that the newest replaced, and the release of
+# Hugging Face's package `kernels` that it makes use of.
+OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 kernels==0.16.2 kernels-data==0.16.2
 
 .PHONY: demo test test-newest test-oldest soak gpu-soak lint readme
 

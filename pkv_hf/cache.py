@@ -137,9 +137,11 @@ class PagedCache(Cache):
 
         Returns dense K and V of all positions that the queries can see, as every transformers cache does; inside a
         patched model's forward, what its attention needs to read the pages in place.
+
+        Raises IndexError for a layer that is not there, ValueError for states that do not go with those held.
         """
-        if layer_idx >= len(self.layers):
-            raise IndexError(f"layer_idx={layer_idx}, but the PagedCache has {len(self.layers)} layers")
+        if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
+            raise IndexError(f"layer_idx={layer_idx!r}, but the PagedCache has {len(self.layers)} layers")
         if self.step is not None:
             return self.step.update(key_states, value_states, layer_idx)
         self._reorder()
@@ -159,20 +161,32 @@ class PagedCache(Cache):
         return super().get_seq_length(layer_idx)
 
     def start(self, rows: int, pads: np.ndarray) -> None:
-        """Begins `rows` rows whose first `pads[row]` positions are padding, which costs no page."""
+        """Begins `rows` rows whose first `pads[row]` positions are padding, int64 `[rows]`, which costs no page.
+
+        Raises ValueError for other than one count for each row.
+        """
+        rows = whole("rows", rows, 1, "reset() forgets all rows")
+        if np.shape(pads) != (rows,) or np.asarray(pads).dtype.kind not in "iu" or np.min(pads) < 0:
+            raise ValueError(f"pads={pads!r} of {rows} rows: pass how many positions of each are padding, 0 or more")
         for table in self.tables.values():
             table.start(rows, pads)
 
     def expect_copies(self, copies: int, shared: int = 0) -> None:
         """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
 
-        `batch_repeat_interleave(copies)` makes them.
+        `batch_repeat_interleave(copies)` makes them. Raises ValueError for less than one copy or no token.
         """
+        copies = whole("copies", copies, 1, "1 expects none")
+        shared = whole("shared", shared, 0, "pass the tokens that come before the copies")
         for table in self.tables.values():
             table.copies, table.shared = copies, shared
 
     def truncate(self, length: int) -> None:
-        """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again."""
+        """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again.
+
+        Raises ValueError for less than no token.
+        """
+        length = whole("length", length, 0, "pass the tokens to keep")
         for layer in self.layers:
             layer.length = min(layer.length, length)
         for table in self.tables.values():

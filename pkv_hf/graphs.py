@@ -93,7 +93,11 @@ class GraphMemories:
         """That of the thread and stream that call. Raises CaptureError where there can be none."""
         key = (threading.get_ident(), torch.cuda.current_stream(device).cuda_stream, device)
         if key not in self._held:
-            self._held[key] = GraphMemory(device, _capture_stream(key))
+            try:
+                stream = _capture_stream(key)
+            except RuntimeError as error:  # there is no memory for its workspaces
+                raise CaptureError(str(error)) from error
+            self._held[key] = GraphMemory(device, stream)
         return self._held[key]
 
     @property

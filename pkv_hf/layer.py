@@ -86,6 +86,7 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends states `[B, H_kv, q_len, head_dim]`; returns K and V of every position that their queries can see."""
+        self._check(key_states, value_states)
         first, past = self.first_visible(), self.length
         held = self.dense(first, past) if past and key_states.requires_grad else None
         self.write(key_states, value_states)
@@ -156,6 +157,10 @@ class PagedLayer(CacheLayerMixin):
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Raises ValueError for states that the pages of this layer cannot take."""
+        for name, states in (("key_states", key_states), ("value_states", value_states)):
+            if not isinstance(states, torch.Tensor) or not states.is_floating_point():
+                given = states.dtype if isinstance(states, torch.Tensor) else f"a {type(states).__name__}"
+                raise ValueError(f"{name} is {given}: want a tensor of floating point")
         if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
             raise ValueError(
                 f"key_states is {list(key_states.shape)} and value_states {list(value_states.shape)}: want both "

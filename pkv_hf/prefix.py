@@ -78,8 +78,8 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
         tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
 
     Raises:
-        ValueError: a text without a tokenizer, no token, several rows, or what are no token ids of the model;
-            UnsupportedModelError (a ValueError) for what is no transformers model.
+        ValueError: a text without a tokenizer, or with what is none; no token, several rows, or what are no token ids
+            of the model; UnsupportedModelError (a ValueError) for what is no transformers model.
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
@@ -106,6 +106,8 @@ def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: 
     if isinstance(rows[0], str):
         if tokenizer is None:
             raise ValueError(f"{name} is text, which needs a tokenizer: pass tokenizer=..., or token ids")
+        if not callable(tokenizer):
+            raise ValueError(f"tokenizer={tokenizer!r} does not turn text into ids: pass a transformers tokenizer")
         rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
     rows = [token_ids(name, row) for row in rows]
     lengths = [len(row) for row in rows]

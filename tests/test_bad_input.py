@@ -6,6 +6,7 @@ import inspect
 import re
 import time
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -69,9 +70,30 @@ CALLS = [
             (states(2, 3, 1, 16), states(2, 3, 1, 16), "key_states has 3 heads of 16, but .* 2 of 16"),
             (states(2, 2, 1, 8), states(2, 2, 1, 8), "key_states has 2 heads of 8"),
             (states(3, 2, 1, 16), states(3, 2, 1, 16), "batch 3, but the PagedCache holds 2 rows"),
+            (None, states(2, 2, 1, 16), "key_states is a NoneType"),
+            (states(2, 2, 1, 16), states(2, 2, 1, 16).tolist(), "value_states is a list"),
+            (states(2, 2, 1, 16).int(), states(2, 2, 1, 16), "key_states is torch.int32"),
         )
     ],
-    ("PagedCache.update", lambda m: filled(m).update(*[states(2, 2, 1, 16)] * 2, 3), IndexError, "layer_idx=3"),
+    *[
+        ("PagedCache.update", lambda m, x=x: filled(m).update(*[states(2, 2, 1, 16)] * 2, x), IndexError, f"idx={x!r}")
+        for x in (3, -1, "x", None, 0.0)
+    ],
+    *[
+        ("PagedCache.start", lambda m, rows=rows, pads=pads: filled(m).start(rows, np.array(pads)), ValueError, says)
+        for rows, pads, says in (
+            (0, [], "rows=0"), (-1, [], "rows=-1"), (2, [1], "pads="), (2, [1, -1], "pads="), (2, [1.0, 2.0], "pads="),
+            (2, 3, "pads="),
+        )
+    ],
+    *[
+        ("PagedCache.truncate", lambda m, x=x: filled(m).truncate(x), ValueError, f"length={x!r}")
+        for x in (-3, 1.5, None)
+    ],
+    *[
+        ("PagedCache.expect_copies", lambda m, x=x: filled(m).expect_copies(*x), ValueError, says)
+        for x, says in (((0,), "copies=0"), ((1.5,), "copies=1.5"), ((2, -1), "shared=-1"))
+    ],
     *[
         ("PagedCache.crop", lambda m, x=x: filled(m).crop(x), ValueError, f"tokens_to_remove={x!r} .*holds 5")
         for x in (1, -6, "x", None, -1.5, True)
@@ -96,6 +118,10 @@ CALLS = [
                   torch.tensor(5), torch.ones(1, 3), torch.zeros(2, 2, 2, dtype=torch.long))
     ],
     *[
+        ("prefix", lambda m, x=x: pkv_hf.prefix(m, "text", x), ValueError, f"tokenizer={x!r} does")
+        for x in (3, "gpt2", {})
+    ],
+    *[
         ("Prefix.inputs", lambda m, x=x: pkv_hf.prefix(m, [3]).inputs(x), ValueError, "continuations ")
         for x in ("text", None, 5, [], [[1], [2, 3]], [-1], [128], torch.zeros(1, 1, 1, dtype=torch.long))
     ],
@@ -116,12 +142,19 @@ CALLS = [
         ("plan", lambda m, s=s: pkv_hf.plan(m.config, **{**PLAN, **s}), ValueError, says)
         for s, says in (
             *PATCH[4:15],
-            *[({"prompt_tokens": x}, "prompt_tokens=") for x in (0, [], 1.5, "12", None, True)],
+            *[({"prompt_tokens": x}, "prompt_tokens=") for x in (0, [], 1.5, "12", None, True, b"ab")],
             *[({name: x}, f"{name}=") for name in ("batch", "new_tokens", "prefill_chunk_size") for x in (0, 2.5, "1")],
-            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", -1, [], 0)],
+            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", -1, [], 0, True)],
             *[({"dtype": x}, "dtype=") for x in ("float16", torch.int8)],
+            *[({"weight_bits": x}, re.escape(f"weight_bits={x!r}")) for x in (16, "4", [4], 4.0, True)],
         )
     ],
+    *[
+        ("plan", lambda m, x=x: pkv_hf.plan(x, **PLAN), pkv_hf.UnsupportedModelError, says)
+        for x, says in (*[(x, "not a transformers") for x in NO_MODEL], (transformers.ViTConfig(), "ViTConfig"),
+                        (transformers.T5Config(), "T5"))
+    ],
+    ("plan", lambda m: pkv_hf.plan(m, dtype=torch.float16, **PLAN), ValueError, "are for a configuration"),
 ]  # fmt: skip
 
 

@@ -25,22 +25,27 @@ def generate(model, inputs, **settings):
     return model.generate(**inputs, **{"max_new_tokens": 40, "do_sample": False, **settings})
 
 
-def test_memory_that_runs_out_in_a_capture_is_said_and_steps_run_without(monkeypatch):
+@pytest.mark.parametrize("where", ["in the capture", "before it"])
+def test_memory_that_runs_out_in_a_capture_is_said_and_steps_run_without(where, monkeypatch):
     model, inputs = tiny("llama").cuda(), on_gpu(20, 9)
     expected = generate(model, inputs)
     pkv_hf.patch(model)
     assert torch.equal(generate(model, inputs), expected)
     capture = graphs.GraphMemory.capture
 
-    def full(self, run):
-        def runs_out():
-            run()
-            raise torch.OutOfMemoryError("CUDA out of memory (a test)")
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory (a test)")
 
-        return capture(self, runs_out)
+    def runs_out(self, run):
+        return capture(self, lambda: full(run()))
 
     with monkeypatch.context() as patch:
-        patch.setattr(graphs.GraphMemory, "capture", full)
+        if where == "in the capture":
+            patch.setattr(graphs.GraphMemory, "capture", runs_out)
+        else:
+            patch.setattr(graphs, "_capture_stream", full)
+            pkv_hf.patch(model)  # with no memory for graphs held yet
+            assert torch.equal(generate(model, inputs), expected)
         assert torch.equal(generate(model, inputs), expected)
     assert any("out of memory" in reason for reason in pkv_hf.report(model).left)
     assert torch.equal(generate(model, inputs), expected)
