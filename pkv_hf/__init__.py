@@ -4,14 +4,8 @@
 `explain` for why it took the route that it took.
 """
 
-from pkv_hf.cache import CacheMemory, PagedCache
+from pkv_hf import compat
 from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
-from pkv_hf.patch import patch, patched, unpatch
-from pkv_hf.planner import MemoryPlan, plan
-from pkv_hf.policy import Decision
-from pkv_hf.prefix import Prefix, prefix
-from pkv_hf.report import Report, explain, report
-from pkv_hf.routes import StepShape
 from pkv_hf.version import __version__
 
 __all__ = [
@@ -35,3 +29,14 @@ __all__ = [
     "report",
     "unpatch",
 ]
+
+if compat.SUPPORTED:
+    from pkv_hf.cache import CacheMemory, PagedCache
+    from pkv_hf.patch import patch, patched, unpatch
+    from pkv_hf.planner import MemoryPlan, plan
+    from pkv_hf.policy import Decision
+    from pkv_hf.prefix import Prefix, prefix
+    from pkv_hf.report import Report, explain, report
+    from pkv_hf.routes import StepShape
+else:  # importing does not fail, using does
+    globals().update(dict.fromkeys(set(__all__) - set(globals()), compat.refuse))

@@ -5,28 +5,30 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from pkv_hf.errors import UnsupportedVersionError
 
 OLDEST_TRANSFORMERS = "5.17.0"
+SUPPORTED = Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS)
+
+if SUPPORTED:  # or the names below may not be there
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 
-def check_version() -> None:
-    """Raises UnsupportedVersionError where transformers is older than the oldest release tested."""
-    if Version(transformers.__version__) < Version(OLDEST_TRANSFORMERS):
-        raise UnsupportedVersionError(
-            f"transformers {transformers.__version__} is older than {OLDEST_TRANSFORMERS}, the oldest release that "
-            f"pkv_hf works with: pip install 'transformers>={OLDEST_TRANSFORMERS}'"
-        )
+def refuse(*_: object, **__: object) -> NoReturn:
+    """In the place of all that needs a newer transformers than is installed. Raises UnsupportedVersionError."""
+    raise UnsupportedVersionError(
+        f"transformers {transformers.__version__} is older than {OLDEST_TRANSFORMERS}, the oldest release that "
+        f"pkv_hf works with: pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+    )
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int]:

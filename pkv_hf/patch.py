@@ -64,9 +64,8 @@ def patch(
     Raises:
         ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
         UnsupportedModelError: (a ValueError) no layer of the model can be served; says why.
-        UnsupportedVersionError: transformers is too old.
+        UnsupportedVersionError: (an ImportError) the installed transformers is too old.
     """
-    compat.check_version()
     if not isinstance(route, str) or route not in ("auto", *ROUTES):
         raise ValueError(f"route={route!r} is not one of {['auto', *ROUTES]}")
     check_page_size(page_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,20 +86,26 @@ def test_patching_and_generating_need_no_extra_and_what_does_names_it():
     )
 
 
-def test_an_old_transformers_does_not_fail_at_import():
+@pytest.mark.parametrize(
+    "old",
+    ["import transformers", "sys.modules['transformers'] = ModuleType('old')"],
+    ids=["a release before", "without any of its names"],
+)
+def test_an_old_transformers_fails_at_patch_and_not_at_import(old):
     python(
-        "import transformers; transformers.__version__ = '5.16.2'\n"
+        f"import sys; from types import ModuleType; {old}\n"
+        "sys.modules['transformers'].__version__ = '4.40.1'\n"
         "import pkv_hf\n"
-        "try: pkv_hf.patch(None)\n"
-        "except pkv_hf.UnsupportedVersionError as error: assert 'pip install' in str(error)\n"
-        "else: raise SystemExit('patched')"
+        "for name in ('patch', 'patched', 'PagedCache', 'plan'):\n"
+        "    try: getattr(pkv_hf, name)(None)\n"
+        "    except pkv_hf.UnsupportedVersionError as error:\n"
+        '        assert "transformers 4.40.1 is older than" in str(error)\n'
+        '        assert "pip install \'transformers>=" in str(error)\n'
+        "    else: raise SystemExit('patched')"
     )
 
 
-def test_an_old_transformers_is_refused_at_patch(monkeypatch):
-    import pkv_hf
-    from pkv_hf import compat
-
-    monkeypatch.setattr(compat.transformers, "__version__", "5.16.2")
-    with pytest.raises(pkv_hf.UnsupportedVersionError, match=r"5\.16\.2 is older than 5\.17"):
-        pkv_hf.patch(None)
+def test_one_module_compares_versions():
+    sources = [path for folder in ("pkv_hf", "kernels", "patches") for path in (ROOT / folder).glob("*.py")]
+    versions = re.compile(r"packaging|parse_version|is_transformers_version|(hasattr|getattr)\(transformers\b")
+    assert [path.name for path in sources if versions.search(path.read_text())] == ["compat.py"]
