@@ -24,7 +24,8 @@ from transformers import DynamicCache
 from pkv_hf import PagedCache
 from tiny import tiny
 
-HEADS, HEAD_DIM, LONGEST, MOST_ROWS, MOST_CACHES = 2, 4, 120, 6, 6
+HEADS, HEAD_DIM, LONGEST, MOST_ROWS, MOST_CACHES = 2, 6, 120, 6, 6
+PADS = st.one_of(st.just([]), st.lists(st.integers(0, 40), min_size=1, max_size=3))
 
 
 class Pair:
@@ -80,27 +81,37 @@ class CacheMachine(RuleBasedStateMachine):
         self.alive.append(pair)
         return pair
 
-    def states(self, rows: int, count: int) -> torch.Tensor:
-        """Vectors that are all different, and exact in 8 bits by a scale of 1: 127, then a number in base 200."""
+    def states(self, rows: int, count: int, kv_dtype: torch.dtype | None) -> torch.Tensor:
+        """Vectors all different, and exact in 8 bits by a scale of 1: the largest value, then a number in base 16."""
         numbers = torch.arange(rows * HEADS * count) + self.counter
         self.counter += len(numbers)
-        digits = [(numbers // 200**place % 200 - 100) for place in range(HEAD_DIM - 1)]
-        return torch.stack([torch.full_like(numbers, 127), *digits], -1).float().view(rows, HEADS, count, HEAD_DIM)
+        digits = [(numbers // 16**place % 16 - 8) for place in range(HEAD_DIM - 1)]
+        largest = torch.full_like(numbers, 448 if kv_dtype == torch.float8_e4m3fn else 127)
+        return torch.stack([largest, *digits], -1).float().view(rows, HEADS, count, HEAD_DIM)
 
     @rule(
         target=pairs,
         reserve=st.sampled_from([None, 1, 40, 200]),
         page_size=st.sampled_from([16, 32]),
-        kv_dtype=st.sampled_from([None, None, "int8"]),
-        pads=st.one_of(st.just([]), st.lists(st.integers(0, 40), min_size=1, max_size=3)),
+        kv_dtype=st.sampled_from([None, None, "int8", "fp8"]),
+        pads=PADS,
+        copies=st.sampled_from([(1, 0), (1, 0), (2, 30), (3, 0)]),
     )
-    def make(self, reserve, page_size, kv_dtype, pads):
+    def make(self, reserve, page_size, kv_dtype, pads, copies):
         if len(self.alive) >= MOST_CACHES:
             return multiple()
         paged, pads = PagedCache(self.config, page_size, reserve, kv_dtype), np.array(pads, dtype=np.int64)
         if len(pads):
             paged.start(len(pads), pads)
+        paged.expect_copies(*copies)
         return self.add(Pair(paged, DynamicCache(config=self.config), pads))
+
+    @rule(pair=pairs, pads=PADS)
+    def start_again(self, pair, pads):
+        """With other rows, where there is no token yet or none any more."""
+        if not pair.length and pads:
+            pair.pads = np.array(pads, dtype=np.int64)
+            pair.paged.start(len(pads), pair.pads)
 
     @rule(pair=pairs, count=st.integers(1, 40), rows=st.integers(1, 3))
     def append(self, pair, count, rows):
@@ -112,7 +123,7 @@ class CacheMachine(RuleBasedStateMachine):
             pair.pads = np.zeros(rows, dtype=np.int64)
         begin, end = pair.length, pair.length + count
         for layer in range(self.config.num_hidden_layers):
-            k, v = (self.states(len(pair.pads), count) for _ in range(2))
+            k, v = (self.states(len(pair.pads), count, pair.paged.kv_dtype) for _ in range(2))
             for ours, theirs in zip(pair.paged.update(k, v, layer), pair.dense.update(k, v, layer)):
                 pair.assert_equal(ours, theirs, end)
         for table in pair.paged.tables.values():  # nobody else may see what was just written

@@ -8,6 +8,8 @@ Most of its time goes where kernels do not need it: at every call of one functio
 triton.language (here a kernel does so once), every sum of integers is done again in 64 bits to find overflow (an option
 of debug builds, and nothing here is large enough), a table of dtypes is built whenever one is looked up, and coverage
 sees every line of every program (here those of the first launch with each set of constants).
+
+It knows one grid at a time, so here threads launch one after the other.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
+import threading
 
 import torch
 
@@ -70,9 +73,13 @@ def use() -> None:
             _patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    plain_launch, covered = interpreter.GridExecutor.__call__, set()
+    plain_launch, covered, one_at_a_time = interpreter.GridExecutor.__call__, set(), threading.RLock()
 
     def launch(self, *args, **kwargs):
+        with one_at_a_time:
+            return launch_covered(self, *args, **kwargs)
+
+    def launch_covered(self, *args, **kwargs):
         given = {**dict(zip(self.arg_names, args)), **kwargs}
         constants = self.fn, *(value for name, value in given.items() if name in self.constexprs)
         tracer = sys.gettrace()

@@ -184,9 +184,12 @@ def outcome(call):
     return type(raised)
 
 
-@pytest.fixture(scope="module")
-def both():
-    return tiny("llama", num_hidden_layers=1), pkv_hf.patch(tiny("llama", num_hidden_layers=1))
+@pytest.fixture(scope="module", params=["auto", "split"])
+def both(request):
+    if request.param == "split":
+        pytest.importorskip("triton")
+    unpatched, other = (tiny("llama", num_hidden_layers=1) for _ in range(2))
+    return unpatched, pkv_hf.patch(other, route=request.param)
 
 
 INPUTS = {
@@ -200,7 +203,7 @@ INPUTS = {
 }
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(**INPUTS)
 def test_a_call_ends_as_transformers_own_does(both, batch, length, ids, mask, positions, new_tokens, number):
     generator = torch.Generator().manual_seed(number)
@@ -228,7 +231,7 @@ def test_a_call_ends_as_transformers_own_does(both, batch, length, ids, mask, po
     assert type(ours) is type(theirs), (ours, theirs)
     if isinstance(theirs, type):
         assert ours in (theirs, ValueError)  # ours may name what theirs only runs into
-    elif mask not in ("nan", "zeros", "negative"):
+    else:
         assert torch.equal(ours, theirs)
     assert torch.equal(*(model.generate(torch.tensor([[5, 6]]), max_new_tokens=2, do_sample=False) for model in both))
 
