@@ -154,11 +154,12 @@ def finetune_table() -> str:
                 for s in ("_unpatched", "")
             ),
             f"{r['step_ms_p50_unpatched'] / r['step_ms_p50']:.2f}x",
+            "yes" if r["tokens_identical"] else "no",
         ]
         for r in records
     ]
     header = ["training", "perplexity, held out", "served", "step ms, transformers, p50 (p20 to p80)", "on pages",
-              "speed"]  # fmt: skip
+              "speed", "same tokens"]  # fmt: skip
     return markdown(header, rows) + measured_on(records)
 
 

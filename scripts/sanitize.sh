@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/sanitizers.jsonl}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-cases=(tests/test_unwritten_memory.py)
+cases=(tests/test_unwritten_memory.py tests/test_linear.py)
 
 command -v compute-sanitizer > /dev/null || {
   echo "sanitize: compute-sanitizer is not on the PATH: it comes with NVIDIA's CUDA toolkit" >&2

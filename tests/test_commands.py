@@ -60,6 +60,8 @@ COMMANDS = [
     ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
     ("record_sanitizers", ["missing"], "missing has no memcheck.log"),
     ("record_sanitizers", ["{logs}"], "{logs} has no memcheck.seconds"),
+    ("record_tests", ["missing.py"], "missing.py does not exist"),
+    ("record_tests", ["--jobs", "0"], "--jobs: '0'"),
     ("plot_results", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
     ("plot_results", ["--results", "{logs}"], "--results: '{logs}' is a folder"),
     ("plot_results", ["--results", "{torn}/attention.jsonl"], "attention.jsonl, line 1 is not JSON: take it out"),
@@ -91,14 +93,15 @@ COMMANDS = [
       ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
     *[(script, ["--out", "."], "--out . cannot be written") for script in
       ("benchmark_attention", "benchmark_devices", "benchmark_linear", "benchmark_generate", "benchmark_traces",
-       "check_kernels", "soak")],
+       "check_kernels", "record_tests", "soak")],
 ]  # fmt: skip
 """A script or `pkv-hf`, its arguments, and what it ends with; in braces what `files` has."""
 
 NEEDS = [
     *[(script, [], package) for script, packages in {
         "benchmark_attention": ("triton",), "benchmark_linear": ("triton",), "benchmark_traces": ("triton",),
-        "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "plot_results": ("matplotlib",),
+        "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "record_tests": ("pytest",),
+        "plot_results": ("matplotlib",),
         "plot_attention": ("matplotlib",), "passkey": ("matplotlib",), "finetune_then_serve": ("peft",),
         "perplexity": ("datasets", "evaluate", "matplotlib"),
       }.items() for package in packages],

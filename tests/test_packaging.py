@@ -62,12 +62,16 @@ def test_importing_needs_no_triton_and_no_flashinfer():
     assert python(f"import sys, pkv_hf; print([name for name in {extras} if name in sys.modules])") == "[]"
 
 
-def test_generating_on_a_cpu_needs_no_triton():
+def test_generating_on_a_cpu_needs_no_triton_and_a_route_that_does_says_so():
     python(
         "import sys; sys.path.insert(0, 'tests'); sys.modules['triton'] = None\n"
         "from tiny import tiny, left_padded; import pkv_hf\n"
         "model = pkv_hf.patch(tiny('llama')); model.generate(**left_padded(9), max_new_tokens=3)\n"
-        "assert pkv_hf.report(model).route == 'sdpa'"
+        "assert pkv_hf.report(model).route == 'sdpa'\n"
+        "pkv_hf.patch(model, route='split')\n"
+        "try: model.generate(**left_padded(9), max_new_tokens=3)\n"
+        "except pkv_hf.RouteError as error: assert 'triton is not installed' in str(error), error\n"
+        "else: raise SystemExit('generated')"
     )
 
 

@@ -228,6 +228,22 @@ def test_sanitizers_are_clean_where_each_says_so(run, tmp_path, tool, summary, c
     assert record[tool]["tests"] == 16
 
 
+@pytest.mark.parametrize("failing", [False, True])
+def test_tests_are_recorded_by_how_they_ended(tmp_path, failing):
+    """In a process of its own: pytest runs them."""
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\ndef test_right(): pass\n@pytest.mark.skip\ndef test_left(): pass\n"
+        + failing * "@pytest.fixture\ndef bad(): assert 0\ndef test_wrong(): assert 0\ndef test_none(bad): pass\n"
+    )
+    command = [sys.executable, SCRIPTS / "record_tests.py", "test_some.py", "--out", "tests.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == int(failing), done.stderr
+    (record,) = records(tmp_path / "tests.jsonl")
+    assert (record["passed"], record["skipped"]) == (1, 1)
+    assert record["failed"] == ["test_some.py::test_none", "test_some.py::test_wrong"] * failing
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == record["failed"]
+
+
 def test_every_engine_runs(run, tmp_path):
     from pkv_hf.benchmark import ENGINES
 

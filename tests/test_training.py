@@ -99,22 +99,41 @@ def test_training_with_samples_between_is_transformers_own_to_the_bit(way, check
     assert torch.equal(generate(model.eval()), expected_tokens)
 
 
-def test_predict_with_generate_uses_pages(tmp_path):
-    class Generating(Seq2SeqTrainer):
-        """For decoders the labels are no part of the prompt."""
+class Generating(Seq2SeqTrainer):
+    """For decoders the labels are no part of the prompt."""
 
-        def prediction_step(self, model, inputs, *args, **kwargs):
-            return super().prediction_step(model, {"input_ids": inputs["input_ids"]}, *args, **kwargs)
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.generated = []
 
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        step = super().prediction_step(model, {"input_ids": inputs["input_ids"]}, *args, **kwargs)
+        self.generated.append(step[1])
+        return step
+
+
+@pytest.mark.parametrize("inside_training", [False, True])
+def test_predict_with_generate_uses_pages(inside_training, tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1} if inside_training else {}
     predicted = []
     for model in (adapted(tiny("llama")), pkv_hf.patch(adapted(tiny("llama")))):
         arguments = Seq2SeqTrainingArguments(
-            output_dir=str(tmp_path), predict_with_generate=True, report_to=[], use_cpu=True, disable_tqdm=True
+            output_dir=str(tmp_path), predict_with_generate=True, report_to=[], use_cpu=True, disable_tqdm=True, seed=7,
+            generation_max_length=24, learning_rate=1e-2, max_steps=2, save_strategy="no", **evaluated,
+        )  # fmt: skip
+        trainer = Generating(
+            model=model, args=arguments, train_dataset=blocks(4), eval_dataset=blocks(2), compute_metrics=lambda _: {}
         )
-        trainer = Generating(model=model, args=arguments, eval_dataset=blocks(2))
-        predicted.append(trainer.predict(blocks(2), max_new_tokens=8, do_sample=False).predictions)
-    assert predicted[0].shape == (2, 24)
-    assert (predicted[0] == predicted[1]).all()
+        if inside_training:
+            trainer.train()
+        else:
+            trainer.predict(blocks(2))
+        predicted.append(trainer.generated)
+    assert len(predicted[0]) == 1 + inside_training
+    for theirs, ours in zip(*predicted, strict=True):
+        assert theirs.shape == (2, 24)
+        assert torch.equal(theirs, ours)
+    assert not torch.equal(predicted[0][0], predicted[0][-1]) or not inside_training  # of other weights
     assert pkv_hf.report(model).route == "sdpa"
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from faults import At, faulty
 
 pytest.importorskip("triton")
 
@@ -69,6 +73,25 @@ def test_a_prompt_that_does_not_fit_leaves_the_memory_as_it_was():
     assert torch.equal(generate(model, inputs), expected)
 
 
+@pytest.mark.parametrize("where", ["streamer", "processor", "criterion", "layer"])
+def test_an_exception_between_replays_leaves_a_cache_that_goes_on(where):
+    model, inputs = tiny("llama").cuda(), on_gpu(20)
+    expected = generate(model, inputs)
+    pkv_hf.patch(model)
+    assert torch.equal(generate(model, inputs), expected)
+    cache = pkv_hf.PagedCache(model.config)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, inputs, past_key_values=cache, **faulty(where, At(9, KeyboardInterrupt), model))
+    model.model.layers[1].mlp._forward_hooks.clear()
+    length = cache.get_seq_length()
+    assert length > 20
+    assert {layer.length for layer in cache.layers} == {length}
+    ids = expected[:, : length + 1]
+    rest = model.generate(ids, past_key_values=cache, max_new_tokens=60 - ids.shape[1], do_sample=False)
+    assert torch.equal(rest, expected)
+    assert torch.equal(generate(model, inputs), expected)
+
+
 @pytest.mark.parametrize("route", ["split", "workqueue"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_same_call_gives_the_same_tokens(route, dtype):
@@ -76,6 +99,23 @@ def test_the_same_call_gives_the_same_tokens(route, dtype):
     pkv_hf.patch(model, route=route)
     runs = [generate(model, inputs, max_new_tokens=150) for _ in range(8)]
     assert all(torch.equal(tokens, runs[0]) for tokens in runs)
+
+
+def test_another_process_gives_the_same_tokens():
+    code = (
+        "import sys, torch; sys.path.insert(0, 'tests')\n"
+        "from tiny import tiny, left_padded; import pkv_hf\n"
+        "model = pkv_hf.patch(tiny('llama').cuda().to(torch.bfloat16), route='workqueue')\n"
+        "inputs = {name: tensor.cuda() for name, tensor in left_padded(300, 160, 9, 1).items()}\n"
+        "print(model.generate(**inputs, max_new_tokens=150, do_sample=False).tolist())"
+    )
+    root = Path(__file__).parent.parent.parent
+    runs = [
+        subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    ]
+    assert runs[0] == runs[1]
+    assert len(runs[0]) > 1000
 
 
 def test_two_models_in_two_threads_on_streams_of_their_own():

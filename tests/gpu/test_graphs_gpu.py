@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import pkv_hf
+from pkv_hf.cache import KV_DTYPES
 from pkv_hf.kernels.check import rms
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
@@ -97,6 +98,46 @@ def test_bfloat16_on_real_weights(smollm2, pydoc_ids):
     with pkv_hf.patched(model):
         ours = decode_logits(model, inputs, 8)
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("route", ["split", "workqueue"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_pages_of_8_bits_are_captured(kv_dtype, route, fuse, dtype):
+    """The graph's tokens are those of the same steps run one by one."""
+    model, inputs = tiny("llama").cuda().to(dtype), on_gpu(300, 160, 9, 1)
+    with pkv_hf.patched(model, kv_dtype=kv_dtype, route=route, fuse=fuse, cuda_graphs=False):
+        expected = generate(model, inputs)
+    with pkv_hf.patched(model, kv_dtype=kv_dtype, route=route, fuse=fuse):
+        for _ in range(2):
+            output = generate(model, inputs, return_dict_in_generate=True)
+            assert torch.equal(output.sequences, expected)
+        assert all(step.captured for step in output.past_key_values.decode_steps.values())
+        assert output.past_key_values.dtypes == {KV_DTYPES[kv_dtype]}
+
+
+@pytest.mark.parametrize("quantised", ["torchao", "bitsandbytes"])
+def test_steps_over_quantised_weights_are_captured(quantised):
+    model, inputs = tiny("llama").cuda().to(torch.bfloat16), on_gpu(20, 9)
+    if quantised == "torchao":
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model.model, torchao.Int8WeightOnlyConfig())
+    else:
+        bitsandbytes = pytest.importorskip("bitsandbytes")
+        for layer in model.model.layers:
+            weight = layer.mlp.down_proj.weight.detach().cpu()
+            layer.mlp.down_proj = bitsandbytes.nn.Linear4bit(96, 64, bias=False, compute_dtype=torch.bfloat16)
+            layer.mlp.down_proj.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4")
+            layer.mlp.down_proj.cuda()
+    with pkv_hf.patched(model, cuda_graphs=False):
+        expected = generate(model, inputs)
+    with pkv_hf.patched(model):
+        for _ in range(2):
+            output = generate(model, inputs, return_dict_in_generate=True)
+            assert torch.equal(output.sequences, expected)
+        assert all(step.captured for step in output.past_key_values.decode_steps.values())
+        assert not pkv_hf.report(model).left
 
 
 def test_growing_lengths_compile_nothing():
@@ -257,6 +298,28 @@ def test_adapters_are_switched_under_graphs():
             assert torch.equal(generate(model, inputs), expected)
             with model.disable_adapter():
                 assert torch.equal(generate(model, inputs), bare)
+
+
+def test_adapters_are_switched_in_the_middle_of_a_chat():
+    peft = pytest.importorskip("peft")
+    turns = []
+    for patch in (False, True):
+        torch.manual_seed(0)
+        settings = peft.LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        model, inputs = peft.get_peft_model(tiny("llama").cuda(), settings).eval(), on_gpu(20)
+        if patch:
+            pkv_hf.patch(model)
+            generate(model, inputs)
+        first = generate(model, inputs, return_dict_in_generate=True)
+        ids = torch.cat([first.sequences, first.sequences[:, :3]], dim=1)
+        with model.disable_adapter():
+            second = model.generate(
+                ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        ids = torch.cat([second.sequences, second.sequences[:, :3]], dim=1)
+        turns.append(model.generate(ids, past_key_values=second.past_key_values, max_new_tokens=30, do_sample=False))
+    assert torch.equal(*turns)
 
 
 def test_inference_mode_and_back():
