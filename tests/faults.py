@@ -36,7 +36,7 @@ def faulty(where: str, at: At, model) -> dict:
     class Criterion(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
             at()
-            return torch.zeros(len(input_ids), dtype=torch.bool)
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
     if where == "streamer":
         return {"streamer": Streamer()}

@@ -101,9 +101,10 @@ def test_the_table_of_fine_tuning_shows_what_serving_gained(run, tmp_path):
     case |= {"new_tokens": 64, "perplexity_before": 9.5, "perplexity_after": 7.25}
     times = {"step_ms_p20": 4.0, "step_ms_p50": 5.0, "step_ms_p80": 6.0}
     times |= {f"{name}_unpatched": 10 * ms for name, ms in times.items()}
-    write(tmp_path / "finetune.jsonl", [{**case, **times, "weight_bits": bits} for bits in (None, 4)])
+    case |= {"tokens_identical": False, **times}
+    write(tmp_path / "finetune.jsonl", [{**case, "weight_bits": bits} for bits in (None, 4)])
     plain, four_bits, *_ = tables.finetune_table().splitlines()[2:]
-    assert "| 9.50 to 7.25 | 4 x 64 | 50.00 (40.00 to 60.00) | 5.00 (4.00 to 6.00) | 10.00x |" in plain
+    assert "| 9.50 to 7.25 | 4 x 64 | 50.00 (40.00 to 60.00) | 5.00 (4.00 to 6.00) | 10.00x | no |" in plain
     assert "m bfloat16, NF4 weights, rank 8, 60 steps of 8 x 512" in four_bits
 
 
