@@ -8,9 +8,10 @@ PYTHON ?= python3
 VENV = .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip --disable-pip-version-check -q
-# The oldest supported transformers, with those of its dependencies that the newest replaced, and the release of
-# Hugging Face's package `kernels` that it makes use of.
-OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9 kernels==0.16.2 kernels-data==0.16.2
+# The oldest supported transformers, with those of its dependencies that the newest replaced.
+OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
+# The release of Hugging Face's package `kernels` that it makes use of; its models cannot be pickled then.
+OLDEST_KERNELS = kernels==0.16.2 kernels-data==0.16.2
 
 .PHONY: demo test test-newest test-oldest soak gpu-soak lint readme
 
@@ -24,6 +25,7 @@ test-newest: $(VENV)/.installed
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
+	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/test_packaging.py -k hugging_faces_kernels
 
 # Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv.
 soak: $(VENV)/.installed
@@ -50,4 +52,5 @@ $(VENV)/.installed: setup.cfg constraints.txt
 
 .oldest/.installed: $(VENV)/.installed
 	$(PIP) install --no-deps --upgrade --target .oldest $(OLDEST)
+	$(PIP) install --no-deps --upgrade --target .oldest/with_kernels $(OLDEST_KERNELS)
 	touch $@

@@ -9,7 +9,8 @@ triton.language (here a kernel does so once), every sum of integers is done agai
 of debug builds, and nothing here is large enough), a table of dtypes is built whenever one is looked up, and coverage
 sees every line of every program (here those of the first launch with each set of constants).
 
-It knows one grid at a time, so here threads launch one after the other.
+It knows one grid at a time, so here threads launch one after the other. It reads and writes wherever a kernel asks it
+to, so here addresses have to be those of a tensor that the kernel was given.
 """
 
 from __future__ import annotations
@@ -19,8 +20,25 @@ import importlib.util
 import os
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 
+import numpy as np
 import torch
+
+
+def tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
+    """The tensors with elements among a kernel's arguments, some of which are tuples."""
+    for value in values:
+        if isinstance(value, (tuple, list)):
+            yield from tensors_of(value)
+        elif isinstance(value, torch.Tensor) and value.numel():
+            yield value
+
+
+def extent(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of what follows its last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
 
 
 def use() -> None:
@@ -73,6 +91,34 @@ def use() -> None:
             _patch_lang(self.fn)
         return self.rewrite()(*args, **kwargs)
 
+    plain_init, plain_load, plain_store = (
+        interpreter.GridExecutor._init_args_hst,
+        InterpreterBuilder.create_masked_load,
+        InterpreterBuilder.create_masked_store,
+    )
+    extents = []
+
+    def init_args_hst(self, args, kwargs):
+        on_host = plain_init(self, args, kwargs)
+        extents[:] = sorted(map(extent, tensors_of([*on_host[0], *on_host[1].values()])))
+        return on_host
+
+    def check_inside(pointers, mask):
+        """All lanes of an access are of one tensor."""
+        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+        if addresses.size:
+            first, last = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
+            if not any(begin <= first and last <= end for begin, end in extents):
+                raise IndexError(f"addresses {first} to {last} are of no tensor given: {extents}")
+
+    def create_masked_load(self, pointers, mask, *rest):
+        check_inside(pointers, mask)
+        return plain_load(self, pointers, mask, *rest)
+
+    def create_masked_store(self, pointers, value, mask, *rest):
+        check_inside(pointers, mask)
+        return plain_store(self, pointers, value, mask, *rest)
+
     plain_launch, covered, one_at_a_time = interpreter.GridExecutor.__call__, set(), threading.RLock()
 
     def launch(self, *args, **kwargs):
@@ -93,6 +139,11 @@ def use() -> None:
             sys.settrace(tracer)
 
     interpreter.GridExecutor.__call__ = launch
+    interpreter.GridExecutor._init_args_hst = init_args_hst
+    InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+        create_masked_load,
+        create_masked_store,
+    )
     InterpretedFunction.__call__ = call_from_a_kernel
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp

@@ -9,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import transformers
-
-from pkv_hf.compat import OLDEST_TRANSFORMERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,9 +30,8 @@ def test_three_packages_come_from_here():
     assert out == f"{ROOT / 'kernels' / '__init__.py'}|{ROOT / 'patches' / '__init__.py'}"
 
 
-@pytest.mark.contract
 def test_hugging_faces_kernels_package_is_not_hidden():
-    """The oldest transformers makes use of it; the newest wants a release of it that is not out."""
+    """`make test-oldest` has the release that the oldest transformers uses; that of the newest is not out."""
     lines = python(
         "import sys; sys.path.insert(0, 'tests')\n"
         "import kernels, torch; from transformers.utils import is_kernels_available\n"
@@ -49,7 +45,7 @@ def test_hugging_faces_kernels_package_is_not_hidden():
     ).splitlines()
     file, available = lines[-1].split()
     assert str(ROOT / "kernels") not in file
-    assert available == "True" or transformers.__version__ != OLDEST_TRANSFORMERS
+    assert (available == "True") == ("with_kernels" in file)
 
 
 def test_importing_needs_no_triton_and_no_flashinfer():
