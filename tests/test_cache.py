@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.pool import PageAllocator
 from tiny import COMMON, tiny
 
 pytestmark = pytest.mark.contract
@@ -281,3 +282,16 @@ def test_a_table_seen_in_inference_mode_is_kept_up_to_date_outside():
     table.shrink(20)
     assert table.on(device)[0] is before
     assert before.tolist() == [[*table.pages[0], 0]]
+
+
+def test_pages_are_taken_as_one_run_where_there_is_one():
+    """Which torch reads as one view, without a copy."""
+    allocator = PageAllocator()
+    allocator.grow(9)
+    pages = allocator.alloc(9)
+    allocator.release(pages[[1, 4, 5, 6, 8]])
+    assert allocator.alloc(3).tolist() == [5, 6, 7]
+    allocator.release(pages[[4, 5, 6]])
+    assert allocator.alloc(1, after=5).tolist() == [6]
+    assert allocator.alloc(4).tolist() == [2, 5, 7, 9]  # there is none of four
+    assert allocator.free == 0
