@@ -7,15 +7,30 @@ import torch
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 """Quantised dtypes, and the value that the largest element of a vector becomes."""
 
+AT_ONCE = 1 << 23
+"""Elements whose float32 copies stand side by side."""
+
 FP8_CAPABILITY = (8, 9)
 """The first compute capability that converts float8_e4m3."""
 
 
 def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Vectors `[..., head_dim]` as `dtype` (int8 or float8_e4m3fn) times a scale each, float32 `[...]`.
+    """Vectors `[..., tokens, head_dim]` as `dtype` (int8 or float8_e4m3fn) times a scale each, float32 `[..., tokens]`.
 
     scale = max |x| / largest, values = x / scale, to nearest even; a vector of zeros has scale 0.
     """
+    if states.numel() <= AT_ONCE:
+        return _quantize(states, dtype)
+    values = torch.empty(states.shape, dtype=dtype, device=states.device)
+    scales = torch.empty(states.shape[:-1], device=states.device)
+    count = max(AT_ONCE * states.shape[-2] // states.numel(), 1)
+    for some, *of_some in zip(states.split(count, dim=-2), values.split(count, dim=-2), scales.split(count, dim=-1)):
+        for held, made in zip(of_some, _quantize(some, dtype)):
+            held.copy_(made)
+    return values, scales
+
+
+def _quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     exact = states.float()
     largest = exact.abs().amax(dim=-1)
     scales = largest / torch.full_like(largest, LARGEST[dtype])  # CUDA multiplies by the inverse of a number

@@ -54,7 +54,7 @@ def needs(*packages: str) -> None:
 
 
 def count(text: str, least: int = 1) -> int:
-    """A command's argument that counts something, for argparse: 1 or more."""
+    """A command's argument that counts something, for argparse: `least` or more."""
     try:
         return whole("it", int(text), least, "")
     except ValueError:

@@ -70,7 +70,20 @@ def takes_grouped_heads(dtype: torch.dtype, device: torch.device, masked: bool) 
     """
     if device.type != "cuda":
         return True
-    return not masked and dtype != torch.float32 and capability(device) >= (8, 0)
+    return not masked and dtype in (torch.float16, torch.bfloat16) and capability(device) >= (8, 0)
+
+
+def takes_packed_rows(q: torch.Tensor) -> bool:
+    """Whether torch's flash kernel, which reads rows of any length at once and checks nothing itself, takes them."""
+    flash = torch.backends.cuda
+    return (
+        q.is_cuda
+        and takes_grouped_heads(q.dtype, q.device, masked=False)
+        and q.shape[3] % 8 == 0
+        and q.shape[3] <= 256
+        and flash.is_flash_attention_available()
+        and flash.flash_sdp_enabled()
+    )
 
 
 def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
@@ -168,10 +181,10 @@ def packed(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, packing: Packing, window: int
 ) -> torch.Tensor:
     """`prefill` of packed rows: q `[1, H_q, tokens, D]`, k and v `[1, H_kv, tokens, D]`; returns q's shape."""
-    if takes_grouped_heads(q.dtype, q.device, masked=False) and q.is_cuda and q.shape[3] % 8 == 0:
+    if takes_packed_rows(q):
         bounds, longest = packing.bounds_on(q.device), packing.length - int(packing.starts.min())
-        flash = torch.ops.aten._flash_attention_forward  # SDPA's own kernel, which reads rows of any length at once
-        by_token = (states[0].transpose(0, 1) for states in (q, k, v))
+        flash = torch.ops.aten._flash_attention_forward
+        by_token = (states[0].to(q.dtype).transpose(0, 1) for states in (q, k, v))
         seen = {"window_size_left": window - 1} if window else {}
         out, *_ = flash(*by_token, bounds, bounds, longest, longest, 0.0, True, False, scale=scale, **seen)
         return out.transpose(0, 1)[None]

@@ -142,7 +142,8 @@ def main(arguments: argparse.Namespace) -> None:
     path = path_for(device)
     if arguments.reset:
         with _writing(path):
-            print(json.dumps({"path": str(path), "deleted": reset(device)}))
+            deleted = reset(device)
+        print(json.dumps({"path": str(path), "deleted": deleted}))
         return
     if not arguments.show:
         needs("triton")

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,17 +60,8 @@ def _replacing(path: Path) -> Iterator[IO[str]]:
 
     Writers wait for each other. What a killed one leaves is one file at most, which the next one takes over.
     """
-    import fcntl  # not on Windows, where there is nothing to calibrate
-
     temporary = path.with_suffix(".tmp")
-    while True:
-        file = temporary.open("a")
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), temporary.stat()):
-                break
-        file.close()  # it was another writer's, and has its place by now
-    with file:
+    with _locked(temporary) as file:
         try:
             file.truncate(0)
             yield file
@@ -83,14 +73,32 @@ def _replacing(path: Path) -> Iterator[IO[str]]:
             raise
 
 
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[IO[str]]:
+    """A file to append to that no other process has."""
+    import fcntl  # not on Windows, where there is nothing to calibrate
+
+    while True:
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                ours = os.path.samestat(os.fstat(file.fileno()), path.stat())
+            except FileNotFoundError:
+                ours = False  # it was another writer's, and is where that one wanted it by now
+            if ours:
+                yield file
+                return
+
+
 def check_writable(device: torch.device) -> None:
     """Raises OSError where `save` could not write a device's constants."""
     path = path_for(device)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=path.parent):
-        pass
+    temporary = path.with_suffix(".tmp")
+    with _locked(temporary):
+        temporary.unlink()
 
 
 def reset(device: torch.device) -> bool:

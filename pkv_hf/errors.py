@@ -1,4 +1,7 @@
-"""The errors that this package raises on purpose; each message names the argument, its value and the way out."""
+"""The errors that this package raises on purpose; each message names the argument, its value and the way out.
+
+And what a command makes of others: one line.
+"""
 
 from __future__ import annotations
 

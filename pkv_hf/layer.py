@@ -86,9 +86,8 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Appends states `[B, H_kv, q_len, head_dim]`; returns K and V of every position that their queries can see."""
-        self._check(key_states, value_states)
         first, past = self.first_visible(), self.length
-        held = self.dense(first, past) if past and key_states.requires_grad else None
+        held = self.dense(first, past) if past and getattr(key_states, "requires_grad", False) else None
         self.write(key_states, value_states)
         if not past:
             return key_states, value_states

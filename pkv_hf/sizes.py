@@ -90,16 +90,17 @@ def _found(model: Any) -> tuple[int, int, int]:
     unpadded = copy.deepcopy(model.config)
     # Or transformers looks for padding, among tokens and in a mask that are not there.
     unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
-    decoder = _empty(unpadded).get_decoder()
+    with init_empty_weights(include_buffers=True):
+        decoder = type(model)(unpadded).get_decoder()
     layers = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
-    widest = max(max(weight.shape) for weight in layers)
+    widest = max(max(weight.shape, default=1) for weight in layers)
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")
     config = decoder.config
     try:
         decoder(token, past_key_values=cache, use_cache=True)
         keys: Any = cache.layers[0].keys  # type: ignore[union-attr]
         return keys.shape[1], keys.shape[3], widest
-    except (RuntimeError, NotImplementedError) as error:  # of an operator that does not run without storage
+    except RuntimeError as error:  # of an operator that does not run without storage
         try:
             return config.num_key_value_heads, config.hidden_size // config.num_attention_heads, widest
         except AttributeError:

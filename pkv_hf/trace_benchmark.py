@@ -139,8 +139,8 @@ def measure(
 ) -> list[Record]:
     """Records of a trace: every route, launched by the host and (on a GPU) replayed, on `steps` of its steps.
 
-    Before anything is timed it raises WrongResultError where an engine is wrong, and UsageError where the policy's
-    choice is none of those that are measured.
+    Raises WrongResultError, before anything is timed, where an engine is wrong; UsageError where the policy's choice
+    for a step is none of those that are measured.
     """
     played = list(decode_steps(requests, max_active))
     chosen = [played[i] for i in np.linspace(0, len(played) - 1, min(steps, len(played))).astype(int)]

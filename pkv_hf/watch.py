@@ -59,7 +59,7 @@ class Watch:
             and all(_address(store.get(name)) == address for store, name, address in self._tensors)
             and all(now.get("forward") is forward for now, forward in self._forwards)
             and _any_runs(self._hooks) == self._hooked
-            and all(len(now) == size and settings.items() <= now.items() for now, size, settings in self._settings)
+            and all(len(now) == size and _holds(settings, now) for now, size, settings in self._settings)
         )
 
 
@@ -90,6 +90,14 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     """A module's attributes that are plain values or containers of them, as they are now."""
     attributes = module.__dict__.items()
     return {name: copy.deepcopy(value) for name, value in attributes if name not in TORCHS_OWN and _plain(value)}
+
+
+def _holds(settings: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether all settings are as they were."""
+    try:
+        return settings.items() <= now.items()
+    except (RuntimeError, ValueError):  # a tensor or an array, which is neither equal nor not, took one's place
+        return False
 
 
 def _plain(value: Any) -> bool:

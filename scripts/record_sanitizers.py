@@ -26,12 +26,12 @@ def read(folder: Path, tool: str) -> dict[str, object]:
 
     Raises UsageError for a folder without what scripts/sanitize.sh leaves of the tool.
     """
-    log, status = _text(folder / f"{tool}.log"), folder / f"{tool}.status"
+    log, ended = _text(folder / f"{tool}.log"), folder / f"{tool}.status"
     summaries, passed = SUMMARY.findall(log), PASSED.findall(log)
     found = {
-        "summary": summaries[-1] if summaries else "none",
+        "summary": summaries[0] if summaries else "none",
         "tests": int(passed[-1]) if passed else 0,
-        "status": _number(status) if status.exists() else 0,
+        "status": _number(ended) if ended.exists() else 0,
         "seconds": _number(folder / f"{tool}.seconds"),
     }
     clean = all(re.match(r"0 (errors|hazards displayed \(0 errors)", summary) for summary in summaries)

@@ -41,20 +41,22 @@ def main() -> int:
 
 def record(arguments: argparse.Namespace) -> int:
     """Returns 1 unless some tests passed and none failed."""
-    for test in arguments.tests:
-        if not Path(test.partition("::")[0]).exists():
-            raise UsageError(f"{test} does not exist: name files or folders of tests")
     needs("pytest")
     import pytest
 
-    tests, outcomes, started = arguments.tests or ["tests/gpu"], Outcomes(), time.perf_counter()
+    tests = arguments.tests or ["tests/gpu"]
+    for test in tests:
+        if not Path(test.partition("::")[0]).exists():
+            raise UsageError(f"{test} does not exist: name files or folders of tests")
+    outcomes, started = Outcomes(), time.perf_counter()
     processes = ["-n", str(arguments.jobs)] if arguments.jobs > 1 else []
     code = pytest.main(["-q", *processes, *tests], plugins=[outcomes])
+    if code not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise UsageError(f"pytest ended with {pytest.ExitCode(code).name}, as it says above: nothing is recorded")
     found = {
         "passed": outcomes.passed,
         "skipped": outcomes.skipped,
         "failed": sorted(outcomes.failed),
-        "status": int(code),
         "seconds": round(time.perf_counter() - started, 1),
     }
     append_record(arguments.out, {"bench": "tests", "tests": tests, **found, **environment()})

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Runs a few small cases of every kernel under NVIDIA's compute-sanitizer, by memcheck, racecheck and initcheck, and
-# appends a record to benchmarks/results/sanitizers.jsonl (or to file $1). Fails unless all three are clean.
+# Runs a few small cases of every kernel under NVIDIA's compute-sanitizer, by memcheck, racecheck and initcheck, and the
+# linear layers' tests under the first two. Appends a record to benchmarks/results/sanitizers.jsonl (or to file $1).
+# Fails unless all three are clean.
 # racecheck looks at shared memory only: races between programs are what the fuzzing of merged results would show.
 # initcheck runs where no other library's kernels do: it reports theirs too.
 set -euo pipefail

@@ -14,7 +14,7 @@ import torch
 import transformers
 from jsonl import records
 
-from pkv_hf import cli
+from pkv_hf import cli, flashinfer_routes
 from tiny import byte_tokenizer, tiny
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +146,7 @@ def ended(run, files, capsys, tmp_path, monkeypatch):
     """Runs a command where there is no GPU, in an empty folder; returns its status and its last line on stderr."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(flashinfer_routes, "installed", lambda package: False)
 
     def ended(command, arguments):
         arguments = [argument.format(**files) for argument in arguments]

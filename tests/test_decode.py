@@ -266,7 +266,7 @@ CHANGES = {
     "dtype": lambda layer: layer.to(torch.bfloat16),
     "hook": lambda layer: layer.register_forward_pre_hook(lambda *_: None),
     "forward": lambda layer: setattr(layer.mlp, "forward", lambda x: x),
-    "buffer": lambda layer: layer.register_buffer("more", torch.ones(1)),
+    "more buffers": lambda layer: layer.register_buffer("more", torch.ones(1)),
     "scaling": lambda layer: setattr(layer.self_attn, "scaling", 2.0),
 }
 
@@ -287,6 +287,21 @@ class TestWatch:
         watch = Watch([model])
         CHANGES[change](model.model.layers[0])
         assert not watch.unchanged()
+
+    def test_another_buffer(self):
+        model = tiny("llama")
+        watch = Watch([model])
+        model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
+        assert not watch.unchanged()
+
+    def test_tensors_in_the_place_of_settings(self):
+        for value in (torch.ones(2), [torch.ones(2)]):
+            model = tiny("llama")
+            model.model.layers[0].self_attn.some = [1.0]
+            watch = Watch([model])
+            assert watch.unchanged()
+            model.model.layers[0].self_attn.some = value
+            assert not watch.unchanged()
 
     def test_adapters(self):
         peft = pytest.importorskip("peft")

@@ -31,7 +31,8 @@ def test_three_packages_come_from_here():
 
 
 def test_hugging_faces_kernels_package_is_not_hidden():
-    """`make test-oldest` has the release that the oldest transformers uses; that of the newest is not out."""
+    """`make test-oldest` has, apart, a release that the oldest transformers makes use of."""
+    pytest.importorskip("kernels")
     lines = python(
         "import sys; sys.path.insert(0, 'tests')\n"
         "import kernels, torch; from transformers.utils import is_kernels_available\n"
@@ -45,7 +46,7 @@ def test_hugging_faces_kernels_package_is_not_hidden():
     ).splitlines()
     file, available = lines[-1].split()
     assert str(ROOT / "kernels") not in file
-    assert (available == "True") == ("with_kernels" in file)
+    assert available == "True" or "with_kernels" not in file
 
 
 def test_importing_needs_no_triton_and_no_flashinfer():
@@ -101,7 +102,10 @@ def test_an_old_transformers_fails_at_patch_and_not_at_import(old):
         "    except pkv_hf.UnsupportedVersionError as error:\n"
         '        assert "transformers 4.40.1 is older than" in str(error)\n'
         '        assert "pip install \'transformers>=" in str(error)\n'
-        "    else: raise SystemExit('patched')"
+        "    else: raise SystemExit('patched')\n"
+        "import contextlib, io; from pkv_hf import cli\n"
+        "with contextlib.redirect_stderr(io.StringIO()) as said: assert cli.main() == 2\n"
+        "assert said.getvalue().startswith('pkv-hf: transformers 4.40.1 is older than'), said.getvalue()"
     )
 
 

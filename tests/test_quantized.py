@@ -11,6 +11,7 @@ import torch
 
 import pkv_hf
 from pkv_hf.cache import KV_DTYPES
+from pkv_hf.kernels import quantize as quantization
 from pkv_hf.kernels.check import rms
 from pkv_hf.kernels.quantize import dequantize, quantize
 from tiny import decode_logits, left_padded, tiny
@@ -45,6 +46,16 @@ def test_a_cache_holds_what_was_quantized(kv_dtype, dtype):
     assert_holds(cache, expected)
     assert cache.layers[0].keys.dtype == dtype
     assert cache.dtypes == {KV_DTYPES[kv_dtype]}
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * 64, 100 * 64])
+@pytest.mark.parametrize("kv_dtype", NAMES)
+def test_many_states_are_quantized_a_part_at_a_time(kv_dtype, at_once, monkeypatch):
+    states = torch.randn(2, 3, 50, 16)
+    expected = quantize(states, KV_DTYPES[kv_dtype])
+    monkeypatch.setattr(quantization, "AT_ONCE", at_once)
+    for ours, theirs in zip(quantize(states, KV_DTYPES[kv_dtype]), expected, strict=True):
+        assert torch.equal(ours.float(), theirs.float())
 
 
 @pytest.mark.parametrize("kv_dtype", NAMES)

@@ -15,9 +15,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("window", [0, 24, 500])
-@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256, 264])
 @pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_packed_rows_are_as_exact_as_row_by_row(dtype, group, head_dim, window):
     packing = Packing(np.array([0, 199, 137, 72]), 200)  # the second row has one token
     shapes = [(1, heads, packing.tokens, head_dim) for heads in (2 * group, 2, 2)]
