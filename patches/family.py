@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Family:
     """A family whose attention is q, k, v projections, RoPE, attention, output projection.
 
-    `attention_class` is the name of transformers' attention module.
+    `prefix` is what the names of transformers' classes begin with.
     """
 
     model_type: str
-    attention_class: str
+    prefix: str

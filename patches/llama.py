@@ -2,4 +2,4 @@
 
 from pkv_hf.patches.family import Family
 
-LLAMA = Family(model_type="llama", attention_class="LlamaAttention")
+LLAMA = Family(model_type="llama", prefix="Llama")

@@ -2,4 +2,4 @@
 
 from pkv_hf.patches.family import Family
 
-MISTRAL = Family(model_type="mistral", attention_class="MistralAttention")
+MISTRAL = Family(model_type="mistral", prefix="Mistral")

@@ -2,5 +2,5 @@
 
 from pkv_hf.patches.family import Family
 
-QWEN2 = Family(model_type="qwen2", attention_class="Qwen2Attention")
-QWEN3 = Family(model_type="qwen3", attention_class="Qwen3Attention")
+QWEN2 = Family(model_type="qwen2", prefix="Qwen2")
+QWEN3 = Family(model_type="qwen3", prefix="Qwen3")

@@ -61,8 +61,8 @@ def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
 class DecodeSteps(dict[tuple, Any]):
     """A cache's decode steps on static buffers, by shape. They hold its addresses: no copy may take them over."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeSteps:
-        return DecodeSteps()
+    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
+        return DecodeSteps, ()
 
 
 class PagedCache(Cache):
@@ -312,8 +312,18 @@ class PagedCache(Cache):
         return next(iter(self.tables.values())).pads
 
     @property
+    def windows(self) -> list[int]:
+        """The sliding window of each layer in tokens, 0 for full attention."""
+        return [layer.table.window for layer in self.layers]
+
+    @property
     def batch_size(self) -> int:
         return self.rows or -1
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: there is no largest length. PEFT asks caches for it."""
+        return -1
 
     @property
     def dtypes(self) -> set[torch.dtype]:

@@ -91,6 +91,47 @@ def attention_modules(decoder: nn.Module) -> list[Any]:
     ]
 
 
+LOOPS_OWN = (
+    "forward",
+    "generate",
+    "prepare_inputs_for_generation",
+    "_prefill",
+    "_prepare_generation_config",
+    "_sample",
+    "_update_model_kwargs_for_generation",
+)
+"""What of a causal LM the run-ahead loop takes the place of, or calls as transformers does."""
+
+
+def known_loop(model: Any, prefix: str) -> bool:
+    """Whether a causal LM generates as transformers' class of its family does; `prefix` is that of its class names."""
+    own = _own_class(model, prefix, "ForCausalLM")
+    return all(getattr(type(model), name) is getattr(own, name, None) for name in LOOPS_OWN)
+
+
+def unfamiliar(decoder: Any, prefix: str) -> str:
+    """Which module of a family's decoder is of a class of its own, and may compute something else; empty for none."""
+    modules = [(decoder, "Model"), (getattr(decoder, "norm", None), "RMSNorm")]
+    for layer in decoder.layers:
+        modules += [
+            (layer, "DecoderLayer"),
+            (getattr(layer, "self_attn", None), "Attention"),
+            (getattr(layer, "mlp", None), "MLP"),
+            (getattr(layer, "input_layernorm", None), "RMSNorm"),
+            (getattr(layer, "post_attention_layernorm", None), "RMSNorm"),
+        ]
+    for module, kind in modules:
+        if type(module) is not _own_class(decoder, prefix, kind):
+            return f"a {type(module).__name__} is in the place of transformers' {prefix}{kind}"
+    return ""
+
+
+def _own_class(model: Any, prefix: str, kind: str) -> type | None:
+    """transformers' class of a model's family; what was put there in the place of it counts as it."""
+    family = model.config.model_type
+    return getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), prefix + kind, None)
+
+
 def _names(function: Callable) -> tuple[str, ...]:
     """The globals and attributes that a function refers to."""
     code = getattr(inspect.unwrap(function), "__code__", None)

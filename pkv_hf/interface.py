@@ -25,6 +25,7 @@ HARMLESS = frozenset(
         "output_attentions",
         "output_hidden_states",
         "output_router_logits",
+        "tokenizer",  # for stop_strings: transformers 5 passes it on to the layers
     }
 )
 """Keyword arguments that reach attention functions and do not change what attention is."""

@@ -80,9 +80,11 @@ def patch(
         page_size=page_size,
         kv_dtype=kv_dtype,
         family=decoder.config.model_type,
+        prefix="" if family is None else family.prefix,
         generic=family is None,
-        layers=len(attentions),
+        windows=tuple(compat.layer_windows(decoder.config)),
         shapes=set() if family is None else {_shape(decoder.config, module) for module in attentions},
+        original=dict(vars(decoder.config)),
         implementation=decoder.config._attn_implementation,
         model=inner,
         fused_forward=decode_forward if fuse and family is not None else None,
@@ -110,18 +112,24 @@ def patch(
         _replace(state, module, "forward", functools.partial(forward, module))
     _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
     _replace(state, inner, "_prefill", functools.partial(prefill, inner))
-    # The loop runs the decoder and the output embeddings: what else a model does with logits only its family says. A
+    # The loop runs the decoder and the output embeddings: what else a model does with logits only its class says. A
     # checkpoint may bring a generate() of its own.
-    if run_ahead and family is not None and "generate" not in inner.__dict__:
+    known = family is not None and compat.known_loop(inner, family.prefix)
+    if run_ahead and known and "generate" not in inner.__dict__:
         _replace(state, inner, "generate", functools.partial(generate, inner))
     _replace(state, inner, STATE, state)
     return model
 
 
 def unpatch(model: Model) -> Model:
-    """Takes a patched model back to what it was; a model that is not patched stays as it is. Returns the same model."""
-    state: PatchState | None = getattr(unwrap(model), STATE, None)
-    if state is not None:
+    """Takes a patched model back to what it was, with all that is patched in it. Returns the same model.
+
+    A model that is not patched stays as it is. Neither this nor `patch` may come while a call of the model runs.
+    """
+    modules = unwrap(model).modules() if isinstance(model, nn.Module) else ()
+    held = [module.__dict__[STATE] for module in modules if STATE in module.__dict__]
+    states: dict[int, PatchState] = {id(state): state for state in held}
+    for state in states.values():
         while state.undo:
             state.undo.pop()()
         for step in state.decode_steps:
@@ -131,7 +139,7 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(model: Model, **settings: Any) -> Iterator[Model]:
-    """Patches a model for the length of a `with` block, by `patch`'s settings; then it is what it was before."""
+    """Patches a model for the length of a `with` block, by `patch`'s settings; then it has those of before, if any."""
     before: PatchState | None = getattr(unwrap(model), STATE, None)
     patch(model, **settings)
     try:
@@ -164,7 +172,7 @@ def served_layers(model: nn.Module) -> tuple[Any, Family | None, list[Any]]:
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
     family = FAMILIES.get(decoder.config.model_type)
-    if family is not None and {type(module).__name__ for module in attentions} != {family.attention_class}:
+    if family is not None and {type(module).__name__ for module in attentions} != {f"{family.prefix}Attention"}:
         family = None
     if reason := _not_served(model, decoder, family, attentions):
         raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")

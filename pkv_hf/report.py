@@ -119,7 +119,7 @@ def state_of(model: nn.Module) -> Report:
     return Report(
         family=state.family,
         generic=state.generic,
-        layers=state.layers,
+        layers=len(state.windows),
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
         asked=state.route,
@@ -129,7 +129,7 @@ def state_of(model: nn.Module) -> Report:
         rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.decode_steps),
         graph_bytes=state.graph_memories.nbytes,
-        left=tuple(state.said),
+        left=tuple(state.said.values()),
     )
 
 

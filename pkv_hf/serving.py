@@ -34,6 +34,7 @@ PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "po
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a decoder's `forward`: with a `PagedCache`, its layers append to pages and read them there."""
     state: PatchState = getattr(self, STATE)
+    state.follow(self.config)
     if args:
         kwargs = {**inspect.signature(type(self).forward).bind_partial(self, *args).arguments, **kwargs}
         del kwargs["self"]
@@ -69,7 +70,8 @@ def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> 
             positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
         hidden = run_static(state, static, cache, call["input_ids"], positions, bounds.starts)
         return state.output_type(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[misc]
-    if not state.generic and not bounds.begin and bounds.starts.any() and alone and not hooked(decoder):
+    packs = not state.generic and not bounds.begin and bounds.starts.any() and alone and not hooked(decoder)
+    if packs and not compat.unfamiliar(decoder, state.prefix):
         return packed_prefill(decoder, step, dict(call))
     with step:
         output = original_forward(decoder)(**call)
@@ -122,8 +124,8 @@ def static_step(
         return None
     if state.watch is None or not state.watch.unchanged():
         state.watch = Watch([state.model])
-        not_captured = compat.not_captured(decoder) if state.generic else ""
-        state.not_static = state.watch.reason or compat.dynamic_rope(decoder) or not_captured
+        unknown = compat.not_captured(decoder) if state.generic else compat.unfamiliar(decoder, state.prefix)
+        state.not_static = state.watch.reason or compat.dynamic_rope(decoder) or unknown
         for step in state.decode_steps:
             step.drop()
     if state.not_static:
@@ -196,6 +198,10 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed(state.refused)
     if not isinstance(cache, PagedCache):
         raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
+    if tuple(cache.windows) != state.windows[: len(cache.layers)]:
+        raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
+    if len({layer.length for layer in cache.layers}) > 1:
+        raise NotServed("the PagedCache holds more tokens of some layers than of others")
     if torch.compiler.is_compiling():
         raise NotServed("the model is being compiled")
     config = decoder.config
@@ -282,7 +288,7 @@ def decide(
         kv_heads=cache.kv_heads or layer.kv_heads,
         head_dim=layer.head_dim,
         page_size=cache.page_size,
-        layers=state.layers,
+        layers=len(state.windows),
         rows=len(starts),
         tokens=int(lengths.sum()),
         longest=int(lengths.max()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from pkv_hf.compat import layer_windows
 from pkv_hf.decode import DecodeStep, Forward
 from pkv_hf.graphs import GraphMemories
 from pkv_hf.policy import Decision
@@ -53,11 +55,16 @@ class PatchState:
     kv_dtype: torch.dtype | str | None
     family: str
     """The model_type."""
+    prefix: str
+    """What the names of the family's classes begin with; empty for a generic model."""
     generic: bool
     """Of no family in `patches`: all that is known of its layers is what they ask of attention."""
-    layers: int
+    windows: tuple[int, ...]
+    """The sliding window of each attention layer in tokens, 0 for full attention."""
     shapes: set[LayerShape]
     """Of the attention layers; those of a generic model are seen in its first forward."""
+    original: dict[str, Any]
+    """What was set on the decoder's own configuration when it was last looked at."""
     implementation: str
     """The attention implementation that the model had."""
     model: nn.Module
@@ -72,8 +79,8 @@ class PatchState:
     """Why no call can be served, as the model's layers turned out; empty where calls can."""
     output_type: type[ModelOutput] | None = None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
-    said: list[str] = field(default_factory=list)
-    """Why calls were left to transformers, each reason once."""
+    said: dict[str, str] = field(default_factory=dict)
+    """Why calls were left to transformers, each reason once, whatever numbers are in it."""
     decision: Decision | None = None
     """On the last step's route."""
     watch: Watch | None = None
@@ -94,9 +101,20 @@ class PatchState:
             if own.name in OF_ONE_PROCESS:
                 setattr(self, own.name, own.default if own.default_factory is MISSING else own.default_factory())
 
+    def follow(self, config: Any) -> None:
+        """Takes over into a patched decoder's configuration what has been set since on the one it was made from."""
+        original = vars(getattr(config, ORIGINAL))
+        changed = {key: value for key, value in original.items() if self.original.get(key, self) is not value}
+        if changed:
+            self.original |= changed
+            changed.pop("_attn_implementation_internal", None)
+            vars(config).update(changed)
+            self.windows = tuple(layer_windows(config))
+
     def say(self, reason: str) -> None:
-        if reason not in self.said:
-            self.said.append(reason)
+        kind = re.sub(r"\d+", "", reason)
+        if kind not in self.said:
+            self.said[kind] = reason
             logger.warning("pkv_hf: left to transformers' own path: %s", reason)
 
 

@@ -22,9 +22,9 @@ TORCHS_OWN = nn.Module().__dict__.keys() - {"training"}
 class Watch:
     """What a forward of some modules rests on, at the time it is made.
 
-    That is: which module is where, where every weight and buffer is stored (their values may change in place), hooks,
-    and, of modules that are not torch's, every plain setting (a layer's scaling, PEFT's active adapters, whether they
-    are disabled or merged).
+    That is: which module is where and of what class, where every weight and buffer is stored (their values may change
+    in place), hooks, and, of modules that are not torch's, every plain setting (a layer's scaling, PEFT's active
+    adapters, whether they are disabled or merged).
     """
 
     def __init__(self, roots: list[nn.Module]) -> None:
@@ -36,6 +36,7 @@ class Watch:
         self._absent = [(store, name) for store, name, tensor in tensors if tensor is None]
         self._stores = [*stores, *(m._modules for m in modules)]
         self._held = sum(map(len, self._stores))
+        self._classes = [(m, type(m)) for m in modules]
         self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
         self._hooks = _hooks(modules)
         others = [m for m in modules if not type(m).__module__.startswith("torch.")]
@@ -57,6 +58,7 @@ class Watch:
             and all(store.get(name) is None for store, name in self._absent)
             and all(store.get(name) is child for store, name, child in self._children)
             and all(_address(store.get(name)) == address for store, name, address in self._tensors)
+            and all(type(m) is of_class for m, of_class in self._classes)
             and all(now.get("forward") is forward for now, forward in self._forwards)
             and _any_runs(self._hooks) == self._hooked
             and all(len(now) == size and _holds(settings, now) for now, size, settings in self._settings)
