@@ -38,6 +38,8 @@ def token_ids(name: str, given: Any) -> torch.Tensor:
         ids = torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{name} is {given!r}, not text and not token ids: {error}") from None
+    if ids.is_meta or ids.layout != torch.strided:
+        raise ValueError(f"{name} is a {ids.layout} tensor on {ids.device}: want token ids, integers [length]")
     if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
         raise ValueError(f"{name} has a row of {ids.dtype} {list(ids.shape)}: want token ids, integers [length]")
     return ids.long()

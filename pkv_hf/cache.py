@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pkv_hf.step import Step
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
+LONGEST = 1 << 48
+"""Positions that no memory holds: more are not told apart, and are no overflow."""
+
 KV_DTYPES: dict[Any, torch.dtype] = {
     **{dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, *LARGEST)},
     "int8": torch.int8,
@@ -105,7 +108,7 @@ class PagedCache(Cache):
         self.page_size = page_size
         self.kv_dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
         self._tables = {
-            window: BlockTable(PagePool(page_size, windows.count(window)), window, max_length or 0)
+            window: BlockTable(PagePool(page_size, windows.count(window)), window, min(max_length or 0, LONGEST))
             for window in sorted(set(windows))
         }
         self._reordering: Reordering | None = None
@@ -128,7 +131,7 @@ class PagedCache(Cache):
             self._select(reordering.rows(), reordering.length)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tables": self.tables, "_reordering": None}
+        return {**vars(self), "_tables": self.tables, "_reordering": None, "step": None}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -140,12 +143,12 @@ class PagedCache(Cache):
 
         Raises IndexError for a layer that is not there, ValueError for states that do not go with those held.
         """
-        if not isinstance(layer_idx, int) or not 0 <= layer_idx < len(self.layers):
+        if not isinstance(layer_idx, (int, np.integer)) or not 0 <= layer_idx < len(self.layers):
             raise IndexError(f"layer_idx={layer_idx!r}, but the PagedCache has {len(self.layers)} layers")
         if self.step is not None:
             return self.step.update(key_states, value_states, layer_idx)
         self._reorder()
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.layers[int(layer_idx)].update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens a row that a layer holds, padding included.
@@ -166,10 +169,14 @@ class PagedCache(Cache):
         Raises ValueError for other than one count for each row.
         """
         rows = whole("rows", rows, 1, "reset() forgets all rows")
-        if np.shape(pads) != (rows,) or np.asarray(pads).dtype.kind not in "iu" or np.min(pads) < 0:
+        try:
+            counts = np.asarray(pads)
+        except ValueError:  # rows of unequal length
+            counts = np.zeros(0)
+        if counts.shape != (rows,) or counts.dtype.kind not in "iu" or counts.min() < 0:
             raise ValueError(f"pads={pads!r} of {rows} rows: pass how many positions of each are padding, 0 or more")
         for table in self.tables.values():
-            table.start(rows, pads)
+            table.start(rows, counts)
 
     def expect_copies(self, copies: int, shared: int = 0) -> None:
         """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
@@ -247,7 +254,8 @@ class PagedCache(Cache):
         self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, self.get_seq_length())
 
     def _check_indices(self, indices: torch.Tensor) -> None:
-        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1 or indices.is_floating_point()
+        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
+        wrong = wrong or indices.is_floating_point() or indices.is_complex()
         if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
             given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
             raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")

@@ -43,8 +43,12 @@ def layer_windows(config: PreTrainedConfig) -> list[int]:
         raise ValueError(
             f"{type(config).__name__} attends in chunks: pages hold full and sliding-window attention only"
         )
+    try:
+        layers = DynamicCache(config=config).layers
+    except AttributeError as error:
+        raise ValueError(f"{type(config).__name__} names no decoder layers: {error}") from error
     windows = []
-    for layer_idx, layer in enumerate(DynamicCache(config=config).layers):
+    for layer_idx, layer in enumerate(layers):
         if type(layer) is DynamicSlidingWindowLayer:
             windows.append(int(layer.sliding_window))
         elif type(layer) is DynamicLayer:

@@ -77,7 +77,8 @@ class DecodeStep:
                     self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
                     self.drop()  # sizes of launches depend on the shortest padding
                 if end != self._end:
-                    assert positions is not None, "positions continue only where the cache does"
+                    if positions is None:
+                        raise RuntimeError(f"the cache came to hold {begin} tokens while its next step was queued")
                     self.ends.fill_(end)
                     self._end = end
                 if positions is not None:

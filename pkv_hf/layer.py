@@ -80,6 +80,8 @@ class PagedLayer(CacheLayerMixin):
         return max(self.length - self.table.window + 1, 0) if self.table.window else 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        if not self.table.pool.storage:
+            self.table.pool.expect(key_states, value_states, self.kv_dtype)
         self.table.pool.add_layer(self.layer_idx, key_states, value_states, self.kv_dtype)
 
     def update(
@@ -160,7 +162,8 @@ class PagedLayer(CacheLayerMixin):
             if not isinstance(states, torch.Tensor) or not states.is_floating_point():
                 given = states.dtype if isinstance(states, torch.Tensor) else f"a {type(states).__name__}"
                 raise ValueError(f"{name} is {given}: want a tensor of floating point")
-        if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3]:
+        shape = key_states.shape
+        if len(shape) != 4 or shape[:3] != value_states.shape[:3] or not shape[1] * shape[3] * value_states.shape[3]:
             raise ValueError(
                 f"key_states is {list(key_states.shape)} and value_states {list(value_states.shape)}: want both "
                 "[batch, KV heads, tokens, head_dim], alike but for head_dim"

@@ -12,6 +12,7 @@ from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
 from transformers import PreTrainedConfig
 
+from pkv_hf.arguments import whole
 from pkv_hf.attention import MASK_ELEMENTS, takes_grouped_heads
 from pkv_hf.cache import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
@@ -30,6 +31,10 @@ CUDA = torch.device("cuda")
 
 PROCESSORS = 132
 """Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
+
+
+MOST_ROWS = 1 << 20
+"""More are not looked for."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +120,10 @@ def plan(
     """
     several = isinstance(prompt_tokens, Sequence) and not isinstance(prompt_tokens, (str, bytes))
     lengths: list[Any] = list(prompt_tokens) if several else [prompt_tokens]  # type: ignore[arg-type]
-    for name, value in (
-        ("batch", batch),
-        *(("prompt_tokens", length) for length in lengths or [0]),
-        ("new_tokens", new_tokens),
-        ("prefill_chunk_size", 1 if prefill_chunk_size is None else prefill_chunk_size),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r} is not a positive number: pass at least 1")
+    lengths = [whole("prompt_tokens", length, 1, "pass tokens") for length in lengths or [0]]
+    batch, new_tokens = whole("batch", batch, 1, "pass rows"), whole("new_tokens", new_tokens, 1, "pass tokens")
+    if prefill_chunk_size is not None:
+        prefill_chunk_size = whole("prefill_chunk_size", prefill_chunk_size, 1, "pass tokens, or None")
     if not several:
         lengths *= batch
     elif batch not in (1, len(lengths)):
@@ -144,7 +145,7 @@ def plan(
     return replace(
         made,
         max_prompt_tokens=_largest(lambda n: planned([n] * len(lengths)).fits),
-        max_batch=_largest(lambda n: planned([max(lengths)] * n).fits),
+        max_batch=_largest(lambda n: planned([max(lengths)] * n).fits, MOST_ROWS),
     )
 
 
@@ -154,18 +155,19 @@ def _gpu_bytes(gpu_memory: int | str | None) -> int:
             raise ValueError("gpu_memory=None asks for this GPU's, and there is none: pass bytes, or '15GiB' say")
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     try:
-        nbytes = 0 if isinstance(gpu_memory, bool) else convert_file_size_to_int(gpu_memory)
-    except (ValueError, AttributeError, TypeError):
+        text = isinstance(gpu_memory, str)
+        nbytes = convert_file_size_to_int(gpu_memory) if text else whole("gpu_memory", gpu_memory, 1, "")
+    except (ValueError, OverflowError):
         nbytes = 0
     if nbytes < 1:
         raise ValueError(f"gpu_memory={gpu_memory!r} is no size: pass bytes, or '15GiB' say")
     return nbytes
 
 
-def _largest(fits: Any) -> int:
-    """The largest number that fits, by bisection; 0 for none."""
+def _largest(fits: Any, most: int = 1 << 32) -> int:
+    """The largest number that fits, by bisection; 0 for none, and `most` or less however many do."""
     low, high = 0, 1
-    while fits(high) and high < 1 << 32:
+    while fits(high) and high < most:
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -108,13 +107,11 @@ class PagePool:
         self.state_dtype = torch.float32  # of the states that came first
         self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> PagePool:
-        """A pool with the same contents that nobody holds a page of: the tables copied along take theirs."""
-        twin = memo[id(self)] = copy.copy(self)
-        twin.storage = copy.deepcopy(self.storage, memo)
-        twin.allocator = PageAllocator()
-        twin.allocator.grow(self.allocator.capacity)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy with the same contents that nobody holds a page of: the tables copied along take theirs."""
+        allocator = PageAllocator()
+        allocator.grow(self.allocator.capacity)
+        return {**vars(self), "allocator": allocator}
 
     @property
     def nbytes(self) -> int:

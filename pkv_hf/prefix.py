@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -85,6 +86,8 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     inner: Any = unwrap(model)
     if not isinstance(inner, PreTrainedModel):
         raise UnsupportedModelError(f"prefix() got a {type(model).__name__}, not a transformers model")
+    if not inner.can_generate() or inner.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which is no causal LM")
     embedding: Any = inner.get_input_embeddings()
     vocabulary = len(embedding.weight)
     ids = _tokens("text_or_ids", text_or_ids, vocabulary, tokenizer)
@@ -101,14 +104,17 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
 
 def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: Any) -> torch.Tensor:
     """Texts or ids as ids, int64 `[rows, length]`."""
-    several = isinstance(given, (list, tuple)) and bool(given) and not isinstance(given[0], (int, float))
+    several = isinstance(given, (list, tuple)) and bool(given) and (isinstance(given[0], str) or np.ndim(given[0]) > 0)
     rows = list(given) if several or getattr(given, "ndim", 1) > 1 else [given]
     if isinstance(rows[0], str):
         if tokenizer is None:
             raise ValueError(f"{name} is text, which needs a tokenizer: pass tokenizer=..., or token ids")
         if not callable(tokenizer):
             raise ValueError(f"tokenizer={tokenizer!r} does not turn text into ids: pass a transformers tokenizer")
-        rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
+        try:
+            rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
+        except Exception as error:
+            raise ValueError(f"{name} is no text that the {type(tokenizer).__name__} takes: {error}") from error
     rows = [token_ids(name, row) for row in rows]
     lengths = [len(row) for row in rows]
     if not min(lengths):

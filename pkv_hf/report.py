@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pkv_hf.arguments import whole
-from pkv_hf.cache import KV_DTYPES
+from pkv_hf.cache import KV_DTYPES, check_page_size
 from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
 from pkv_hf.routes import StepShape
@@ -106,7 +106,13 @@ def _check(step: StepShape) -> None:
     for name, kind in (("device", torch.device), ("dtype", torch.dtype), ("kv_dtype", torch.dtype)):
         if not isinstance(getattr(step, name), kind):
             raise ValueError(f"{name}={getattr(step, name)!r} is no torch.{kind.__name__}: pass one")
-    for name in ("q_len", "group", "kv_heads", "head_dim", "page_size", "layers", "rows", "longest"):
+    index = step.device.index or 0
+    if step.device.type == "cuda" and index >= torch.cuda.device_count():
+        raise ValueError(f"device={step.device} is not on this machine, which has {torch.cuda.device_count()} GPUs")
+    if not step.dtype.is_floating_point or step.kv_dtype not in KV_DTYPES:
+        raise ValueError(f"dtype={step.dtype}, kv_dtype={step.kv_dtype}: pass a floating one, and one that pages hold")
+    check_page_size(step.page_size)
+    for name in ("q_len", "group", "kv_heads", "head_dim", "layers", "rows", "longest"):
         whole(name, getattr(step, name), 1, "pass the step's")
     if not step.longest <= whole("tokens", step.tokens, 1, "pass the step's") <= step.rows * step.longest:
         raise ValueError(f"tokens={step.tokens} of {step.rows} rows, the longest of {step.longest}: pass their sum")

@@ -77,7 +77,7 @@ def _empty(config: PreTrainedConfig) -> Any:
     """A causal LM without storage. Raises UnsupportedModelError where transformers has none of the configuration."""
     try:
         with init_empty_weights(include_buffers=True):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # needs no other package
     except ValueError as error:
         raise UnsupportedModelError(f"{type(config).__name__} is of no causal LM of transformers: {error}") from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -49,15 +48,13 @@ class BlockTable:
         self.held_by_routes: dict[Hashable, Any] = {}
         """What routes keep from step to step, such as workspace."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> BlockTable:
-        """The same table over a copy of the pool; forks that are not copied along leave no page held there."""
-        pool = copy.deepcopy(self.pool, memo)  # first: a twin that dies half made would give our pages back
-        twin = memo[id(self)] = copy.copy(self)
-        twin.pool = pool
-        twin.pages, twin.pads, twin._mirrors = self.pages.copy(), self.pads.copy(), {}
-        twin.held_by_routes = {}
-        twin.pool.allocator.retain(twin.pages)
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_mirrors": {}, "held_by_routes": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, over a copy of the pool: forks that are not copied along leave no page held there."""
+        vars(self).update(state)
+        self.pool.allocator.retain(self.pages)
 
     @property
     def rows(self) -> int:

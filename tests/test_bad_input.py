@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pkv_hf
-from tiny import COMMON, tiny
+from tiny import COMMON, byte_tokenizer, tiny
 
 STEP = {
     "device": torch.device("cpu"), "dtype": torch.float32, "kv_dtype": torch.float32, "q_len": 1, "group": 2,
@@ -73,6 +73,8 @@ CALLS = [
             (None, states(2, 2, 1, 16), "key_states is a NoneType"),
             (states(2, 2, 1, 16), states(2, 2, 1, 16).tolist(), "value_states is a list"),
             (states(2, 2, 1, 16).int(), states(2, 2, 1, 16), "key_states is torch.int32"),
+            (states(2, 0, 1, 16), states(2, 0, 1, 16), r"key_states is \[2, 0, 1, 16\]"),
+            (states(2, 2, 1, 0), states(2, 2, 1, 0), r"key_states is \[2, 2, 1, 0\]"),
         )
     ],
     *[
@@ -83,7 +85,7 @@ CALLS = [
         ("PagedCache.start", lambda m, rows=rows, pads=pads: filled(m).start(rows, np.array(pads)), ValueError, says)
         for rows, pads, says in (
             (0, [], "rows=0"), (-1, [], "rows=-1"), (2, [1], "pads="), (2, [1, -1], "pads="), (2, [1.0, 2.0], "pads="),
-            (2, 3, "pads="),
+            (2, 3, "pads="), (2, [[1], [2]], "pads="),
         )
     ],
     *[
@@ -101,7 +103,8 @@ CALLS = [
     *[
         (name, lambda m, name=name, x=x: getattr(filled(m), name.split(".")[1])(x), ValueError, "indices ")
         for name in ("PagedCache.batch_select_indices", "PagedCache.reorder_cache")
-        for x in (None, [0], torch.tensor(0), torch.tensor([[0]]), torch.tensor([0.5]), torch.tensor([True]),
+        for x in (None, [0], torch.tensor([0j]), torch.tensor(0), torch.tensor([[0]]), torch.tensor([0.5]),
+                  torch.tensor([True]),
                   torch.tensor([], dtype=torch.long), torch.tensor([False, False]))
     ],
     *[
@@ -115,11 +118,23 @@ CALLS = [
     *[
         ("prefix", lambda m, x=x: pkv_hf.prefix(m, x), ValueError, "text_or_ids ")
         for x in ("text", None, 5, [], [[]], [[1], [2]], [1.5], ["a"], [-1], [128], {"a": 1}, [[[1]]], [None], b"ab",
-                  torch.tensor(5), torch.ones(1, 3), torch.zeros(2, 2, 2, dtype=torch.long))
+                  torch.tensor(5), torch.ones(2, device="meta"),
+                  torch.ones(2, dtype=torch.long).to_sparse(), torch.ones(1, 3), torch.zeros(2, 2, 2, dtype=torch.long))
     ],
     *[
         ("prefix", lambda m, x=x: pkv_hf.prefix(m, "text", x), ValueError, f"tokenizer={x!r} does")
         for x in (3, "gpt2", {})
+    ],
+    *[
+        ("prefix", lambda m, x=x, t=t: pkv_hf.prefix(m, x, t), ValueError, "text_or_ids is no text that the ")
+        for x, t in (("abc", len), ("abc", lambda text: [1, 2]), (["a", 5], byte_tokenizer()))
+    ],
+    *[
+        ("prefix", lambda m, x=x: pkv_hf.prefix(x, [1, 2]), pkv_hf.UnsupportedModelError, "no causal LM")
+        for x in (
+            transformers.ViTModel(transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)),
+            transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, d_ff=8, num_layers=1, d_kv=8)),
+        )
     ],
     *[
         ("Prefix.inputs", lambda m, x=x: pkv_hf.prefix(m, [3]).inputs(x), ValueError, "continuations ")
@@ -135,7 +150,10 @@ CALLS = [
             *[({name: 0}, f"{name}=0") for name in ("q_len", "group", "kv_heads", "head_dim", "page_size", "layers")],
             ({"rows": 0}, "rows=0"), ({"longest": 0}, "longest=0"), ({"q_len": 1.5}, "q_len=1.5"),
             ({"tokens": 4}, "tokens=4 of 2 rows"), ({"tokens": 11}, "tokens=11 of 2 rows"),
-            ({"device": "cpu"}, "device='cpu'"), ({"dtype": "float32"}, "dtype='float32'"),
+            ({"device": torch.device("cuda", 97)}, "device=cuda:97 is not on this machine"),
+            ({"page_size": 17}, "page_size=17"), ({"dtype": torch.int8}, "dtype=torch.int8"),
+            ({"kv_dtype": torch.int64}, "kv_dtype=torch.int64"), ({"device": "cpu"}, "device='cpu'"),
+            ({"dtype": "float32"}, "dtype='float32'"),
         )
     ],
     *[
@@ -144,7 +162,7 @@ CALLS = [
             *PATCH[4:15],
             *[({"prompt_tokens": x}, "prompt_tokens=") for x in (0, [], 1.5, "12", None, True, b"ab")],
             *[({name: x}, f"{name}=") for name in ("batch", "new_tokens", "prefill_chunk_size") for x in (0, 2.5, "1")],
-            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", -1, [], 0, True)],
+            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", "infGiB", -1, [], 0, True)],
             *[({"dtype": x}, "dtype=") for x in ("float16", torch.int8)],
             *[({"weight_bits": x}, re.escape(f"weight_bits={x!r}")) for x in (16, "4", [4], 4.0, True)],
         )
@@ -154,6 +172,7 @@ CALLS = [
         for x, says in (*[(x, "not a transformers") for x in NO_MODEL], (transformers.ViTConfig(), "ViTConfig"),
                         (transformers.T5Config(), "T5"))
     ],
+    ("PagedCache", lambda m: pkv_hf.PagedCache(transformers.PreTrainedConfig()), ValueError, "names no decoder layers"),
     ("plan", lambda m: pkv_hf.plan(m, dtype=torch.float16, **PLAN), ValueError, "are for a configuration"),
 ]  # fmt: skip
 
@@ -258,3 +277,42 @@ def test_a_learned_position_beyond_the_table_raises_as_transformers_does():
         pkv_hf.patch(model)
     assert isinstance(errors[0], type)
     assert errors[0] is errors[1]
+
+
+def test_whole_numbers_of_numpy_are_numbers(model):
+    numbers = {"prompt_tokens": np.int64(5), "batch": np.int32(2), "gpu_memory": np.int64(1 << 30)}
+    assert pkv_hf.plan(model, **numbers) == pkv_hf.plan(model, prompt_tokens=5, batch=2, gpu_memory=1 << 30)
+    ids = np.array([5, 6])
+    assert pkv_hf.prefix(model, list(ids)).ids.tolist() == [[5, 6]]
+    cache = filled(model)
+    cache.update(states(2, 2, 1, 16), states(2, 2, 1, 16), np.int64(0))
+    assert cache.layers[0].length == 6
+
+
+def test_a_limit_that_no_memory_holds_is_out_of_memory(model):
+    cache = pkv_hf.PagedCache(model.config, max_length=10**30)
+    with pytest.raises(pkv_hf.PoolAllocationError, match="Lower max_new_tokens"):
+        cache.update(states(1, 2, 1, 16), states(1, 2, 1, 16), 0)
+
+
+def test_a_plan_for_more_memory_than_there_is_ends(model):
+    assert pkv_hf.plan(model, prompt_tokens=5, gpu_memory="1024000GiB").max_batch >= 1 << 19
+
+
+def test_a_cache_that_changes_under_a_call_is_named():
+    pytest.importorskip("triton")
+    model = pkv_hf.patch(tiny("llama", num_hidden_layers=1), route="split")
+    cache = pkv_hf.PagedCache(model.config)
+
+    class Resetting:
+        def put(self, tokens):
+            if cache.get_seq_length() > 4:
+                cache.reset()
+
+        def end(self):
+            pass
+
+    with pytest.raises(RuntimeError, match="came to hold 0 tokens"):
+        model.generate(
+            torch.tensor([[5, 6, 7]]), past_key_values=cache, streamer=Resetting(), max_new_tokens=6, do_sample=False
+        )

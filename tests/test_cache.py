@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
@@ -295,3 +296,22 @@ def test_pages_are_taken_as_one_run_where_there_is_one():
     assert allocator.alloc(1, after=5).tolist() == [6]
     assert allocator.alloc(4).tolist() == [2, 5, 7, 9]  # there is none of four
     assert allocator.free == 0
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_a_fork_holds_no_page_for_the_others(way):
+    cache = PagedCache(config())
+    append(20, 2, cache)
+    fork = cache.fork()
+    append(3, 2, fork)
+    twin = way(fork)
+    for ours, theirs in zip(twin.layers, fork.layers):
+        assert torch.equal(ours.keys, theirs.keys)
+    twin.reset()
+    memory = twin.memory()
+    assert (memory.pages_in_use, memory.pages_shared) == (0, 0)
+    assert all(table.pool.allocator.free == table.pool.allocator.capacity for table in twin.tables.values())
+    append(40, 3, twin)
+    append(1, 2, cache, fork)
