@@ -314,4 +314,5 @@ def test_a_copy_of_a_fork_holds_no_page_for_the_others(way):
     assert (memory.pages_in_use, memory.pages_shared) == (0, 0)
     assert all(table.pool.allocator.free == table.pool.allocator.capacity for table in twin.tables.values())
     append(40, 3, twin)
-    append(1, 2, cache, fork)
+    append(1, 2, cache)
+    append(1, 2, fork)
