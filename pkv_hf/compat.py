@@ -109,7 +109,7 @@ LOOPS_OWN = (
 
 def known_loop(model: Any, prefix: str) -> bool:
     """Whether a causal LM generates as transformers' class of its family does; `prefix` is that of its class names."""
-    own = _own_class(model, prefix, "ForCausalLM")
+    own = own_class(model, prefix, "ForCausalLM")
     return all(getattr(type(model), name) is getattr(own, name, None) for name in LOOPS_OWN)
 
 
@@ -125,12 +125,12 @@ def unfamiliar(decoder: Any, prefix: str) -> str:
             (getattr(layer, "post_attention_layernorm", None), "RMSNorm"),
         ]
     for module, kind in modules:
-        if type(module) is not _own_class(decoder, prefix, kind):
+        if type(module) is not own_class(decoder, prefix, kind):
             return f"a {type(module).__name__} is in the place of transformers' {prefix}{kind}"
     return ""
 
 
-def _own_class(model: Any, prefix: str, kind: str) -> type | None:
+def own_class(model: Any, prefix: str, kind: str) -> type | None:
     """transformers' class of a model's family; what was put there in the place of it counts as it."""
     family = model.config.model_type
     return getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), prefix + kind, None)

@@ -172,7 +172,7 @@ def served_layers(model: nn.Module) -> tuple[Any, Family | None, list[Any]]:
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
     family = FAMILIES.get(decoder.config.model_type)
-    if family is not None and {type(module).__name__ for module in attentions} != {f"{family.prefix}Attention"}:
+    if family is not None and {type(m) for m in attentions} != {compat.own_class(decoder, family.prefix, "Attention")}:
         family = None
     if reason := _not_served(model, decoder, family, attentions):
         raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")

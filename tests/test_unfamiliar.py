@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.models.llama import modeling_llama
 
 import pkv_hf
 from pkv_hf.cache import PagedCache
@@ -37,6 +38,14 @@ def halved(output):
     return output
 
 
+class LlamaAttention(modeling_llama.LlamaAttention):
+    """Of the name of transformers' own."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        assert self.config._attn_implementation  # as code that looks its attention function up
+        return super().forward(hidden_states.flip(-1), *args, **kwargs)
+
+
 CHANGES = {
     "MLP": lambda m: own_class(m.model.layers[0].mlp, halved),
     "norm": lambda m: own_class(m.model.layers[1].input_layernorm, halved),
@@ -62,6 +71,19 @@ def test_modules_of_other_classes_run_as_they_are(change, when):
     assert torch.equal(generate(model), expected)
     (left,) = pkv_hf.report(model).left
     assert "is in the place of transformers' Llama" in left
+
+
+def test_attention_of_another_class_runs_as_it_is():
+    model, other = tiny("llama"), tiny("llama")
+    for layer in other.model.layers:
+        layer.self_attn.__class__ = LlamaAttention
+    expected = generate(other)
+    assert not torch.equal(expected, generate(model))
+    pkv_hf.patch(other)
+    assert pkv_hf.report(other).generic
+    output = generate(other, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, expected)
+    assert type(output.past_key_values) is PagedCache
 
 
 class Scaled(LlamaForCausalLM):
