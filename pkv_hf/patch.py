@@ -102,6 +102,7 @@ def patch(
     config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
     config._attn_implementation_internal = NAME
     setattr(config, ORIGINAL, decoder.config)
+    config.to_dict = functools.partial(_without_ours, config)  # as it is saved
     for module in [decoder, *attentions]:
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
@@ -202,6 +203,11 @@ def _not_served(model: Any, decoder: Any, family: Family | None, attentions: lis
         if dim != getattr(module, "v_head_dim", dim):
             return f"its keys have {dim} dimensions and its values {module.v_head_dim}: pages hold one head_dim"
     return ""
+
+
+def _without_ours(config: Any) -> dict[str, Any]:
+    """A patched decoder's configuration as a dictionary that tells nothing of the patch."""
+    return {name: value for name, value in type(config).to_dict(config).items() if name not in (ORIGINAL, "to_dict")}
 
 
 def _shape(config: Any, attention: Any) -> LayerShape:

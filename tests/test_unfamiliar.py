@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 
 import pytest
@@ -180,6 +181,16 @@ def test_a_window_that_is_set_later_is_followed():
         model.config.sliding_window = 5
         found.append(generate(model))
     assert torch.equal(*found)
+
+
+def test_a_decoder_that_is_saved_alone_is_as_without_the_patch(tmp_path):
+    models = tiny("llama"), pkv_hf.patch(tiny("llama"))
+    models[1].config.rms_norm_eps = models[0].config.rms_norm_eps = 1e-3
+    for model, twin in zip(models, ("plain", "patched")):
+        generate(model)
+        copy.deepcopy(pickle.loads(pickle.dumps(model))).model.save_pretrained(tmp_path / twin)
+    plain, patched = ((tmp_path / twin / "config.json").read_text() for twin in ("plain", "patched"))
+    assert plain == patched
 
 
 def test_prefix_tuning():
