@@ -80,8 +80,7 @@ class PagedLayer(CacheLayerMixin):
         return max(self.length - self.table.window + 1, 0) if self.table.window else 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        if not self.table.pool.storage:
-            self.table.pool.expect(key_states, value_states, self.kv_dtype)
+        self.table.pool.expect(key_states, value_states, self.kv_dtype)
         self.table.pool.add_layer(self.layer_idx, key_states, value_states, self.kv_dtype)
 
     def update(
@@ -149,8 +148,7 @@ class PagedLayer(CacheLayerMixin):
                 f"key_states has batch {rows}, but the PagedCache holds {self.table.rows} rows: use a new cache, "
                 "reset(), batch_repeat_interleave() or batch_select_indices()"
             )
-        if not self.table.pool.storage:
-            self.table.pool.expect(key_states, value_states, self.kv_dtype)
+        self.table.pool.expect(key_states, value_states, self.kv_dtype)
         self.table.prepare(self.length, self.length + q_len)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -133,7 +133,9 @@ class PagePool:
         return None if k is None or v is None else (k.transpose(0, 1), v.transpose(0, 1))
 
     def expect(self, key: torch.Tensor, value: torch.Tensor, dtype: torch.dtype | None) -> None:
-        """Learns the size of a page from states `[B, H_kv, q_len, head_dim]`, before the first page is asked for."""
+        """Learns the size of a page from the first states `[B, H_kv, q_len, head_dim]`, before a page is asked for."""
+        if self.storage:
+            return
         self.device, self.state_dtype = key.device, key.dtype
         self.layer_page_nbytes = self.page_size * sum(
             states.shape[1] * (states.shape[3] * (dtype or states.dtype).itemsize + 4 * (dtype in LARGEST))

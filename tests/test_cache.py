@@ -316,3 +316,11 @@ def test_a_copy_of_a_fork_holds_no_page_for_the_others(way):
     append(40, 3, twin)
     append(1, 2, cache)
     append(1, 2, fork)
+
+
+def test_a_cache_that_is_initialized_before_its_first_tokens():
+    cache, filled = PagedCache(config()), PagedCache(config())
+    cache.early_initialization(2, HEADS, DIM, torch.float32, torch.device("cpu"))
+    append(20, 2, cache, filled)
+    assert cache.memory() == filled.memory()
+    assert cache.memory().live_bytes > 0
