@@ -53,6 +53,7 @@ CHANGES = {
     "layer": lambda m: own_class(m.model.layers[1], halved),
     "last norm": lambda m: own_class(m.model.norm, halved),
     "decoder": lambda m: own_class(m.model, halved),
+    "batch": lambda m: own_class(m.model.layers[0].mlp, lambda out: out * len(out)),
     "no MLP": lambda m: setattr(m.model.layers[1], "mlp", torch.nn.Identity()),
     "LayerNorm": lambda m: setattr(m.model, "norm", torch.nn.LayerNorm(64)),
 }
@@ -122,10 +123,6 @@ def test_a_decoder_and_its_model_are_not_patched_twice(order):
     assert torch.equal(generate(model), expected)
 
 
-def another_models(model, family, **settings):
-    return PagedCache(tiny(family, **settings).config)
-
-
 def half_filled(model):
     cache = PagedCache(model.config)
     cache.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 0)
@@ -133,8 +130,8 @@ def half_filled(model):
 
 
 CACHES = {
-    "more layers": lambda m: another_models(m, "llama", num_hidden_layers=4),
-    "windows": lambda m: another_models(m, "mistral"),
+    "more layers": lambda _: PagedCache(tiny("llama", num_hidden_layers=4).config),
+    "windows": lambda _: PagedCache(tiny("mistral").config),
     "half filled": half_filled,
 }
 
