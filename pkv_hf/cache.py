@@ -320,9 +320,9 @@ class PagedCache(Cache):
         return next(iter(self.tables.values())).pads
 
     @property
-    def windows(self) -> list[int]:
+    def windows(self) -> tuple[int, ...]:
         """The sliding window of each layer in tokens, 0 for full attention."""
-        return [layer.table.window for layer in self.layers]
+        return tuple(layer.table.window for layer in self.layers)
 
     @property
     def batch_size(self) -> int:

@@ -115,18 +115,20 @@ def known_loop(model: Any, prefix: str) -> bool:
 
 def unfamiliar(decoder: Any, prefix: str) -> str:
     """Which module of a family's decoder is of a class of its own, and may compute something else; empty for none."""
-    modules = [(decoder, "Model"), (getattr(decoder, "norm", None), "RMSNorm")]
-    for layer in decoder.layers:
-        modules += [
-            (layer, "DecoderLayer"),
-            (getattr(layer, "self_attn", None), "Attention"),
-            (getattr(layer, "mlp", None), "MLP"),
-            (getattr(layer, "input_layernorm", None), "RMSNorm"),
-            (getattr(layer, "post_attention_layernorm", None), "RMSNorm"),
-        ]
-    for module, kind in modules:
-        if type(module) is not own_class(decoder, prefix, kind):
-            return f"a {type(module).__name__} is in the place of transformers' {prefix}{kind}"
+    places = {
+        "Model": [decoder],
+        "RMSNorm": [getattr(decoder, "norm", None)],
+        "DecoderLayer": decoder.layers,
+        "Attention": [getattr(layer, "self_attn", None) for layer in decoder.layers],
+        "MLP": [getattr(layer, "mlp", None) for layer in decoder.layers],
+    }
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        places["RMSNorm"] += [getattr(layer, name, None) for layer in decoder.layers]
+    for kind, modules in places.items():
+        own = own_class(decoder, prefix, kind)
+        for module in modules:
+            if type(module) is not own:
+                return f"a {type(module).__name__} is in the place of transformers' {prefix}{kind}"
     return ""
 
 

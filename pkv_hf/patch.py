@@ -81,7 +81,6 @@ def patch(
         kv_dtype=kv_dtype,
         family=decoder.config.model_type,
         prefix="" if family is None else family.prefix,
-        generic=family is None,
         windows=tuple(compat.layer_windows(decoder.config)),
         shapes=set() if family is None else {_shape(decoder.config, module) for module in attentions},
         original=dict(vars(decoder.config)),

@@ -32,7 +32,6 @@ CUDA = torch.device("cuda")
 PROCESSORS = 132
 """Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
 
-
 MOST_ROWS = 1 << 20
 """More are not looked for."""
 

@@ -198,7 +198,7 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed(state.refused)
     if not isinstance(cache, PagedCache):
         raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
-    if tuple(cache.windows) != state.windows[: len(cache.layers)]:
+    if cache.windows != state.windows[: len(cache.layers)]:
         raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
     if len({layer.length for layer in cache.layers}) > 1:
         raise NotServed("the PagedCache holds more tokens of some layers than of others")

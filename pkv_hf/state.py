@@ -57,8 +57,6 @@ class PatchState:
     """The model_type."""
     prefix: str
     """What the names of the family's classes begin with; empty for a generic model."""
-    generic: bool
-    """Of no family in `patches`: all that is known of its layers is what they ask of attention."""
     windows: tuple[int, ...]
     """The sliding window of each attention layer in tokens, 0 for full attention."""
     shapes: set[LayerShape]
@@ -100,6 +98,11 @@ class PatchState:
         for own in fields(self):
             if own.name in OF_ONE_PROCESS:
                 setattr(self, own.name, own.default if own.default_factory is MISSING else own.default_factory())
+
+    @property
+    def generic(self) -> bool:
+        """Of no family in `patches`: all that is known of its layers is what they ask of attention."""
+        return not self.prefix
 
     def follow(self, config: Any) -> None:
         """Takes over into a patched decoder's configuration what has been set since on the one it was made from."""
