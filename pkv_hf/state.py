@@ -13,7 +13,6 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
-from pkv_hf.compat import layer_windows
 from pkv_hf.decode import DecodeStep, Forward
 from pkv_hf.graphs import GraphMemories
 from pkv_hf.policy import Decision
@@ -58,7 +57,7 @@ class PatchState:
     prefix: str
     """What the names of the family's classes begin with; empty for a generic model."""
     windows: tuple[int, ...]
-    """The sliding window of each attention layer in tokens, 0 for full attention."""
+    """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
     shapes: set[LayerShape]
     """Of the attention layers; those of a generic model are seen in its first forward."""
     original: dict[str, Any]
@@ -112,7 +111,6 @@ class PatchState:
             self.original |= changed
             changed.pop("_attn_implementation_internal", None)
             vars(config).update(changed)
-            self.windows = tuple(layer_windows(config))
 
     def say(self, reason: str) -> None:
         kind = re.sub(r"\d+", "", reason)

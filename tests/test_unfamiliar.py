@@ -125,7 +125,7 @@ def test_a_decoder_and_its_model_are_not_patched_twice(order):
 
 def half_filled(model):
     cache = PagedCache(model.config)
-    cache.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 0)
+    cache.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 1)
     return cache
 
 
@@ -136,16 +136,15 @@ CACHES = {
 }
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_that_is_not_the_models_costs_no_later_call_its_pages(cache):
-    model = pkv_hf.patch(tiny("llama"))
-    given = CACHES[cache](model)
-    if cache == "half filled":
-        with pytest.raises(RuntimeError, match="size of tensor"), torch.no_grad():  # as transformers' own cache ends
-            model(INPUTS["input_ids"], past_key_values=given)
-    else:
-        generate(model, past_key_values=given)
-        assert any("the PagedCache" in reason for reason in pkv_hf.report(model).left)
+    model = tiny("llama")
+    expected = model(INPUTS["input_ids"], past_key_values=CACHES[cache](model)).logits
+    pkv_hf.patch(model)
+    assert torch.equal(model(INPUTS["input_ids"], past_key_values=CACHES[cache](model)).logits, expected)
+    (left,) = pkv_hf.report(model).left
+    assert "the PagedCache" in left
     output = generate(model, return_dict_in_generate=True)
     assert type(output.past_key_values) is PagedCache
 
@@ -178,6 +177,10 @@ def test_a_window_that_is_set_later_is_followed():
         model.config.sliding_window = 5
         found.append(generate(model))
     assert torch.equal(*found)
+    model.config.sliding_window = 24
+    output = generate(model, return_dict_in_generate=True)
+    assert type(output.past_key_values) is PagedCache
+    assert pkv_hf.report(model).left == ("the PagedCache has other windows than the model's layers, or more layers",)
 
 
 def test_a_decoder_that_is_saved_alone_is_as_without_the_patch(tmp_path):
