@@ -15,27 +15,31 @@ from pkv_hf.errors import UsageError
 from pkv_hf.records import append_record, environment, output
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
+BEGINNING = re.compile(r"^=+ COMPUTE-SANITIZER$", re.MULTILINE)
 SUMMARY = re.compile(r"^=+ (?:ERROR|RACECHECK) SUMMARY: (.*)$", re.MULTILINE)
+NOTHING = re.compile(r"0 (errors|hazards displayed \(0 errors)")
 PASSED = re.compile(r"^(\d+) passed", re.MULTILINE)
 FINDINGS = 40
 """Lines of a tool that is not clean which are printed."""
 
 
 def read(folder: Path, tool: str) -> dict[str, object]:
-    """A tool's summary, the tests that ran under it and the status of its program.
+    """A tool's summary, the tests that ran under it and the status of its program, over all of its runs.
 
-    Raises UsageError for a folder without what scripts/sanitize.sh leaves of the tool.
+    Of several summaries, the first that is not of no errors. Raises UsageError for a folder without what
+    scripts/sanitize.sh leaves of the tool.
     """
     log, ended = _text(folder / f"{tool}.log"), folder / f"{tool}.status"
-    summaries, passed = SUMMARY.findall(log), PASSED.findall(log)
-    found = {
-        "summary": summaries[0] if summaries else "none",
-        "tests": int(passed[-1]) if passed else 0,
-        "status": _number(ended) if ended.exists() else 0,
+    runs, summaries, passed = len(BEGINNING.findall(log)), SUMMARY.findall(log), PASSED.findall(log)
+    unclean = [summary for summary in summaries if not NOTHING.match(summary)]
+    status = _number(ended) if ended.exists() else 0
+    return {
+        "summary": next(iter(unclean or summaries), "none"),
+        "tests": sum(map(int, passed)),
+        "status": status,
         "seconds": _number(folder / f"{tool}.seconds"),
+        "clean": not unclean and runs > 0 and len(summaries) == len(passed) == runs and status == 0,
     }
-    clean = all(re.match(r"0 (errors|hazards displayed \(0 errors)", summary) for summary in summaries)
-    return {**found, "clean": bool(summaries) and clean and found["tests"] != 0 and found["status"] == 0}
 
 
 def _text(path: Path) -> str:

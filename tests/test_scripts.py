@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,41 @@ def test_sanitizers_are_clean_where_each_says_so(run, tmp_path, tool, summary, c
     assert record["clean"] is clean
     assert record[tool]["clean"] is clean
     assert record[tool]["tests"] == 16
+
+
+RUN = "========= COMPUTE-SANITIZER\n3 passed in 9.21s\n========= RACECHECK SUMMARY: {}\n"
+NOTHING = "0 hazards displayed (0 errors, 0 warnings)"
+
+
+@pytest.mark.parametrize(
+    ("log", "summary", "clean"),
+    [
+        (RUN.format(NOTHING) * 2, NOTHING, True),
+        (RUN.format(NOTHING) + RUN.format("1 hazard displayed (1 error, 0 warnings)"), "1 hazard", False),
+        (RUN.format(NOTHING) + RUN[: RUN.index("=", 30)], NOTHING, False),
+        (RUN.format(NOTHING) + RUN.replace("3 passed", "none ran").format(NOTHING), NOTHING, False),
+    ],
+    ids=["clean", "a hazard", "cut off", "no tests"],
+)
+def test_every_run_of_a_sanitizer_has_to_be_clean(run, tmp_path, log, summary, clean):
+    for name in ("memcheck", "racecheck", "initcheck"):
+        said = log if name == "racecheck" else RUN.replace("RACECHECK", "ERROR").format("0 errors")
+        (tmp_path / f"{name}.log").write_text(said)
+        (tmp_path / f"{name}.seconds").write_text("9\n")
+    status, _ = run("record_sanitizers", tmp_path, "--out", tmp_path / "sanitizers.jsonl")
+    assert status == (0 if clean else 1)
+    (record,) = records(tmp_path / "sanitizers.jsonl")
+    assert record["racecheck"]["clean"] is clean
+    assert record["racecheck"]["summary"].startswith(summary)
+    assert record["racecheck"]["tests"] == log.count("3 passed") * 3
+
+
+def test_sanitizers_select_every_kernel_by_its_name():
+    (pattern,) = re.findall("--kernel-name regex=(.*)'", (SCRIPTS / "sanitize.sh").read_text())
+    sources = [path.read_text() for path in (SCRIPTS.parent / "kernels").glob("*.py")]
+    names = [name for source in sources for name in re.findall(r"Launcher\((\w+)\)", source)]
+    assert len(names) >= 10
+    assert all(re.search(pattern, name) for name in names)
 
 
 @pytest.mark.parametrize("failing", [False, True])
