@@ -76,9 +76,18 @@ def _index(device: torch.device) -> int:
     return device.index if device.index is not None else torch.cuda.current_device()
 
 
+FIRST_CAPABILITY = {torch.bfloat16: (8, 0), torch.float8_e4m3fn: (8, 9)}
+"""The first compute capability that multiplies bfloat16, and that converts float8_e4m3; all have the other dtypes."""
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a GPU, (9, 0) for sm_90; above all of them for the interpreter's CPU."""
     return _properties(_index(device))[2] if device.type == "cuda" else (99, 0)
+
+
+def supports(device: torch.device, *dtypes: torch.dtype | None) -> bool:
+    """Whether kernels run with all of these dtypes on a device."""
+    return all(capability(device) >= FIRST_CAPABILITY.get(dtype, (0, 0)) for dtype in dtypes)
 
 
 def device_limits(device: torch.device) -> tuple[int, int]:

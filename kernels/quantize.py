@@ -10,9 +10,6 @@ LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
 AT_ONCE = 1 << 23
 """Elements whose float32 copies stand side by side."""
 
-FP8_CAPABILITY = (8, 9)
-"""The first compute capability that converts float8_e4m3."""
-
 
 def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Vectors `[..., tokens, head_dim]` as `dtype` (int8 or float8_e4m3fn) times a scale each, float32 `[..., tokens]`.

@@ -18,8 +18,7 @@ from pkv_hf.arguments import flags
 from pkv_hf.cache import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.interface import attention, mask
-from pkv_hf.kernels.launch import capability
-from pkv_hf.kernels.quantize import FP8_CAPABILITY
+from pkv_hf.kernels.launch import FIRST_CAPABILITY, capability
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.policy import ROUTES
@@ -222,7 +221,7 @@ def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None
     if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn or device.type != "cuda":
         return
     major, minor = capability(device)
-    if (major, minor) < FP8_CAPABILITY:
+    if (major, minor) < FIRST_CAPABILITY[torch.float8_e4m3fn]:
         raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")
 
 

@@ -79,9 +79,14 @@ def sizes(kind: str, arguments: argparse.Namespace) -> tuple[int, int]:
 def fuzzed(
     kind: str, made: Sequence[Sequence[Any]], arguments: argparse.Namespace, judge: Judge
 ) -> tuple[dict[str, Any], float]:
-    """What a record says of batches of cases, and their largest error over torch's."""
-    from pkv_hf.kernels.fuzz import BOUND, fuzz
+    """What a record says of batches of cases, of dtypes that the device has, and their largest error over torch's."""
+    import torch
 
+    from pkv_hf.kernels.fuzz import BOUND, fuzz
+    from pkv_hf.kernels.launch import supports
+
+    gpu = torch.device(arguments.device)
+    made = [batch for batch in made if supports(gpu, batch[0].dtype, getattr(batch[0], "kv_dtype", None))]
     cases, failures, redrawn, worst = sum(map(len, made)), [], 0, 0.0
     with progress(kind, cases) as bar:
         for outcomes in fuzz(made, arguments.device, arguments.jobs, interpreter.use, judge):

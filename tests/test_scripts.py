@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from jsonl import records
 
 from tiny import tiny
@@ -174,6 +176,26 @@ def test_soak_records_what_ran(run, tmp_path):
     assert found[2]["operations"] > 10
     for record in found:
         assert {"seconds", "device", "gpu", "torch", "triton", "transformers", "commit", "date"} <= set(record)
+
+
+def test_soak_leaves_out_what_a_gpu_does_not_have(run, tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from pkv_hf.kernels import fuzz, launch
+
+    judged = []
+
+    def right(case, device):
+        judged.append(case)
+        return fuzz.Outcome(case, {"split": SimpleNamespace(written=True, ratio=1.0)})
+
+    monkeypatch.setattr(fuzz, "judge", right)
+    monkeypatch.setattr(launch, "capability", lambda _: (7, 5))
+    status, _ = run("soak", "kernels", "--cases", 600, "--longest", 20, "--out", tmp_path / "soak.jsonl")
+    assert status == 0
+    (record,) = records(tmp_path / "soak.jsonl")
+    assert 100 < record["cases"] == len(judged) < 500
+    assert {case.dtype for case in judged} == {torch.float16, torch.float32}
+    assert {case.kv_dtype for case in judged} == {None, torch.int8}
 
 
 def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, monkeypatch):

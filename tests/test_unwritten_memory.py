@@ -16,8 +16,7 @@ from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.check import ROUTES
 from pkv_hf.kernels.elementwise import rms_norm, silu_mul
 from pkv_hf.kernels.gemv import linear, swiglu
-from pkv_hf.kernels.launch import capability
-from pkv_hf.kernels.quantize import FP8_CAPABILITY
+from pkv_hf.kernels.launch import supports
 from pkv_hf.kernels.split import decode_split
 from pkv_hf.kernels.workqueue import decode_workqueue
 
@@ -59,8 +58,8 @@ def attention(q, k, v, window):
     ],
 )
 def test_append_then_attend(route, dtype, kv_dtype, group, head_dim, q_len, window, parts):
-    if kv_dtype == torch.float8_e4m3fn and capability(DEVICE) < FP8_CAPABILITY:
-        pytest.skip("this GPU converts no fp8")
+    if not supports(DEVICE, dtype, kv_dtype):
+        pytest.skip(f"this GPU does not have {dtype} and {kv_dtype}")
     pools, scales, table = empty_pages(head_dim, kv_dtype or dtype)
     rows = len(LENGTHS)
     ends, zeros = (torch.tensor(bounds, dtype=torch.int32).to(DEVICE) for bounds in (LENGTHS, (0,) * rows))
