@@ -3,9 +3,9 @@
 # every kernel by initcheck. Appends a record to benchmarks/results/sanitizers.jsonl (or to file $1). Fails unless all
 # three are clean.
 # racecheck looks at shared memory only: races between programs are what the fuzzing of merged results would show.
-# Other libraries' kernels run in those tests too. cuDNN's attention reads out of bounds: memcheck watches ours alone, by
-# their names. racecheck does so where that is faster; cuBLAS crashes under it if left unwatched. initcheck misses what
-# cuBLAS writes, and then reports torch's kernels for reading it: it runs where there are none but ours.
+# Other libraries' kernels run in those tests too. In attention's ours alone are watched, by their names: cuDNN's reads
+# out of bounds. In the layers' all are: racecheck crashes in cuBLAS where it is left out. initcheck misses what cuBLAS
+# writes, and then reports torch's kernels for reading it: it runs where there are none but ours.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/sanitizers.jsonl}
@@ -14,7 +14,7 @@ trap 'rm -rf "$logs"' EXIT
 attention=tests/test_kernels.py
 layers=tests/test_linear.py
 small=tests/test_unwritten_memory.py
-ours='--kernel-name regex=^[a-z_]+_kernel$'
+ours=(--kernel-name 'regex=^[a-z_]+_kernel$')
 out_of_bounds='
 import torch
 from pkv_hf.kernels.elementwise import silu_mul_kernel
@@ -29,24 +29,25 @@ command -v compute-sanitizer > /dev/null || {
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$logs/triton}
 python3 -m pytest -q -n 8 $small $layers $attention  # compiles, which a sanitizer would make slow
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor is an allocation of its own, so that its bounds are known
-compute-sanitizer $ours python3 -c "$out_of_bounds" > "$logs/ours.log" 2>&1 || true
+compute-sanitizer "${ours[@]}" python3 -c "$out_of_bounds" > "$logs/ours.log" 2>&1 || true
 grep -q " at silu_mul_kernel" "$logs/ours.log" || {
   tail -n 5 "$logs/ours.log" >&2
   echo "sanitize: a kernel of ours that reads out of bounds was not reported: see how \$ours selects them" >&2
   exit 1
 }
 declare -A seconds=()
-watch() { # TOOL TESTS [OPTIONS]; a tool's later runs are added to its first
+watch() { # TOOL TESTS [OPTION...]; a tool's later runs are added to its first
   local begun=$SECONDS
   echo "$1 $2 ..." >&2
   # its status is its program's, which a record needs beside the summary
-  compute-sanitizer --tool "$1" ${3:-} python3 -m pytest -q -p no:cacheprovider $2 >> "$logs/$1.log" 2>&1 \
+  compute-sanitizer --tool "$1" "${@:3}" python3 -m pytest -q -p no:cacheprovider $2 >> "$logs/$1.log" 2>&1 \
     || echo "$?" > "$logs/$1.status"
   seconds[$1]=$((${seconds[$1]:-0} + SECONDS - begun))
   echo "${seconds[$1]}" > "$logs/$1.seconds"
 }
-watch memcheck "$small $layers $attention" "$ours"
-watch racecheck "$small $layers"
-watch racecheck "$attention" "$ours"
+for tool in memcheck racecheck; do
+  watch "$tool" "$small $layers"
+  watch "$tool" "$attention" "${ours[@]}"
+done
 watch initcheck "$small"
 python3 scripts/record_sanitizers.py "$logs" --out "$out"

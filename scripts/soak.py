@@ -32,6 +32,7 @@ interpreter.use()  # first: packages that transformers finds installed may impor
 
 from pkv_hf.arguments import count, device, natural, needs  # noqa: E402
 from pkv_hf.cli import status  # noqa: E402
+from pkv_hf.errors import UsageError  # noqa: E402
 from pkv_hf.records import append_record, environment, output  # noqa: E402
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ def sizes(kind: str, arguments: argparse.Namespace) -> tuple[int, int]:
 def fuzzed(
     kind: str, made: Sequence[Sequence[Any]], arguments: argparse.Namespace, judge: Judge
 ) -> tuple[dict[str, Any], float]:
-    """What a record says of batches of cases, of dtypes that the device has, and their largest error over torch's."""
+    """What a record says of batches of cases, of dtypes that the device has, and their largest error over torch's.
+
+    Raises UsageError where that leaves none.
+    """
     import torch
 
     from pkv_hf.kernels.fuzz import BOUND, fuzz
@@ -87,6 +91,8 @@ def fuzzed(
 
     gpu = torch.device(arguments.device)
     made = [batch for batch in made if supports(gpu, batch[0].dtype, getattr(batch[0], "kv_dtype", None))]
+    if not made:
+        raise UsageError(f"{kind}: no case that was drawn has dtypes that {gpu} supports: ask for more --cases")
     cases, failures, redrawn, worst = sum(map(len, made)), [], 0, 0.0
     with progress(kind, cases) as bar:
         for outcomes in fuzz(made, arguments.device, arguments.jobs, interpreter.use, judge):

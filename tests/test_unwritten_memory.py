@@ -1,7 +1,7 @@
-"""Every kernel over memory that nothing has written, as a cache's pages are: what scripts/sanitize.sh watches.
+"""Every kernel over memory that nothing has written, as a cache's pages are: initcheck's part of scripts/sanitize.sh.
 
-On a GPU nothing runs there but these kernels: inputs are drawn and results judged on the CPU, so that a sanitizer
-reports no other library's.
+On a GPU nothing runs there but these kernels: inputs are drawn and results judged on the CPU, so that it reports no
+other library's.
 """
 
 from __future__ import annotations
