@@ -85,7 +85,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return _properties(_index(device))[2] if device.type == "cuda" else (99, 0)
 
 
-def supports(device: torch.device, *dtypes: torch.dtype | None) -> bool:
+def has_dtypes(device: torch.device, *dtypes: torch.dtype | None) -> bool:
     """Whether kernels run with all of these dtypes on a device."""
     return all(capability(device) >= FIRST_CAPABILITY.get(dtype, (0, 0)) for dtype in dtypes)
 

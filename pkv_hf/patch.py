@@ -18,7 +18,7 @@ from pkv_hf.arguments import flags
 from pkv_hf.cache import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.interface import attention, mask
-from pkv_hf.kernels.launch import FIRST_CAPABILITY, capability
+from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.loop import generate
 from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
 from pkv_hf.policy import ROUTES
@@ -218,10 +218,10 @@ def _shape(config: Any, attention: Any) -> LayerShape:
 def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:
     """Raises ValueError for fp8 pages on a GPU that does not convert them."""
     device = next(attention.parameters()).device
-    if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn or device.type != "cuda":
+    if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn:
         return
-    major, minor = capability(device)
-    if (major, minor) < FIRST_CAPABILITY[torch.float8_e4m3fn]:
+    if not has_dtypes(device, torch.float8_e4m3fn):
+        major, minor = capability(device)
         raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")
 
 

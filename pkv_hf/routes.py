@@ -19,12 +19,12 @@ import torch
 from pkv_hf.attention import over_pages
 from pkv_hf.costs import Work
 from pkv_hf.kernels.launch import (
-    FIRST_CAPABILITY,
     PROGRAMS_PER_SM,
     Tile,
     capability,
     choose_tile,
     device_limits,
+    has_dtypes,
     splits_for,
 )
 from pkv_hf.kernels.quantize import LARGEST
@@ -221,11 +221,11 @@ class Triton:
             return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16, float32")
-        version = capability(shape.device)
-        if shape.dtype == torch.bfloat16 and version < FIRST_CAPABILITY[shape.dtype]:
-            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{version[0]}{version[1]}")
-        if shape.kv_dtype == torch.float8_e4m3fn and version < FIRST_CAPABILITY[shape.kv_dtype]:
-            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{version[0]}{version[1]}: use int8")
+        major, minor = capability(shape.device)
+        if not has_dtypes(shape.device, shape.dtype):
+            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{major}{minor}")
+        if not has_dtypes(shape.device, shape.kv_dtype):
+            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{major}{minor}: use int8")
         if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
             return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
         if not 1 <= shape.group <= 16:

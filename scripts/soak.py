@@ -87,10 +87,10 @@ def fuzzed(
     import torch
 
     from pkv_hf.kernels.fuzz import BOUND, fuzz
-    from pkv_hf.kernels.launch import supports
+    from pkv_hf.kernels.launch import has_dtypes
 
     gpu = torch.device(arguments.device)
-    made = [batch for batch in made if supports(gpu, batch[0].dtype, getattr(batch[0], "kv_dtype", None))]
+    made = [batch for batch in made if has_dtypes(gpu, batch[0].dtype, getattr(batch[0], "kv_dtype", None))]
     if not made:
         raise UsageError(f"{kind}: no case that was drawn has dtypes that {gpu} supports: ask for more --cases")
     cases, failures, redrawn, worst = sum(map(len, made)), [], 0, 0.0

@@ -12,6 +12,7 @@ import torch
 import pkv_hf
 from pkv_hf.costs import MODES, Constants, RouteConstants, Work, from_properties, predict
 from pkv_hf.errors import RouteError
+from pkv_hf.kernels import launch
 from pkv_hf.kernels.launch import splits_for
 from pkv_hf.policy import HYSTERESIS, ROUTES, choose
 from pkv_hf.routes import Rejected, StepShape
@@ -130,6 +131,24 @@ def test_every_route_has_a_prediction_or_a_reason():
         known = candidate.seconds is not None
         assert known != (candidate.rejected is not None) or candidate.route == "sdpa"
     assert decision.rejected["flashinfer"] == "flashinfer is not installed"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "version", "reason"),
+    [
+        (torch.bfloat16, torch.bfloat16, (7, 5), "bfloat16 needs sm_80 or newer, this is sm_75"),
+        (torch.bfloat16, torch.bfloat16, (8, 0), None),
+        (torch.float16, torch.float8_e4m3fn, (8, 6), "fp8 pages need sm_89 or newer, this is sm_86: use int8"),
+        (torch.float16, torch.float8_e4m3fn, (8, 9), None),
+        (torch.float16, torch.int8, (7, 5), None),
+    ],
+)
+def test_older_gpus_serve_the_dtypes_that_they_have(monkeypatch, dtype, kv_dtype, version, reason):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(launch, "_properties", lambda _: (4, 64 * 1024, version))
+    shape = shape_of([100], device=torch.device("cuda", 0), dtype=dtype, kv_dtype=kv_dtype)
+    answers = [ROUTES[name].supports(shape) for name in ("split", "workqueue")]
+    assert [getattr(answer, "reason", None) for answer in answers] == [reason] * 2
 
 
 @pytest.mark.parametrize(

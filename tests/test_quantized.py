@@ -11,6 +11,7 @@ import torch
 
 import pkv_hf
 from pkv_hf.cache import KV_DTYPES
+from pkv_hf.kernels import launch
 from pkv_hf.kernels import quantize as quantization
 from pkv_hf.kernels.check import rms
 from pkv_hf.kernels.quantize import dequantize, quantize
@@ -149,9 +150,9 @@ def test_other_dtypes_are_named(kv_dtype):
 def test_fp8_names_the_gpus_that_have_it(monkeypatch):
     module = sys.modules["pkv_hf.patch"]
     layer = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
-    monkeypatch.setattr(module, "capability", lambda _: (8, 6))
+    monkeypatch.setattr(launch, "_properties", lambda _: (84, 99 * 1024, (8, 6)))
     with pytest.raises(ValueError, match="'fp8' needs sm_89 or newer, cuda:0 is sm_86: use 'int8'"):
         module._check_fp8("fp8", layer)
     module._check_fp8("int8", layer)
-    monkeypatch.setattr(module, "capability", lambda _: (8, 9))
+    monkeypatch.setattr(launch, "_properties", lambda _: (84, 99 * 1024, (8, 9)))
     module._check_fp8("fp8", layer)

@@ -195,7 +195,7 @@ def test_soak_leaves_out_what_a_gpu_does_not_have(run, tmp_path, monkeypatch):
     assert 100 < record["cases"] == len(judged) < 500
     assert {case.dtype for case in judged} == {torch.float16, torch.float32}
     assert {case.kv_dtype for case in judged} == {None, torch.int8}
-    monkeypatch.setattr(launch, "supports", lambda *_: False)
+    monkeypatch.setattr(launch, "has_dtypes", lambda *_: False)
     status, _ = run("soak", "kernels", "--cases", 1, "--longest", 20, "--out", tmp_path / "soak.jsonl")
     assert status == 2
     assert "ask for more --cases" in run.stderr

@@ -16,7 +16,7 @@ from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.check import ROUTES
 from pkv_hf.kernels.elementwise import rms_norm, silu_mul
 from pkv_hf.kernels.gemv import linear, swiglu
-from pkv_hf.kernels.launch import supports
+from pkv_hf.kernels.launch import has_dtypes
 from pkv_hf.kernels.split import decode_split
 from pkv_hf.kernels.workqueue import decode_workqueue
 
@@ -58,7 +58,7 @@ def attention(q, k, v, window):
     ],
 )
 def test_append_then_attend(route, dtype, kv_dtype, group, head_dim, q_len, window, parts):
-    if not supports(DEVICE, dtype, kv_dtype):
+    if not has_dtypes(DEVICE, dtype, kv_dtype):
         pytest.skip(f"this GPU does not have {dtype} and {kv_dtype}")
     pools, scales, table = empty_pages(head_dim, kv_dtype or dtype)
     rows = len(LENGTHS)
