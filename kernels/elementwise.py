@@ -42,7 +42,7 @@ def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: 
     tl.store(out_ptr + at, (silu * up).to(gate.dtype), mask=mask)
 
 
-_rms_norm, _silu_mul = Launcher(rms_norm_kernel), Launcher(silu_mul_kernel)
+_rms_norm, _silu_mul = Launcher(rms_norm_kernel, fp_fusion=False), Launcher(silu_mul_kernel, fp_fusion=False)
 
 
 def rms_norm(
@@ -59,7 +59,7 @@ def rms_norm(
     _rms_norm(
         (x.dtype, x.device, *constants), (x.numel() // width, 1, 1),
         (x, x if residual is None else residual, weight, total, out), (width, eps), (*constants, overlaps(x.device)),
-        num_warps=8 if width > 2048 else 4, enable_fp_fusion=False, **options(x.device),
+        num_warps=8 if width > 2048 else 4, **options(x.device),
     )  # fmt: skip
     return out, total
 

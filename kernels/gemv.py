@@ -213,7 +213,7 @@ def swiglu_kernel(x_ptr, gate_ptr, up_ptr, norm_ptr, out_ptr, rows, outputs, inp
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-_linear, _swiglu = Launcher(linear_kernel), Launcher(swiglu_kernel)
+_linear, _swiglu = Launcher(linear_kernel, fp_fusion=True), Launcher(swiglu_kernel, fp_fusion=True)
 _checked: Remembered[None] = Remembered()
 
 

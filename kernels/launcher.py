@@ -19,10 +19,14 @@ class Launcher:
     """A Triton kernel whose parameters are pointers, then numbers, then constants.
 
     Numbers that differ from launch to launch, and floats, have to be among its `do_not_specialize`.
+
+    `fp_fusion` lets the compiler fuse a product and a sum, which are then rounded once: right for long sums, wrong
+    where a result has to be rounded as transformers' own is. Triton's default is not the same in all releases.
     """
 
-    def __init__(self, kernel: Any) -> None:
+    def __init__(self, kernel: Any, *, fp_fusion: bool) -> None:
         self.kernel = kernel
+        self.fp_fusion = fp_fusion
         self._compiled: dict[Hashable, Any] = {}
         parameters = getattr(kernel, "params", ())  # the interpreter's functions have none, and compile nothing
         numbers = [parameter for parameter in parameters if not parameter.name.endswith("_ptr")]
@@ -42,6 +46,7 @@ class Launcher:
     ) -> None:
         """Launches on the current device. `kind` says all that the tensors' dtypes, the constants and Triton's options
         depend on, and the device."""
+        options["enable_fp_fusion"] = self.fp_fusion
         addresses = [tensor.data_ptr() for tensor in tensors]
         low_bits = sizes = 0
         for address in addresses:

@@ -1,4 +1,10 @@
-"""Paged attention, RMSNorm and RoPE in torch, for any dtype: what the kernels are judged by."""
+"""Paged attention, RMSNorm and RoPE in torch, for any dtype: what the kernels are judged by.
+
+Shapes and names are the same in all of `pkv_hf.kernels`. Pools `k_pages`, `v_pages` are `[num_pages, H_kv, page_size,
+head_dim]`; position `p` of row `b` is in page `block_table[b, p // page_size]` (int32 `[rows, max_pages]`), and page 0
+is the null page. Tokens [starts[b], ends[b]) of a row are live (int32 `[rows]`); the `q_len` queries of a row are its
+last ones: query `t` is at position `ends[b] - q_len + t` and attends from `starts[b]` (or its window) to itself.
+"""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def merge_splits_kernel(state_ptr, out_ptr, num_kv_heads, num_splits, stride_ob,
     merge_states(ml_ptr, acc_ptr, out, m_row, item * num_splits, num_splits, D, BLOCK_M, BLOCK_D, PARTS)
 
 
-_split, _merge = Launcher(split_kernel), Launcher(merge_splits_kernel)
+_split, _merge = Launcher(split_kernel, fp_fusion=True), Launcher(merge_splits_kernel, fp_fusion=True)
 
 
 def decode_split(

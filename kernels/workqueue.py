@@ -138,7 +138,7 @@ def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_he
         merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, D, BLOCK_M, BLOCK_D, PARTS)
 
 
-_workqueue, _merge = Launcher(workqueue_kernel), Launcher(merge_items_kernel)
+_workqueue, _merge = Launcher(workqueue_kernel, fp_fusion=True), Launcher(merge_items_kernel, fp_fusion=True)
 
 
 def decode_workqueue(

@@ -6,37 +6,33 @@ from typing import Any
 
 import torch
 
+from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.interface import changes_nothing
 from pkv_hf.state import original_forward
 
+OWN_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "attention_mask", compat.CACHE})
 
-def attention_forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    attention_mask: torch.Tensor | None = None,
-    past_key_values: Any = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+
+def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Takes the place of an attention module's `forward`; prompts, and steps without pages, go to the one before.
 
-    hidden_states is `[B, q_len, hidden]`, position_embeddings cos and sin `[1 or B, q_len, D]`.
+    Takes what that does, by name or by place: hidden_states `[B, q_len, hidden]`, position_embeddings cos and sin
+    `[1 or B, q_len, D]`, the cache.
     """
-    step = past_key_values.step if isinstance(past_key_values, PagedCache) else None
-    if step is None or position_embeddings is None or not step.fuses_rope or not changes_nothing(kwargs):
-        return original_forward(self)(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+    call = compat.call_arguments(self, args, kwargs)
+    cache, position_embeddings = call.get(compat.CACHE), call.get("position_embeddings")
+    step = cache.step if isinstance(cache, PagedCache) else None
+    others = {name: value for name, value in call.items() if name not in OWN_ARGUMENTS}
+    if step is None or position_embeddings is None or not step.fuses_rope or not changes_nothing(others):
+        return original_forward(self)(**call)
+    hidden_states = call["hidden_states"]
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)
     v = self.v_proj(hidden_states).view(shape)
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    out = step.rope_attend(q, k, v, *position_embeddings, self.layer_idx, self.scaling)
+    cos, sin = position_embeddings
+    out = step.rope_attend(q, k, v, cos, sin, self.layer_idx, self.scaling)
     return self.o_proj(out.flatten(2)), None

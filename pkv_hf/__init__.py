@@ -4,6 +4,11 @@
 `explain` for why it took the route that it took.
 """
 
+from pathlib import Path
+
+if not (Path(__file__).parent / "kernels").is_dir():  # in a clone, which has them beside this folder
+    __path__.append(str(Path(__file__).parent.parent))
+
 from pkv_hf import compat
 from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
 from pkv_hf.version import __version__

@@ -72,7 +72,7 @@ class PagedCache(Cache):
     """KV cache in pages `[num_pages, H_kv, page_size, head_dim]`, one pool for each kind of layer.
 
     A kind is full attention or one sliding window. A patched model's `generate()` makes such a cache by itself. Made by
-    hand it can be passed to any model as `past_key_values`: a patched one reads the pages in place, any other gets
+    hand it can be passed to any model in the place of its own: a patched one reads the pages in place, any other gets
     dense K and V from `update`.
 
     Args:

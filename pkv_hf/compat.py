@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -14,21 +17,86 @@ from torch import nn
 
 from pkv_hf.errors import UnsupportedVersionError
 
-OLDEST_TRANSFORMERS = "5.17.0"
-SUPPORTED = Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS)
+logger = logging.getLogger("pkv_hf")
 
-if SUPPORTED:  # or the names below may not be there
+OLDEST_TRANSFORMERS = "5.17.0"
+NEWEST_TRANSFORMERS = "5.24.0"
+"""The newest release that all tests have passed with."""
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""What releases have called the cache of a call, the newest name first. A release takes older ones and warns."""
+
+CACHE = ""
+"""The installed release's name for it: a forward's argument, a field of what it returns, and what generate() hands on.
+
+Empty where the release is too old, or calls it something that no release did that is known here.
+"""
+
+if Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS):  # or the names below may not be there
     from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    _fields = {field.name for field in fields(BaseModelOutputWithPast)}
+    CACHE = next((name for name in CACHE_NAMES if name in _fields), "")
+
+SUPPORTED = bool(CACHE)
 
 
 def refuse(*_: object, **__: object) -> NoReturn:
-    """In the place of all that needs a newer transformers than is installed. Raises UnsupportedVersionError."""
+    """In the place of all that needs another transformers than is installed. Raises UnsupportedVersionError."""
+    version = transformers.__version__
+    if Version(version) < Version(OLDEST_TRANSFORMERS):
+        raise UnsupportedVersionError(
+            f"transformers {version} is older than {OLDEST_TRANSFORMERS}, the oldest release that pkv_hf works with: "
+            f"pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+        )
     raise UnsupportedVersionError(
-        f"transformers {transformers.__version__} is older than {OLDEST_TRANSFORMERS}, the oldest release that "
-        f"pkv_hf works with: pip install 'transformers>={OLDEST_TRANSFORMERS}'"
+        f"transformers {version} calls the cache of a forward by none of the names {CACHE_NAMES}, and pkv_hf would be "
+        f"off without a word. It is tested with {OLDEST_TRANSFORMERS} to {NEWEST_TRANSFORMERS}: "
+        f"pip install 'transformers<={NEWEST_TRANSFORMERS}'"
     )
+
+
+@functools.cache
+def warn_of_untested() -> None:
+    """Says, once a process, that the installed transformers is newer than any that the tests have run with."""
+    if Version(transformers.__version__) > Version(NEWEST_TRANSFORMERS):
+        logger.warning(
+            "pkv_hf: transformers %s is newer than the releases that pkv_hf is tested with, %s to %s: compare the "
+            "first results with an unpatched model's, and look at report(model).calls",
+            transformers.__version__,
+            OLDEST_TRANSFORMERS,
+            NEWEST_TRANSFORMERS,
+        )
+
+
+def takes_cache(module: nn.Module) -> bool:
+    """Whether a module's forward takes the cache by the name that the installed transformers passes it by.
+
+    A forward that names no argument hands all of them on, to that of a base class.
+    """
+    for base in type(module).__mro__:
+        forward = vars(base).get("forward")
+        if forward is not None:
+            parameters = list(inspect.signature(forward).parameters.values())[1:]
+            named = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+            if named:
+                return CACHE in named
+    return False
+
+
+def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of a module's forward by their names, the cache by the installed release's."""
+    if args:
+        kwargs = {**inspect.signature(type(module).forward).bind_partial(module, *args).arguments, **kwargs}
+        del kwargs["self"]
+    for older in CACHE_NAMES[CACHE_NAMES.index(CACHE) + 1 :]:
+        if older in kwargs:
+            kwargs = dict(kwargs)
+            kwargs.setdefault(CACHE, kwargs.pop(older))
+    return kwargs
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int]:

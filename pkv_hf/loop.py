@@ -63,7 +63,7 @@ def run_ahead(
 ) -> Any:
     """transformers' `_sample`, for `custom_generate`: same arguments, same result."""
     state: PatchState = getattr(model, STATE)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(compat.CACHE)
     if not isinstance(cache, PagedCache) or model.training or not _accelerated(model, state, cache):
         return type(model)._sample(
             model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
@@ -115,7 +115,7 @@ def run_ahead(
     if not generation_config.return_dict_in_generate:
         return input_ids
     kept: dict[str, Any] = {"scores": scores if keep_scores else None, "logits": raw_logits if keep_logits else None}
-    return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache, **kept)  # type: ignore[arg-type]
+    return GenerateDecoderOnlyOutput(sequences=input_ids, **{compat.CACHE: cache}, **kept)  # type: ignore[arg-type]
 
 
 def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
@@ -161,7 +161,9 @@ class _Forward:
                 self._choose_again()
             tokens, positions = next_tokens[:, None], self.positions
             self.positions = None  # from here on they count on the device
-            return run_static(self.state, self.static, self.cache, tokens, positions, self.starts)
+            logits = run_static(self.state, self.static, self.cache, tokens, positions, self.starts)
+            self.state.counts.add("pages")
+            return logits
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         outputs = self.model(**inputs, return_dict=True)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)

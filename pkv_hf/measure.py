@@ -17,6 +17,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
+from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 
 SAMPLE_SECONDS = 0.01
@@ -76,7 +77,7 @@ def generate(
         first_token_s=first - start,
         step_s=tuple(after - before for before, after in zip([first, *rest], rest)),
         peak_bytes=peak.nbytes,
-        kv_bytes=kv_bytes(output.past_key_values),
+        kv_bytes=kv_bytes(output[compat.CACHE]),
         tokens_per_step=statistics.mean(counts) / len(inputs["input_ids"]) if counts else 1.0,
     )
 

@@ -7,8 +7,10 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
+from weakref import ref
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -20,10 +22,13 @@ from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.interface import attention, mask
 from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.loop import generate
-from pkv_hf.patches import FAMILIES, Family, attention_forward, decode_forward
+from pkv_hf.patches.decode import decode_forward
+from pkv_hf.patches.families import FAMILIES
+from pkv_hf.patches.family import Family
+from pkv_hf.patches.forward import attention_forward
 from pkv_hf.policy import ROUTES
 from pkv_hf.prefill import prefill
-from pkv_hf.serving import decoder_forward
+from pkv_hf.serving import decoder_forward, last_made
 from pkv_hf.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
 from pkv_hf.watch import FORWARD
 
@@ -73,6 +78,7 @@ def patch(
     unpatch(model)
     inner = unwrap(model)
     decoder, family, attentions = served_layers(inner)
+    compat.warn_of_untested()
     _check_fp8(kv_dtype, attentions[0])
     state = PatchState(
         route=route,
@@ -184,6 +190,11 @@ def _not_served(model: Any, decoder: Any, family: Family | None, attentions: lis
         windows = compat.layer_windows(decoder.config)
     except ValueError as error:
         return str(error)
+    if not compat.takes_cache(decoder):
+        return (
+            f"the forward of its {type(decoder).__name__} takes no {compat.CACHE!r}, which is what transformers "
+            f"{transformers.__version__} passes caches as"
+        )
     if not attentions:
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
     if family is not None:
@@ -247,13 +258,12 @@ def _prepare_cache_for_generation(
     state: PatchState = getattr(self, STATE)
     asked = generation_config.cache_implementation
     served = not state.refused and model_kwargs.get("encoder_outputs") is None
-    if served and model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+    if served and model_kwargs.get(compat.CACHE) is None and generation_config.use_cache is not False:
         if asked in (None, "dynamic"):
-            model_kwargs["past_key_values"] = PagedCache(
-                self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype
-            )
+            cache = PagedCache(self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype)
+            model_kwargs[compat.CACHE] = cache
+            last_made.set(ref(cache))
             if generation_config.is_assistant:
-                cache = model_kwargs["past_key_values"]
                 cache.activate_past_recording()
                 depth = getattr(self.base_model.config, "num_hidden_layers", len(cache.layers))
                 del cache.layers[depth:]  # a draft that exits early never comes to the rest

@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from pkv_hf import compat
 from pkv_hf.measure import PeakMemory, generate
 from pkv_hf.patch import unwrap
 
@@ -63,8 +64,8 @@ def by_chunks(model: Any, ids: torch.Tensor, chunk: int, cache: Any = None) -> S
         parts = []
         for begin in range(0, len(ids) - 1, chunk):
             block = ids[begin : min(begin + chunk, len(ids) - 1)]
-            output = model(input_ids=block[None], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(input_ids=block[None], use_cache=True, **{compat.CACHE: cache})
+            cache = output[compat.CACHE]
             targets = ids[begin + 1 : begin + 1 + len(block)]
             parts += [log_probs(*pair) for pair in zip(output.logits[0].split(rows), targets.split(rows))]
             del output

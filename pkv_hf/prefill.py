@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from pkv_hf import compat
 from pkv_hf.cache import PagedCache
 from pkv_hf.watch import hooked
 
@@ -20,7 +22,7 @@ def prefill(
     """
     original = type(self)._prefill
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(compat.CACHE)
     if copies == 1 or not isinstance(cache, PagedCache) or cache.rows not in (0, len(input_ids) // copies):
         return original(self, input_ids, generation_config, model_kwargs, **settings)
     prompts = None if hooked(self) else _prompts({"input_ids": input_ids, **model_kwargs}, copies)
@@ -39,8 +41,13 @@ def prefill(
 
 
 def _prompts(inputs: dict[str, Any], copies: int) -> dict[str, Any] | None:
-    """The first of every `copies` rows of all tensors; None where the others differ from it."""
+    """The first of every `copies` rows of all tensors; None where the others differ from it.
+
+    None also where tensors lie in something else, as encoded images do: which of them is a row's, nobody says.
+    """
     tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+    if any(_holds_tensors(value) for name, value in inputs.items() if name not in tensors):
+        return None
     rows = len(inputs["input_ids"])
     if any(not value.ndim or len(value) != rows for value in tensors.values()):
         return None
@@ -48,6 +55,12 @@ def _prompts(inputs: dict[str, Any], copies: int) -> dict[str, Any] | None:
     if not all(bool((value == value[:, :1]).all()) for value in grouped.values()):
         return None
     return {**inputs, **{name: value[:, 0] for name, value in grouped.items()}}
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return isinstance(value, torch.Tensor) or (isinstance(value, (list, tuple)) and any(map(_holds_tensors, value)))
 
 
 def _repeated(value: Any, copies: int) -> Any:

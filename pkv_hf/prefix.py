@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pkv_hf import compat
 from pkv_hf.arguments import token_ids, whole
 from pkv_hf.cache import PagedCache
 from pkv_hf.errors import UnsupportedModelError
@@ -35,25 +36,26 @@ class Prefix:
         return self.ids.shape[1]
 
     def cache(self, rows: int = 1) -> PagedCache:
-        """A cache of `rows` rows, 1 or more, that hold the prefix each: what `past_key_values` takes."""
+        """A cache of `rows` rows, 1 or more, that hold the prefix each, for `generate()` and forwards."""
         rows = whole("rows", rows, 1, "pass the number of continuations")
         fork = self._cache.fork()
         fork.batch_repeat_interleave(rows)
         return fork
 
-    def inputs(self, continuations: str | list[str] | Sequence[int] | torch.Tensor) -> dict[str, Any]:
+    def inputs(self, continuations: str | list[str] | Sequence[int] | torch.Tensor | Mapping) -> dict[str, Any]:
         """What `model.generate(**prefix.inputs(...))` takes to go on from the prefix, in one way or in several.
 
         Args:
             continuations: a text or a list of texts, tokenised without special tokens; or token ids, `[length]` or
-                `[rows, length]`.
+                `[rows, length]`, or what a tokenizer returns that holds them.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and `past_key_values`.
+            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and the cache, by the name that
+            the installed transformers gives it.
 
         Raises:
-            ValueError: texts without a tokenizer, a continuation without a token, rows of unequal length, or what are
-                no token ids of the model.
+            ValueError: texts without a tokenizer, a continuation without a token, rows of unequal length or with
+                padding, or what are no token ids of the model.
         """
         settings = {"add_special_tokens": False}
         ids = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings).to(self.ids.device)
@@ -61,11 +63,13 @@ class Prefix:
         return {
             "input_ids": whole,
             "attention_mask": torch.ones_like(whole),
-            "past_key_values": self.cache(len(ids)),
+            compat.CACHE: self.cache(len(ids)),
         }
 
 
-def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, tokenizer: Any = None) -> Prefix:
+def prefix(
+    model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor | Mapping, tokenizer: Any = None
+) -> Prefix:
     """Runs a system prompt, a document or examples through the model once, for many continuations.
 
         shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
@@ -75,12 +79,13 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
 
     Args:
         model: a causal LM; one that `patch` was called on reads the pages in place, any other gets dense K and V.
-        text_or_ids: a text, tokenised with special tokens, or token ids, `[length]` or `[1, length]`.
+        text_or_ids: a text, tokenised with special tokens; token ids, `[length]` or `[1, length]`; or what a tokenizer
+            returns that holds them, as `tokenizer.apply_chat_template(messages)` does.
         tokenizer: a transformers tokenizer, for texts here and in `Prefix.inputs`.
 
     Raises:
-        ValueError: a text without a tokenizer, or with what is none; no token, several rows, or what are no token ids
-            of the model; UnsupportedModelError (a ValueError) for what is no transformers model.
+        ValueError: a text without a tokenizer, or with what is none; no token, several rows, padding, or what are no
+            token ids of the model; UnsupportedModelError (a ValueError) for what is no transformers model.
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
@@ -98,12 +103,26 @@ def prefix(model: nn.Module, text_or_ids: str | Sequence[int] | torch.Tensor, to
     settings = {} if state is None else {"page_size": state.page_size, "kv_dtype": state.kv_dtype}
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
     with torch.no_grad():
-        model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
     return Prefix(ids, cache, tokenizer, vocabulary)
 
 
+def _only_ones(mask: Any) -> bool:
+    """Whether a mask, or each of a list of masks, leaves nothing out."""
+    if isinstance(mask, (list, tuple)) and mask and isinstance(mask[0], (list, tuple)):
+        return all(map(_only_ones, mask))
+    return bool(torch.as_tensor(mask).ne(0).all())
+
+
 def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: Any) -> torch.Tensor:
-    """Texts or ids as ids, int64 `[rows, length]`."""
+    """Texts or ids, or what a tokenizer makes of texts, as ids, int64 `[rows, length]`."""
+    if isinstance(given, Mapping):
+        if "input_ids" not in given:
+            raise ValueError(f"{name} has {sorted(given)} and no input_ids: pass what a tokenizer returns, or ids")
+        mask = given.get("attention_mask")
+        if mask is not None and not _only_ones(mask):
+            raise ValueError(f"{name} is padded, by its attention_mask: pass each text alone, without padding")
+        given = given["input_ids"]
     several = isinstance(given, (list, tuple)) and bool(given) and (isinstance(given[0], str) or np.ndim(given[0]) > 0)
     rows = list(given) if several or getattr(given, "ndim", 1) > 1 else [given]
     if isinstance(rows[0], str):

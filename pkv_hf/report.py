@@ -9,6 +9,7 @@ from torch import nn
 
 from pkv_hf.arguments import whole
 from pkv_hf.cache import KV_DTYPES, check_page_size
+from pkv_hf.counts import Calls, Steps
 from pkv_hf.patch import unwrap
 from pkv_hf.policy import Decision, choose
 from pkv_hf.routes import StepShape
@@ -44,6 +45,10 @@ class Report:
     """CUDA graphs that live caches hold."""
     graph_bytes: int
     """Memory that they share, kept for graphs to come."""
+    calls: Calls
+    """The decoder's forwards, by what served them."""
+    steps: Steps
+    """Decode steps on pages, by how they ran."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -69,6 +74,8 @@ class Report:
             f"graphs    {self.graphs} captured, {mebibytes(self.graph_bytes)}"
             if self.graph_bytes
             else "graphs    none",
+            f"calls     {self.calls.pages} on pages, {self.calls.transformers} by transformers",
+            f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
@@ -135,6 +142,8 @@ def state_of(model: nn.Module) -> Report:
         rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.decode_steps),
         graph_bytes=state.graph_memories.nbytes,
+        calls=state.counts.calls,
+        steps=state.counts.steps,
         left=tuple(state.said.values()),
     )
 

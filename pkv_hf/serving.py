@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+from contextvars import ContextVar
 from typing import Any
+from weakref import ref
 
 import numpy as np
 import torch
@@ -23,23 +24,26 @@ from pkv_hf.state import NAME, STATE, LayerShape, PatchState, original_forward, 
 from pkv_hf.step import Step
 from pkv_hf.watch import Watch, hooked
 
-PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values"}) | {
+PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", compat.CACHE}) | {
     "use_cache",
     "return_dict",
     "cache_position",
 }
 """Arguments of a decoder that a step accounts for; whatever else is given is for transformers' layers to see."""
 
+last_made: ContextVar[ref[PagedCache] | None] = ContextVar("pkv_hf_last_made", default=None)
+"""The cache that generate() of a patched model made last in this thread."""
+
 
 def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a decoder's `forward`: with a `PagedCache`, its layers append to pages and read them there."""
     state: PatchState = getattr(self, STATE)
     state.follow(self.config)
-    if args:
-        kwargs = {**inspect.signature(type(self).forward).bind_partial(self, *args).arguments, **kwargs}
-        del kwargs["self"]
+    kwargs = compat.call_arguments(self, args, kwargs)
     try:
-        return serve(self, state, plan(self, state, kwargs), kwargs)
+        output = serve(self, state, plan(self, state, kwargs), kwargs)
+        state.counts.add("pages")
+        return output
     except NotServed as error:
         reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
     except (RouteError, torch.OutOfMemoryError):
@@ -49,9 +53,11 @@ def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             raise
         # Layers that are not known may compute with the mask, which is empty here, and fail.
         reason = LayerNotServed(f"{type(self).__name__} fails on pages with {type(error).__name__}: {error}")
-    output = original_forward(self)(**kwargs)
     if str(reason):
         state.say(str(reason))
+    output = original_forward(self)(**kwargs)
+    if not torch.compiler.is_compiling():  # a number that changes would have the model compiled at every call
+        state.counts.add("transformers")
     if isinstance(reason, LayerNotServed) and not _extra_arguments(kwargs):
         state.refused = str(reason)
     return output
@@ -69,14 +75,16 @@ def serve(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> 
         if positions is None:
             positions = torch.arange(bounds.begin, bounds.end, device=static.device)[None]
         hidden = run_static(state, static, cache, call["input_ids"], positions, bounds.starts)
-        return state.output_type(last_hidden_state=hidden.clone(), past_key_values=cache)  # type: ignore[misc]
+        return state.output_type(last_hidden_state=hidden.clone(), **{compat.CACHE: cache})  # type: ignore[misc]
     packs = not state.generic and not bounds.begin and bounds.starts.any() and alone and not hooked(decoder)
     if packs and not compat.unfamiliar(decoder, state.prefix):
         return packed_prefill(decoder, step, dict(call))
     with step:
         output = original_forward(decoder)(**call)
+    if step.decodes:
+        state.counts.add("eager")
     if state.generic and alone:
-        plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", "past_key_values"}
+        plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", compat.CACHE}
         state.output_type = type(output) if plain else None
     return output
 
@@ -166,6 +174,7 @@ def run_static(
         state.say(f"CUDA graphs, decode steps run without: {error}")
         output = step.run(cache, tokens, positions, starts, None)
     state.compiled.add(shape)
+    state.counts.add("captured" if step.captured else "static")
     return output
 
 
@@ -177,8 +186,8 @@ def transformers_forward(
         input_ids=tokens,
         position_ids=positions,
         attention_mask=None,
-        past_key_values=step.cache,
         use_cache=True,
+        **{compat.CACHE: step.cache},
     )
     return output.last_hidden_state if head is None else head(output.last_hidden_state)
 
@@ -189,15 +198,19 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
     Raises NotServed with the reason where pages cannot serve it, RouteError where the route that the caller of `patch`
     named cannot.
     """
-    cache = call.get("past_key_values")
+    cache = call.get(compat.CACHE)
     if decoder.training:
         raise NotServed("the model is in training mode")
     if cache is None:
+        made = last_made.get()
+        waiting = made() if made else None
+        if waiting is not None and not waiting.rows:
+            raise NotServed(f"generate() made a PagedCache, and {type(decoder).__name__} was called without it")
         raise NotServed
     if state.refused:
         raise NotServed(state.refused)
     if not isinstance(cache, PagedCache):
-        raise NotServed(f"past_key_values is a {type(cache).__name__}, not a PagedCache")
+        raise NotServed(f"the cache is a {type(cache).__name__}, not a PagedCache")
     if cache.windows != state.windows[: len(cache.layers)]:
         raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
     if len({layer.length for layer in cache.layers}) > 1:
@@ -211,13 +224,13 @@ def plan(decoder: Any, state: PatchState, call: dict[str, Any]) -> Step:
         raise NotServed("output_attentions=True needs the attention weights")
     tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
     if tokens is None:
-        raise NotServed  # transformers has its own error for that
+        raise NotServed("there are neither input_ids nor inputs_embeds")
     weight = next(decoder.parameters())
     if torch.is_grad_enabled() and (weight.requires_grad or tokens.requires_grad):
         raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
     rows, q_len = tokens.shape[:2]
     if not rows * q_len:
-        raise NotServed  # transformers has its own error for that
+        raise NotServed(f"the call is of {rows} x {q_len} tokens")
     starts = row_starts(call.get("attention_mask"), cache, rows, q_len, state)
     route = choose_route(state, cache, starts, q_len, tokens.device, weight.dtype)
     return Step(cache, Bounds(starts, cache.get_seq_length(), q_len), route)

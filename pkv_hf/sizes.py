@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from pkv_hf.compat import layer_windows
+from pkv_hf import compat
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.patch import served_layers, unwrap
 from pkv_hf.weights import weight_bytes
@@ -63,7 +63,7 @@ class ModelSizes:
         return cls(
             weights=weights,
             dtype=dtype,
-            windows=tuple(layer_windows(config)),
+            windows=tuple(compat.layer_windows(config)),
             heads=config.num_attention_heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -97,7 +97,7 @@ def _found(model: Any) -> tuple[int, int, int]:
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")
     config = decoder.config
     try:
-        decoder(token, past_key_values=cache, use_cache=True)
+        decoder(token, use_cache=True, **{compat.CACHE: cache})
         keys: Any = cache.layers[0].keys  # type: ignore[union-attr]
         return keys.shape[1], keys.shape[3], widest
     except RuntimeError as error:  # of an operator that does not run without storage

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from pkv_hf.counts import Counts
 from pkv_hf.decode import DecodeStep, Forward
 from pkv_hf.graphs import GraphMemories
 from pkv_hf.policy import Decision
@@ -26,8 +27,8 @@ NAME = "pkv_hf"
 ORIGINAL = "pkv_hf_original"
 """The attribute of a patched decoder's own configuration that holds the one it was made from."""
 
-OF_ONE_PROCESS = ("decision", "watch", "decode_steps", "graph_memories", "compiled")
-"""The fields of a `PatchState` that neither a copy nor a pickle takes over: they hold addresses, graphs and streams."""
+OF_ONE_PROCESS = ("decision", "watch", "decode_steps", "graph_memories", "compiled", "counts")
+"""The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""
 
 STATE = "_pkv_hf_state"
 """The attribute of a patched model, and of its decoder, that holds the `PatchState`."""
@@ -78,6 +79,7 @@ class PatchState:
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
     said: dict[str, str] = field(default_factory=dict)
     """Why calls were left to transformers, each reason once, whatever numbers are in it."""
+    counts: Counts = field(default_factory=Counts)
     decision: Decision | None = None
     """On the last step's route."""
     watch: Watch | None = None

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import interpreter
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.report import explain
 from tiny import left_padded, tiny
 
@@ -37,8 +38,8 @@ def main(folder: str, device: str) -> None:
     for settings in ({}, {"route": "split"}, {"route": "workqueue", "fuse": False}):
         with pkv_hf.patched(model, **settings):
             output = generate(model, (20, 9))
-            assert isinstance(output.past_key_values, pkv_hf.PagedCache)
-            assert output.past_key_values.kv_heads == 1  # of two
+            assert isinstance(output[CACHE], pkv_hf.PagedCache)
+            assert output[CACHE].kv_heads == 1  # of two
             assert "1 KV heads" in str(explain(model))
             assert output.sequences.tolist() == expected, settings
 

@@ -2,7 +2,8 @@
 
 The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, its casts of integers to bfloat16 are bits
 too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32 values, which are exact,
-and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does.
+and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does. What
+compares scalars gives numbers of their type, which loads of Triton 3.9 refuse as a mask; here masks are booleans.
 
 Most of its time goes where kernels do not need it: at every call of one function by another it goes through all of
 triton.language (here a kernel does so once), every sum of integers is done again in 64 bits to find overflow (an option
@@ -103,21 +104,21 @@ def use() -> None:
         extents[:] = sorted(map(extent, tensors_of([*on_host[0], *on_host[1].values()])))
         return on_host
 
-    def check_inside(pointers, mask):
-        """All lanes of an access are of one tensor."""
-        addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape).astype(bool)]
+    def checked(pointers, mask):
+        """The mask of an access, as booleans. All its lanes are of one tensor."""
+        mask = TensorHandle(np.broadcast_to(mask.data, pointers.data.shape).astype(bool), tl.int1)
+        addresses = pointers.data[mask.data]
         if addresses.size:
             first, last = int(addresses.min()), int(addresses.max()) + pointers.get_element_ty().primitive_bitwidth // 8
             if not any(begin <= first and last <= end for begin, end in extents):
                 raise IndexError(f"addresses {first} to {last} are of no tensor given: {extents}")
+        return mask
 
     def create_masked_load(self, pointers, mask, *rest):
-        check_inside(pointers, mask)
-        return plain_load(self, pointers, mask, *rest)
+        return plain_load(self, pointers, checked(pointers, mask), *rest)
 
     def create_masked_store(self, pointers, value, mask, *rest):
-        check_inside(pointers, mask)
-        return plain_store(self, pointers, value, mask, *rest)
+        return plain_store(self, pointers, value, checked(pointers, mask), *rest)
 
     plain_launch, covered, one_at_a_time = interpreter.GridExecutor.__call__, set(), threading.RLock()
 

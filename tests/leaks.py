@@ -13,6 +13,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.report import state_of
 from tiny import COMMON, tiny
 
@@ -98,8 +99,8 @@ class Calls:
             model.generate(**self.prompt(lengths), **settings)
         elif kind < 0.86:  # two turns on a cache of the caller's own
             cache = pkv_hf.PagedCache(model.config)
-            first = model.generate(**self.prompt(lengths[:1]), past_key_values=cache, max_new_tokens=3)
-            model.generate(torch.cat([first, first[:, :2]], dim=1), past_key_values=cache.fork(), max_new_tokens=3)
+            first = model.generate(**self.prompt(lengths[:1]), **{CACHE: cache}, max_new_tokens=3)
+            model.generate(torch.cat([first, first[:, :2]], dim=1), **{CACHE: cache.fork()}, max_new_tokens=3)
         elif kind < 0.92:
             shared = pkv_hf.prefix(model, self.prompt(lengths[:1])["input_ids"])
             for _ in range(2):

@@ -9,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.policy import ROUTES
-from tiny import left_padded, tiny
+from tiny import assert_on_pages, left_padded, tiny
 
 
 def generate(model, inputs, **settings):
@@ -57,7 +58,7 @@ def test_pages_of_rejected_tokens_are_free_again():
         assert cache.memory().pages_in_use == -(-cache.get_seq_length() // 16)
 
     cache.crop = counting
-    generate(model, left_padded(30), max_new_tokens=50, past_key_values=cache, assistant_model=draft)
+    generate(model, left_padded(30), max_new_tokens=50, **{CACHE: cache}, assistant_model=draft)
     assert freed[0] == -(-70 // 16) - 2
 
 
@@ -76,7 +77,7 @@ def test_an_early_exit_leaves_the_later_layers_out(family, route, monkeypatch):
     )
     with pkv_hf.patched(model, route=route):
         output = generate(model, inputs, max_new_tokens=6, assistant_early_exit=1)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
     assert ran.count(0) > ran.count(1) > 0
 
@@ -101,6 +102,6 @@ def test_a_draft_of_another_tokenizer(smollm2, smollm2_tokenizer, letters, do_sa
     expected = generate(smollm2, inputs, **settings)
     with pkv_hf.patched(smollm2), pkv_hf.patched(draft):
         output = generate(smollm2, inputs, **settings)
-        assert not pkv_hf.report(smollm2).left
+        assert_on_pages(smollm2)
         assert pkv_hf.report(draft).route == "sdpa"
     assert torch.equal(output.sequences, expected.sequences)

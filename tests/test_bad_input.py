@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from tiny import COMMON, byte_tokenizer, tiny
 
 STEP = {
@@ -314,5 +315,5 @@ def test_a_cache_that_changes_under_a_call_is_named():
 
     with pytest.raises(RuntimeError, match="came to hold 0 tokens"):
         model.generate(
-            torch.tensor([[5, 6, 7]]), past_key_values=cache, streamer=Resetting(), max_new_tokens=6, do_sample=False
+            torch.tensor([[5, 6, 7]]), **{CACHE: cache}, streamer=Resetting(), max_new_tokens=6, do_sample=False
         )

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.pool import PageAllocator
 from tiny import COMMON, tiny
 
@@ -262,13 +263,13 @@ def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_beh
         torch.no_grad(),
         pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"),
     ):
-        model(torch.ones(1, 3, dtype=torch.long), past_key_values=paged)
+        model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     memory = paged.memory()
     assert (memory.pages_in_use, memory.held_bytes, paged.get_seq_length()) == (0, 0, 0)
     for table in paged.tables.values():
         table.reserve = 0
     with torch.no_grad():
-        model(torch.ones(1, 3, dtype=torch.long), past_key_values=paged)
+        model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     assert paged.get_seq_length() == 3
 
 

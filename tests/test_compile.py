@@ -27,7 +27,8 @@ ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "state_ptr": "fp32",
             "k_scale_ptr": "fp32", "v_scale_ptr": "fp32"}
 
-def compiled(target, kernel, dtype, constants, warps, **alike):
+def compiled(target, launcher, dtype, constants, warps, **alike):
+    kernel = launcher.kernel
     constants, signature = {**constants, "PDL": target.arch >= 90}, {}
     for name in kernel.arg_names:
         if name in constants:
@@ -42,7 +43,8 @@ def compiled(target, kernel, dtype, constants, warps, **alike):
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params
                if p.name.endswith("_ptr") or p.name.startswith(("stride_", "inputs")) and not p.do_not_specialize}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
-    kernel = triton.compile(source, target=target, options={"num_warps": warps})
+    kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
+    assert launcher.fp_fusion or "fma.rn" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
     if target.arch == 90 and constants.get("BLOCK_M") == 16:
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
             ptx.write(kernel.asm["ptx"])
@@ -71,11 +73,11 @@ for head_dim, group, q_len, dtype in cases:
     for direct in (False, True):
         state = {"state_ptr": "*" + dtype} if direct else {}
         used[f"split {case} {direct}"] = compiled(
-            gpu, split.split_kernel, dtype, dict(**constants, DIRECT=direct), warps, **state)
-    used[f"workqueue {case}"] = compiled(gpu, workqueue.workqueue_kernel, dtype, dict(**constants, ROWS=64), warps)
-    used[f"merge_splits {case}"] = compiled(gpu, split.merge_splits_kernel, dtype, dict(**common, PARTS=32), 4)
+            gpu, split._split, dtype, dict(**constants, DIRECT=direct), warps, **state)
+    used[f"workqueue {case}"] = compiled(gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps)
+    used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, dict(**common, PARTS=32), 4)
     used[f"merge_items {case}"] = compiled(
-        gpu, workqueue.merge_items_kernel, dtype, dict(**common, TOKENS=constants["TOKENS"], PARTS=32, ROWS=64), 4)
+        gpu, workqueue._merge, dtype, dict(**common, TOKENS=constants["TOKENS"], PARTS=32, ROWS=64), 4)
     width = dict(D=head_dim, PAGE=16)
     half_d = next_power_of_2(head_dim // 2)
     quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if head_dim == 128 else []
@@ -84,14 +86,14 @@ for head_dim, group, q_len, dtype in cases:
         if largest:
             warps, constants = attend(1, 1 + (pages != "i8"))
             used[f"split {case} {pages}"] = compiled(
-                gpu, split.split_kernel, dtype, dict(**constants, DIRECT=False), warps, **held)
+                gpu, split._split, dtype, dict(**constants, DIRECT=False), warps, **held)
             used[f"workqueue {case} {pages}"] = compiled(
-                gpu, workqueue.workqueue_kernel, dtype, dict(**constants, ROWS=64), warps, **held)
+                gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **held)
         held = {"k_pages_ptr": "*" + pages, "v_pages_ptr": "*" + pages}
         used[f"append {case} {pages}"] = compiled(
-            gpu, append.append_kernel, dtype, dict(**width, BLOCK_D=block_d, LARGEST=largest), 1, **held)
+            gpu, append._append, dtype, dict(**width, BLOCK_D=block_d, LARGEST=largest), 1, **held)
         rope = dict(**width, BLOCK_HALF=half_d, NORM=True, LARGEST=largest)
-        used[f"rope_append {case} {pages}"] = compiled(gpu, append.rope_append_kernel, dtype, rope, 1, **held)
+        used[f"rope_append {case} {pages}"] = compiled(gpu, append._rope_append, dtype, rope, 1, **held)
 half = next(dtype for *_, dtype in cases if dtype != "fp32")
 for rows in (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -99,19 +101,20 @@ for rows in (1, 16):
         common = dict(ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs, BLOCK_K=block.inputs,
                       STAGES=block.num_stages, AHEAD=block.ahead, EVEN=True, NORM=rows == 1)
         used[f"linear {rows} {weights}"] = compiled(
-            gpu, gemv.linear_kernel, half, dict(**common, WEIGHTS=weights, BIAS=True, RESIDUAL=residual), 4)
+            gpu, gemv._linear, half, dict(**common, WEIGHTS=weights, BIAS=True, RESIDUAL=residual), 4)
     for outputs in (1536, 14336):
         block = gemv.choose_block(rows, 4096, outputs, 2, shared)
         common.update(BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, AHEAD=block.ahead)
-        used[f"swiglu {rows} {outputs}"] = compiled(gpu, gemv.swiglu_kernel, half, common, 4)
+        used[f"swiglu {rows} {outputs}"] = compiled(gpu, gemv._swiglu, half, common, 4)
 for dtype in (half, "fp32"):
     used[f"rms_norm {dtype}"] = compiled(
-        gpu, elementwise.rms_norm_kernel, dtype, dict(RESIDUAL=True, BLOCK=8192), 8)
-    used[f"silu_mul {dtype}"] = compiled(gpu, elementwise.silu_mul_kernel, dtype, dict(BLOCK=1024), 4)
+        gpu, elementwise._rms_norm, dtype, dict(RESIDUAL=True, BLOCK=8192), 8)
+    used[f"silu_mul {dtype}"] = compiled(gpu, elementwise._silu_mul, dtype, dict(BLOCK=1024), 4)
 print(json.dumps(used))
 """
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_every_kernel_fits(target):
     half = "fp16" if target == 75 else "bf16"  # sm_75 has no bfloat16

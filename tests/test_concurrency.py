@@ -9,8 +9,9 @@ import torch
 
 import pkv_hf
 from pkv_hf.cache import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels.check import rms
-from tiny import decode_logits, left_padded, tiny
+from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 ROUTES = ("sdpa", "split")  # transformers' loop, and the run-ahead loop over static steps
 
@@ -128,6 +129,6 @@ def test_generation_under_autocast():
         with pkv_hf.patched(model):
             ours = decode_logits(model, inputs)
             output = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
-            assert type(output.past_key_values) is PagedCache
-            assert not pkv_hf.report(model).left
+            assert type(output[CACHE]) is PagedCache
+            assert_on_pages(model)
     assert rms(ours - exact) <= 2 * rms(theirs - exact)

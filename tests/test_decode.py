@@ -10,10 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels.check import rms
 from pkv_hf.routes import Split
 from pkv_hf.watch import Watch
-from tiny import FAMILIES, decode_logits, left_padded, tiny
+from tiny import FAMILIES, assert_on_pages, decode_logits, left_padded, tiny
 
 
 @torch.no_grad()
@@ -47,11 +48,11 @@ def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-windows", "qwen3"])
 def test_blocks_longer_than_a_decode_step_are_rotated_into_the_pages(family, fuse, monkeypatch):
     def blocks(cache):
-        first = model(**inputs, past_key_values=cache)
-        mask, cache, logits = inputs["attention_mask"], first.past_key_values, []
+        first = model(**inputs, **{CACHE: cache})
+        mask, cache, logits = inputs["attention_mask"], first[CACHE], []
         for block in turn.split(13, dim=1):
             mask = torch.cat([mask, torch.ones_like(block)], dim=1)
-            logits.append(model(input_ids=block, attention_mask=mask, past_key_values=cache).logits)
+            logits.append(model(input_ids=block, attention_mask=mask, **{CACHE: cache}).logits)
         return torch.cat(logits, dim=1)
 
     model, inputs = tiny(family), left_padded(40, 11)
@@ -101,7 +102,7 @@ def test_the_hook_of_fine_tuning_leaves_steps_as_they_are():
 
     with pkv_hf.patched(model, route="split"):
         assert torch.equal(generate(model, inputs), expected)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
         model.get_input_embeddings().register_forward_hook(make_inputs_require_grads)  # that does more
         assert torch.equal(generate(model, inputs), expected)
         assert len(calls) == 6
@@ -125,10 +126,10 @@ def test_pages_filled_under_autocast_are_read_without_it():
         with pkv_hf.patched(model, **settings):
             cache = pkv_hf.PagedCache(model.config)
             with torch.autocast("cpu", torch.bfloat16):
-                model(**inputs, past_key_values=cache)
+                model(**inputs, **{CACHE: cache})
             assert torch.bfloat16 in cache.dtypes
             ids = torch.cat([inputs["input_ids"], torch.tensor([[5, 6]])], dim=1)
-            out = model.generate(ids, past_key_values=cache, max_new_tokens=3, do_sample=False)
+            out = model.generate(ids, **{CACHE: cache}, max_new_tokens=3, do_sample=False)
             assert out.shape == (1, 14)
 
 
@@ -145,12 +146,12 @@ def test_a_cache_is_copied_without_its_static_steps():
     model, inputs = tiny("llama"), left_padded(9)
     with pkv_hf.patched(model, route="split"):
         first = generate(model, inputs, return_dict_in_generate=True)
-        twin = copy.deepcopy(first.past_key_values)
-        assert first.past_key_values.decode_steps
+        twin = copy.deepcopy(first[CACHE])
+        assert first[CACHE].decode_steps
         assert not twin.decode_steps
         ids = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
-        one = model.generate(ids, past_key_values=twin, max_new_tokens=4, do_sample=False)
-        other = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=4, do_sample=False)
+        one = model.generate(ids, **{CACHE: twin}, max_new_tokens=4, do_sample=False)
+        other = model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=4, do_sample=False)
     assert torch.equal(one, other)
 
 
@@ -178,10 +179,10 @@ def test_a_step_without_position_ids_counts_from_the_past():
         if patch:
             pkv_hf.patch(model, route="split")
         cache = pkv_hf.PagedCache(model.config)
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         token, positions = torch.full((2, 1), 5), mask[:, :10].sum(dim=1, keepdim=True) - 1
-        model(token, attention_mask=mask[:, :10], position_ids=positions, past_key_values=cache)
-        logits.append(model(token, attention_mask=mask, past_key_values=cache).logits)
+        model(token, attention_mask=mask[:, :10], position_ids=positions, **{CACHE: cache})
+        logits.append(model(token, attention_mask=mask, **{CACHE: cache}).logits)
     torch.testing.assert_close(*logits)
 
 

@@ -12,6 +12,7 @@ import transformers
 import pkv_hf
 from pkv_hf import PagedCache, serving
 from pkv_hf.attention import over_pages, prefill
+from pkv_hf.compat import CACHE
 from pkv_hf.errors import RouteError
 from pkv_hf.layer import PagedLayer
 from pkv_hf.policy import ROUTES
@@ -22,7 +23,7 @@ from pkv_hf.serving import transformers_forward
 from pkv_hf.state import STATE
 from pkv_hf.step import Step
 from pkv_hf.table import BlockTable
-from tiny import COMMON, left_padded, randomized
+from tiny import COMMON, assert_on_pages, left_padded, randomized
 
 pytestmark = pytest.mark.contract
 
@@ -116,9 +117,9 @@ def test_tokens_are_identical_and_pages_are_read(name, mode, attended):
     with pkv_hf.patched(model):
         output = generate(model, inputs, **settings)
         report = state_of(model)
+        assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
-    assert isinstance(output.past_key_values, PagedCache)
-    assert not report.left
+    assert isinstance(output[CACHE], PagedCache)
     assert attended == dict.fromkeys(range(COMMON["num_hidden_layers"]), 40)
     assert (report.family, report.generic) == (model.config.model_type, True)
     assert "transformers' own layers run" in str(report)
@@ -131,7 +132,8 @@ def test_the_triton_routes_give_the_same_tokens(name, route, attended):
     expected = generate(model, inputs, 3)
     with pkv_hf.patched(model, route=route):
         output = generate(model, inputs, 3)
-        assert (state_of(model).route, state_of(model).left) == (route, ())
+        assert state_of(model).route == route
+        assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
 
 
@@ -150,8 +152,8 @@ def test_steps_on_static_buffers_give_the_same_tokens(name, monkeypatch):
     with pkv_hf.patched(model, route="split"):
         getattr(model, STATE).compiled = Never()
         output = generate(model, inputs, 3)
-        assert output.past_key_values.decode_steps
-        assert not state_of(model).left
+        assert output[CACHE].decode_steps
+        assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
 
 
@@ -161,7 +163,7 @@ def test_a_captured_step_depends_on_no_length_of_the_host(name):
     """What a graph would keep: the length that the model asks its cache for. OPT does."""
     model = pkv_hf.patch(build(*SERVED[name]))
     decoder, cache = model.get_decoder(), PagedCache(model.config)
-    decoder(torch.tensor([[5, 6, 7]]), past_key_values=cache)
+    decoder(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
     step = Step(cache, Bounds(np.zeros(1, dtype=np.int64), 3, 1), ROUTES["sdpa"], captured=True)
     call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
     if name == "opt":
@@ -190,7 +192,7 @@ def test_a_plan_counts_the_pages_that_a_model_holds(name):
     pkv_hf.patch(model)
     assert pkv_hf.plan(model, **settings) == planned
     output = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert output.past_key_values.memory().held_bytes == planned.pages
+    assert output[CACHE].memory().held_bytes == planned.pages
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -202,7 +204,7 @@ def test_layers_that_want_more_are_left_to_transformers(name, attended):
     for cache in (PagedCache, transformers.DynamicCache):
         output = generate(model, inputs)
         assert torch.equal(output.sequences, expected)
-        assert type(output.past_key_values) is cache  # once it is known, transformers' own cache is the faster
+        assert type(output[CACHE]) is cache  # once it is known, transformers' own cache is the faster
     (left,) = state_of(model).left
     assert reason in left
     assert list(attended) == ["dense"]
@@ -221,12 +223,12 @@ def test_what_a_caller_asks_of_attention_is_not_ignored(model_name, asked, atten
     plain, expected = model(ids).logits, model(ids, **asked).logits
     assert not torch.allclose(plain, expected, atol=1e-2)
     pkv_hf.patch(model)
-    torch.testing.assert_close(model(ids, past_key_values=PagedCache(model.config), **asked).logits, expected)
+    torch.testing.assert_close(model(ids, **{CACHE: PagedCache(model.config)}, **asked).logits, expected)
     (reason,) = state_of(model).left
     assert reason.endswith(("asks attention for position_bias=a Tensor", "has a mask that is more than causal"))
     attended.clear()
     cache = PagedCache(model.config)
-    torch.testing.assert_close(model(ids, past_key_values=cache).logits, plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, plain, atol=1e-4, rtol=1e-4)
     assert attended == dict.fromkeys(range(COMMON["num_hidden_layers"]), 1)  # the next call is served
 
 
@@ -237,8 +239,8 @@ def test_a_bias_in_a_fused_decode_step_is_not_ignored():
     bias = torch.linspace(-9, 9, 12).view(1, 1, 1, 12)
 
     def last(cache):
-        model(ids[:, :11], past_key_values=cache)
-        return model(ids[:, 11:], past_key_values=cache, position_bias=bias).logits
+        model(ids[:, :11], **{CACHE: cache})
+        return model(ids[:, 11:], **{CACHE: cache}, position_bias=bias).logits
 
     expected = last(transformers.DynamicCache(config=model.config))
     with pkv_hf.patched(model, route="split"):
@@ -253,7 +255,7 @@ def test_layers_of_different_shapes_are_served_by_torch(attended):
     expected = generate(model, inputs).sequences
     with pkv_hf.patched(model):
         assert torch.equal(generate(model, inputs).sequences, expected)
-        assert not state_of(model).left
+        assert_on_pages(model)
         assert state_of(model).rejected["split"] == "layers differ in their heads, head_dim or scale"
 
 
@@ -272,7 +274,7 @@ def test_a_cap_that_sdpa_does_not_know_is_left_to_it():
 
     expected = outcome()
     pkv_hf.patch(model)
-    torch.testing.assert_close(outcome(past_key_values=PagedCache(model.config)), expected)
+    torch.testing.assert_close(outcome(**{CACHE: PagedCache(model.config)}), expected)
     assert expected.shape != capped.shape or not torch.allclose(capped, expected, atol=1e-2)
 
 

@@ -15,6 +15,7 @@ from faults import At, faulty
 import pkv_hf
 from pkv_hf import pool
 from pkv_hf.cache import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.pool import PagePool
 from tiny import left_padded, tiny
 
@@ -60,7 +61,7 @@ def test_an_exception_leaves_no_page_and_no_state(route, where, n, error):
     cache = PagedCache(model.config)
     with pytest.raises(error, match="now"):
         model.generate(
-            **inputs, max_new_tokens=10, do_sample=False, past_key_values=cache, **faulty(where, At(n, error), model)
+            **inputs, max_new_tokens=10, do_sample=False, **{CACHE: cache}, **faulty(where, At(n, error), model)
         )
     model.model.layers[1].mlp._forward_hooks.clear()
     assert cache.step is None
@@ -69,7 +70,7 @@ def test_an_exception_leaves_no_page_and_no_state(route, where, n, error):
     (length,) = lengths
     if length:  # what it holds is right: the generation goes on from there
         ids = expected.sequences[:, : length + 1]
-        rest = model.generate(ids, past_key_values=cache, max_new_tokens=30 - ids.shape[1], do_sample=False)
+        rest = model.generate(ids, **{CACHE: cache}, max_new_tokens=30 - ids.shape[1], do_sample=False)
         assert torch.equal(rest, expected.sequences)
     del cache
     with pytest.raises(error, match="now"):
@@ -77,7 +78,10 @@ def test_an_exception_leaves_no_page_and_no_state(route, where, n, error):
     model.model.layers[1].mlp._forward_hooks.clear()
     assert live_caches() == 0
     assert torch.equal(model.generate(**inputs, max_new_tokens=10, do_sample=False), expected.sequences)
-    assert not pkv_hf.report(model).left or where in ("layer", "criterion")
+    report = pkv_hf.report(model)
+    assert report.calls.pages
+    assert not report.calls.transformers
+    assert not report.left or where in ("layer", "criterion")
 
 
 @pytest.mark.parametrize("where", ["processor", "criterion", "layer"])
@@ -124,12 +128,12 @@ def test_memory_that_runs_out_in_growth_leaves_a_cache_that_goes_on(route, monke
 
         patch.setattr(PagePool, "require", full)
         with pytest.raises(pkv_hf.PoolAllocationError, match="no more"):
-            model.generate(**inputs, max_new_tokens=40, do_sample=False, past_key_values=cache)
+            model.generate(**inputs, max_new_tokens=40, do_sample=False, **{CACHE: cache})
     length = cache.get_seq_length()
     assert 20 < length < 60
     assert {layer.length for layer in cache.layers} == {length}
     ids = expected[:, : length + 1]
-    rest = model.generate(ids, past_key_values=cache, max_new_tokens=60 - ids.shape[1], do_sample=False)
+    rest = model.generate(ids, **{CACHE: cache}, max_new_tokens=60 - ids.shape[1], do_sample=False)
     assert torch.equal(rest, expected)
 
 
@@ -150,12 +154,12 @@ def test_any_allocation_may_fail_and_the_cache_goes_on(kv_dtype, tensors, n, mon
     with monkeypatch.context() as patch:
         patch.setattr(PagePool, "_allocate", lambda *args: at() or allocate(*args))
         with pytest.raises(pkv_hf.PoolAllocationError, match="now"):
-            model.generate(**inputs, max_new_tokens=40, do_sample=False, past_key_values=cache)
+            model.generate(**inputs, max_new_tokens=40, do_sample=False, **{CACHE: cache})
     length = cache.get_seq_length()
     assert {layer.length for layer in cache.layers} == {length}
     assert (length > 0) == (n > tensors)
     ids = expected[:, : max(length + 1, 20)]
-    rest = model.generate(ids, past_key_values=cache, max_new_tokens=60 - ids.shape[1], do_sample=False)
+    rest = model.generate(ids, **{CACHE: cache}, max_new_tokens=60 - ids.shape[1], do_sample=False)
     assert torch.equal(rest, expected)
 
 
@@ -220,7 +224,7 @@ def test_masks_that_are_not_0_and_1_count_as_transformers_counts_them(scale):
     mask = inputs["attention_mask"] * scale
     expected = model(inputs["input_ids"], attention_mask=mask).logits
     with pkv_hf.patched(model):
-        found = model(inputs["input_ids"], attention_mask=mask, past_key_values=PagedCache(model.config)).logits
+        found = model(inputs["input_ids"], attention_mask=mask, **{CACHE: PagedCache(model.config)}).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
 
@@ -235,7 +239,7 @@ def test_positions_that_jump_are_taken_as_they_are(route):
     with pkv_hf.patched(model, route=route):
         cache = PagedCache(model.config)
         found = [
-            model(ids[:, part], position_ids=positions[:, part], past_key_values=cache).logits
+            model(ids[:, part], position_ids=positions[:, part], **{CACHE: cache}).logits
             for part in (slice(17), *(slice(i, i + 1) for i in range(17, 20)))
         ]
         assert pkv_hf.report(model).route == route

@@ -10,7 +10,8 @@ from transformers import DynamicCache, TextIteratorStreamer
 
 import pkv_hf
 from pkv_hf import PagedCache
-from tiny import FAMILIES, left_padded, tiny
+from pkv_hf.compat import CACHE
+from tiny import FAMILIES, assert_on_pages, left_padded, tiny
 
 pytestmark = pytest.mark.contract
 
@@ -25,8 +26,8 @@ def generate(model, inputs, new_tokens=40, **settings):
 
 def assert_served(model, output) -> None:
     """The tokens came from pages, not from a fallback."""
-    assert isinstance(output.past_key_values, PagedCache)
-    assert not pkv_hf.report(model).left
+    assert isinstance(output[CACHE], PagedCache)
+    assert_on_pages(model)
 
 
 @pytest.mark.parametrize("page_size", [16, 64])
@@ -46,7 +47,7 @@ def test_greedy_tokens_are_identical(family, prompt, page_size):
 def test_an_unpatched_model_takes_a_paged_cache(family):
     model, inputs = tiny(family), left_padded(60, 27, 1)
     expected = generate(model, inputs)
-    output = generate(model, inputs, past_key_values=PagedCache(model.config))
+    output = generate(model, inputs, **{CACHE: PagedCache(model.config)})
     assert torch.equal(output.sequences, expected.sequences)
 
 
@@ -126,16 +127,16 @@ def test_a_second_turn_reuses_the_cache(family, lengths):
     turn = torch.randint(2, 128, (len(lengths), 7))
 
     def conversation(cache):
-        first = generate(model, inputs, 15, past_key_values=cache)
+        first = generate(model, inputs, 15, **{CACHE: cache})
         ids = torch.cat([first.sequences, turn], dim=1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(len(ids), 22, dtype=torch.long)], dim=1)
-        return generate(model, {"input_ids": ids, "attention_mask": mask}, 15, past_key_values=cache)
+        return generate(model, {"input_ids": ids, "attention_mask": mask}, 15, **{CACHE: cache})
 
     expected = conversation(DynamicCache(config=model.config))
     with pkv_hf.patched(model):
         output = conversation(PagedCache(model.config))
         assert_served(model, output)
-        in_pages = output.past_key_values.memory().pages_in_use
+        in_pages = output[CACHE].memory().pages_in_use
     assert torch.equal(output.sequences, expected.sequences)
     assert in_pages <= sum(-(-length // 16) + 4 for length in lengths)
 
@@ -145,11 +146,11 @@ def test_forks_of_a_prompt_continue_apart():
     prompt = left_padded(40)["input_ids"]
     base = PagedCache(model.config)
     with torch.no_grad():
-        model(prompt, past_key_values=base)
+        model(prompt, **{CACHE: base})
     turns = [torch.randint(2, 128, (1, 5)) for _ in range(3)]
     forks = [base.fork() for _ in turns]
     outputs = [
-        generate(model, {"input_ids": torch.cat([prompt, turn], 1)}, 10, past_key_values=fork)
+        generate(model, {"input_ids": torch.cat([prompt, turn], 1)}, 10, **{CACHE: fork})
         for turn, fork in zip(turns, forks)
     ]
     assert base.memory().pages_shared == 2  # 40 tokens in pages of 16: every fork copied the third to write into it
@@ -192,18 +193,18 @@ def test_an_exception_in_a_streamer_leaves_the_model_and_the_cache_right():
 
     cache = PagedCache(model.config)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, inputs, 12, streamer=Failing(), past_key_values=cache)
+        generate(model, inputs, 12, streamer=Failing(), **{CACHE: cache})
     assert cache.step is None
     assert torch.equal(generate(model, inputs, 12).sequences, expected.sequences)
     cache.reset()
-    assert torch.equal(generate(model, inputs, 12, past_key_values=cache).sequences, expected.sequences)
+    assert torch.equal(generate(model, inputs, 12, **{CACHE: cache}).sequences, expected.sequences)
 
 
 def test_a_forward_that_fails_halfway_leaves_the_cache_as_it_was():
     model, inputs = pkv_hf.patch(tiny("llama")), left_padded(20, 11)
     cache = PagedCache(model.config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
     before = [layer.keys.clone() for layer in cache.layers], cache.memory().pages_in_use
 
     def fail(*_):
@@ -212,7 +213,7 @@ def test_a_forward_that_fails_halfway_leaves_the_cache_as_it_was():
     handle = model.model.layers[1].mlp.register_forward_hook(fail)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 40, dtype=torch.long)], dim=1)
     with torch.no_grad(), pytest.raises(RuntimeError, match="halfway"):
-        model(torch.ones(2, 40, dtype=torch.long), attention_mask=mask, past_key_values=cache)
+        model(torch.ones(2, 40, dtype=torch.long), attention_mask=mask, **{CACHE: cache})
     handle.remove()
     assert cache.step is None
     assert {layer.length for layer in cache.layers} == {20}
@@ -225,7 +226,7 @@ def test_a_forward_that_fails_halfway_leaves_the_cache_as_it_was():
 @pytest.mark.parametrize("page_size", [16, 64])
 def test_generate_reserves_just_the_pages_of_its_tokens(lengths, page_size):
     model, inputs = pkv_hf.patch(tiny("llama"), page_size=page_size), left_padded(*lengths)
-    memory = generate(model, inputs, 21).past_key_values.memory()
+    memory = generate(model, inputs, 21)[CACHE].memory()
     end = max(lengths) + 21 - 1  # the last token is not fed back
     pages = sum(-(-end // page_size) - (max(lengths) - length) // page_size for length in lengths)
     assert (memory.pages_in_use, memory.pages_free) == (pages, 0)
@@ -237,6 +238,6 @@ def test_half_precision_errs_no_more_than_twice_as_much_as_sdpa(dtype):
     with torch.no_grad():
         expected = exact(**inputs).logits[:, -1]
         theirs = model(**inputs).logits[:, -1]
-        ours = pkv_hf.patch(model)(**inputs, past_key_values=PagedCache(model.config)).logits[:, -1]
+        ours = pkv_hf.patch(model)(**inputs, **{CACHE: PagedCache(model.config)}).logits[:, -1]
     error, bound = (float((logits - expected).square().mean().sqrt()) for logits in (ours, theirs))
     assert error <= 2 * bound

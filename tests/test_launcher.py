@@ -36,11 +36,12 @@ def kernel():
     return Kernel()
 
 
-def test_the_second_launch_of_a_kind_is_not_looked_at(kernel):
-    launch, x, y = Launcher(kernel), torch.zeros(64), torch.zeros(64)
+@pytest.mark.parametrize("fp_fusion", [True, False])
+def test_the_second_launch_of_a_kind_is_not_looked_at(kernel, fp_fusion):
+    launch, x, y = Launcher(kernel, fp_fusion=fp_fusion), torch.zeros(64), torch.zeros(64)
     launch("kind", GRID, (x, y), (5, 32), (128,), num_warps=4)
     launch("kind", GRID, (x, y), (7, 48), (128,), num_warps=4)
-    assert kernel.looked_at == [(GRID, (x, y, 5, 32, 128), {"num_warps": 4})]
+    assert kernel.looked_at == [(GRID, (x, y, 5, 32, 128), {"num_warps": 4, "enable_fp_fusion": fp_fusion})]
     assert kernel.past == [(x.data_ptr(), y.data_ptr(), 7, 48, 128)]
 
 
@@ -57,7 +58,7 @@ def test_what_triton_compiles_anew_for_is_looked_at(kernel, name, change):
     def run(kind="kind", x=torch.zeros(64), stride=32):  # noqa: B008
         launch(kind, GRID, (x, x), (5, stride), (128,))
 
-    launch = Launcher(kernel)
+    launch = Launcher(kernel, fp_fusion=True)
     run()
     run(**change)
     assert len(kernel.looked_at) == 2, name
@@ -66,7 +67,7 @@ def test_what_triton_compiles_anew_for_is_looked_at(kernel, name, change):
 
 
 def test_misaligned_launches_are_never_remembered(kernel):
-    launch, x = Launcher(kernel), torch.zeros(64)[1:]
+    launch, x = Launcher(kernel, fp_fusion=True), torch.zeros(64)[1:]
     for _ in range(3):
         launch("kind", GRID, (x, x), (5, 32), (128,))
     assert len(kernel.looked_at) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pkv_hf
+from tiny import assert_on_pages
 
 TASK = """
 task: capitals
@@ -41,4 +42,4 @@ def test_a_local_task(smollm2, smollm2_tokenizer, tmp_path):
     with pkv_hf.patched(smollm2):
         assert evaluate() == expected
         assert pkv_hf.report(smollm2).route == "sdpa"
-        assert not pkv_hf.report(smollm2).left
+        assert_on_pages(smollm2)

@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import pkv_hf
 from pkv_hf import loop
+from pkv_hf.compat import CACHE
 from tiny import left_padded, tiny
 
 pytestmark = pytest.mark.contract
@@ -75,7 +76,7 @@ def test_rows_end_at_different_steps(model, runs, do_sample):
     assert expected.sequences.shape[1] < 9 + 12, "no row was to run to the end"
     assert torch.equal(ours.sequences, expected.sequences)
     assert len(ours.scores) == len(expected.scores)
-    assert ours.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length()
+    assert ours[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
 
 
 def test_min_new_tokens_holds_off_the_end(model, runs):
@@ -96,7 +97,7 @@ def test_the_returned_structure_is_transformers_own(model, runs):
         for a, b in zip(ours[name], expected[name]):
             assert a.dtype == b.dtype
             torch.testing.assert_close(a, b)
-    ids, caches = expected.sequences, (expected.past_key_values, ours.past_key_values)
+    ids, caches = expected.sequences, (expected[CACHE], ours[CACHE])
     assert [cache.get_seq_length() for cache in caches] == [ids.shape[1] - 1] * 2
 
 
@@ -111,7 +112,7 @@ def test_a_second_turn_goes_on_from_the_cache(model, runs):
             **inputs, max_new_tokens=12, do_sample=False, eos_token_id=end, return_dict_in_generate=True
         )
         ids = torch.cat([first.sequences, left_padded(6, seed=1)["input_ids"]], dim=1)
-        turns.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=6, do_sample=False))
+        turns.append(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=6, do_sample=False))
     pkv_hf.unpatch(model)
     assert torch.equal(*turns)
 
@@ -155,7 +156,7 @@ def test_a_streamer_that_fails_leaves_no_page(model, runs):
 
     cache = pkv_hf.PagedCache(model.config)
     with pkv_hf.patched(model), pytest.raises(RuntimeError, match="closed"):
-        model.generate(**left_padded(9), max_new_tokens=12, do_sample=False, streamer=Failing(), past_key_values=cache)
+        model.generate(**left_padded(9), max_new_tokens=12, do_sample=False, streamer=Failing(), **{CACHE: cache})
     cache.reset()
     assert cache.memory().pages_in_use == 0
 
@@ -215,6 +216,6 @@ def test_dynamic_caches_take_transformers_loop(model, runs):
     expected = model.generate(**left_padded(9), max_new_tokens=6, do_sample=False)
     with pkv_hf.patched(model):
         cache = DynamicCache(config=model.config)
-        ours = model.generate(**left_padded(9), max_new_tokens=6, do_sample=False, past_key_values=cache)
+        ours = model.generate(**left_padded(9), max_new_tokens=6, do_sample=False, **{CACHE: cache})
     assert torch.equal(ours, expected)
     assert not runs

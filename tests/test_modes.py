@@ -13,7 +13,8 @@ from transformers.generation import candidate_generator
 
 import pkv_hf
 from pkv_hf import PagedCache
-from tiny import left_padded, tiny
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages, left_padded, tiny
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen2-windows", "qwen3")
 ONE, EQUAL, PADDED = (50,), (50, 50), (50, 31, 1)
@@ -83,10 +84,10 @@ def assert_same(ours, theirs) -> None:
     assert type(ours) is type(theirs)
     assert ours.keys() == theirs.keys()
     assert torch.equal(ours.sequences, theirs.sequences)
-    for name in set(theirs.keys()) - {"sequences", "past_key_values"}:
+    for name in set(theirs.keys()) - {"sequences", CACHE}:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-4)
-    if theirs.past_key_values is not None:
-        assert ours.past_key_values.get_seq_length() == theirs.past_key_values.get_seq_length()
+    if theirs.get(CACHE) is not None:
+        assert ours[CACHE].get_seq_length() == theirs[CACHE].get_seq_length()
 
 
 @pytest.mark.parametrize("mode", [pytest.param(m, marks=[] if m in NEWEST else [pytest.mark.contract]) for m in MODES])
@@ -103,9 +104,9 @@ def test_served(model, draft, mode):
                 output = generate(model, inputs, **settings)
         else:
             output = generate(model, inputs, **settings)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     assert_same(output, expected)
-    assert isinstance(output.past_key_values, PagedCache) == settings.get("use_cache", True)
+    assert isinstance(output.get(CACHE), PagedCache) == settings.get("use_cache", True)
 
 
 @pytest.mark.contract
@@ -140,7 +141,7 @@ def test_inputs_embeds(model):
         expected = generate(model, embedded, **settings)
         with pkv_hf.patched(model):
             output = generate(model, embedded, **settings)
-            assert not pkv_hf.report(model).left
+            assert_on_pages(model)
         assert_same(output, expected)
 
 
@@ -154,7 +155,7 @@ def test_turns(model, lengths, inside):
     def conversation(cache):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         for turn in (*turns, None):
-            out = generate(model, {"input_ids": ids, "attention_mask": mask}, past_key_values=cache, max_new_tokens=9)
+            out = generate(model, {"input_ids": ids, "attention_mask": mask}, **{CACHE: cache}, max_new_tokens=9)
             if turn is not None:
                 ids = torch.cat([out.sequences, turn], dim=1)
                 mask = torch.cat([mask, torch.ones(len(ids), 16, dtype=torch.long)], dim=1)
@@ -168,7 +169,7 @@ def test_turns(model, lengths, inside):
     assert_same(output, expected)
     assert ("holes" in left) == inside
     if not inside:
-        cache = output.past_key_values
+        cache = output[CACHE]
         real = cache.get_seq_length() - cache.pads
         assert cache.memory().pages_in_use <= len(cache.tables) * (real // 16 + 2).sum()  # a turn grows by a step
 
@@ -186,7 +187,7 @@ def test_triton_routes_read_shared_pages(route):
 
 def diverse_beams(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     """Two groups of two beams, the second kept from the first one's tokens: the loop that 5.x fetches from the hub."""
-    beams, cache = generation_config.num_beams, kwargs["past_key_values"]
+    beams, cache = generation_config.num_beams, kwargs[CACHE]
     totals = torch.tensor([0.0, -1e9]).repeat(len(input_ids) // 2)
     output = model._prefill(input_ids, generation_config, kwargs)
     while True:
@@ -217,7 +218,7 @@ def test_diverse_beams(model):
     assert len({tuple(row) for row in expected[:4, 50:].tolist()}) == 4
     with pkv_hf.patched(model):
         assert torch.equal(call(), expected)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
+
+from pkv_hf import compat
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,18 +18,15 @@ pytestmark = pytest.mark.contract
 
 
 def python(code: str) -> str:
-    """Runs code in a new interpreter at the repository's root, as make does."""
-    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    """Runs code in a new interpreter at the repository's root, whose folders come first on its path."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 def test_three_packages_come_from_here():
-    out = python("import pkv_hf, pkv_hf.kernels as k, pkv_hf.patches as p; print(k.__file__, p.__file__, sep='|')")
-    assert out == f"{ROOT / 'kernels' / '__init__.py'}|{ROOT / 'patches' / '__init__.py'}"
+    out = python("import pkv_hf.kernels.reference as k, pkv_hf.patches.family as p; print(k.__file__, p.__file__)")
+    assert out == f"{ROOT / 'kernels' / 'reference.py'} {ROOT / 'patches' / 'family.py'}"
 
 
 def test_hugging_faces_kernels_package_is_not_hidden():
@@ -36,12 +35,12 @@ def test_hugging_faces_kernels_package_is_not_hidden():
     lines = python(
         "import sys; sys.path.insert(0, 'tests')\n"
         "import kernels, torch; from transformers.utils import is_kernels_available\n"
-        "from tiny import tiny, left_padded; import pkv_hf\n"
+        "from tiny import assert_on_pages, left_padded, tiny; import pkv_hf\n"
         "model, inputs = tiny('llama'), left_padded(20, 9)\n"
         "expected = model.generate(**inputs, max_new_tokens=5, do_sample=False)\n"
         "pkv_hf.patch(model, route='sdpa')\n"
         "assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), expected)\n"
-        "assert not pkv_hf.report(model).left\n"
+        "assert_on_pages(model)\n"
         "print(kernels.__file__, is_kernels_available())"
     ).splitlines()
     file, available = lines[-1].split()
@@ -77,9 +76,9 @@ def test_patching_and_generating_need_no_extra_and_what_does_names_it():
         "import sys; sys.path.insert(0, 'tests')\n"
         "extras = ('peft', 'datasets', 'evaluate', 'matplotlib', 'flashinfer', 'kernels')\n"
         "sys.modules.update(dict.fromkeys(extras))\n"
-        "from tiny import tiny, left_padded; import pkv_hf\n"
+        "from tiny import assert_on_pages, left_padded, tiny; import pkv_hf\n"
         "model = pkv_hf.patch(tiny('llama')); model.generate(**left_padded(9), max_new_tokens=3)\n"
-        "assert not pkv_hf.report(model).left\n"
+        "assert_on_pages(model)\n"
         "from pkv_hf import errors, texts\n"
         "try: texts.load_split('a', 'test')\n"
         "except errors.UsageError as error: assert 'pip install datasets' in str(error)\n"
@@ -109,7 +108,26 @@ def test_an_old_transformers_fails_at_patch_and_not_at_import(old):
     )
 
 
+def sources(*folders: str) -> list[Path]:
+    return [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+
+
 def test_one_module_compares_versions():
-    sources = [path for folder in ("pkv_hf", "kernels", "patches") for path in (ROOT / folder).glob("*.py")]
     versions = re.compile(r"packaging|parse_version|is_transformers_version|(hasattr|getattr)\(transformers\b")
-    assert [path.name for path in sources if versions.search(path.read_text())] == ["compat.py"]
+    found = [path.name for path in sources("pkv_hf", "kernels", "patches") if versions.search(path.read_text())]
+    assert found == ["compat.py"]
+
+
+def test_one_module_knows_what_transformers_calls_a_cache():
+    names = re.compile(r"past_key_values|[\"']cache[\"']|\bcache=")
+    found = [path.name for path in sources("pkv_hf", "kernels", "patches") if names.search(path.read_text())]
+    assert found == ["compat.py"]
+    assert not [path for path in sources("scripts") if "past_key_values" in path.read_text()]
+
+
+def test_the_tested_range_is_what_make_tests():
+    (oldest,) = re.findall(r"^OLDEST = transformers==(\S+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    (pinned,) = re.findall(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    (declared,) = re.findall(r"transformers>=(\S+)", (ROOT / "setup.cfg").read_text())
+    assert Version(oldest) == Version(compat.OLDEST_TRANSFORMERS) == Version(f"{declared}.0")
+    assert Version(oldest) < Version(pinned) <= Version(compat.NEWEST_TRANSFORMERS)

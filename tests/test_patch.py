@@ -11,6 +11,7 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM, T5Conf
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.errors import RouteError
 from tiny import COMMON, left_padded, tiny
 
@@ -56,7 +57,7 @@ def test_other_instances_are_not_touched_even_with_the_same_configuration():
     assert attributes(other) == before
     assert LlamaForCausalLM.forward is forward
     assert model.config.to_dict() == config
-    assert not isinstance(other.generate(**left_padded(9), return_dict_in_generate=True).past_key_values, PagedCache)
+    assert not isinstance(other.generate(**left_padded(9), return_dict_in_generate=True)[CACHE], PagedCache)
 
 
 def test_patched_is_undone_after_an_exception():
@@ -75,9 +76,7 @@ def test_a_deep_copy_of_a_patched_model_stands_alone():
             parameter.zero_()
     expected = tiny("llama").generate(**inputs, max_new_tokens=10)
     assert torch.equal(twin.generate(**inputs, max_new_tokens=10), expected)
-    assert isinstance(
-        twin.generate(**inputs, max_new_tokens=10, return_dict_in_generate=True).past_key_values, PagedCache
-    )
+    assert isinstance(twin.generate(**inputs, max_new_tokens=10, return_dict_in_generate=True)[CACHE], PagedCache)
 
 
 def test_a_saved_model_is_as_without_the_patch(tmp_path):
@@ -115,7 +114,7 @@ def reason_and_match(model, call) -> str:
 
 def test_gradients_go_to_transformers():
     inputs = left_padded(20, 11)
-    reason = reason_and_match(tiny("llama"), lambda m: m(**inputs, past_key_values=PagedCache(m.config)).logits[:, -1])
+    reason = reason_and_match(tiny("llama"), lambda m: m(**inputs, **{CACHE: PagedCache(m.config)}).logits[:, -1])
     assert "gradients" in reason
 
 
@@ -135,8 +134,8 @@ def test_padding_inside_a_second_turn_goes_to_transformers():
     @torch.no_grad()
     def call(m):
         cache = PagedCache(m.config)
-        m(**inputs, past_key_values=cache)
-        return m.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10).float()
+        m(**inputs, **{CACHE: cache})
+        return m.generate(ids, attention_mask=mask, **{CACHE: cache}, max_new_tokens=10).float()
 
     assert "holes" in reason_and_match(model, call)
 
@@ -169,7 +168,7 @@ def test_a_foreign_cache_goes_to_transformers(implementation):
     model.set_attn_implementation(implementation)
     inputs = left_padded(40, 11)
     reason = reason_and_match(
-        model, lambda m: m.generate(**inputs, past_key_values=DynamicCache(config=m.config), max_new_tokens=9).float()
+        model, lambda m: m.generate(**inputs, **{CACHE: DynamicCache(config=m.config)}, max_new_tokens=9).float()
     )
     assert "DynamicCache" in reason
 
@@ -183,7 +182,7 @@ def test_a_reason_is_said_once(caplog):
     model, inputs = pkv_hf.patch(tiny("llama")), left_padded(20)
     with caplog.at_level(logging.WARNING, logger="pkv_hf"):
         for _ in range(3):
-            model(**inputs, past_key_values=PagedCache(model.config))
+            model(**inputs, **{CACHE: PagedCache(model.config)})
     assert [record.getMessage() for record in caplog.records] == [
         "pkv_hf: left to transformers' own path: gradients are being computed: use torch.no_grad() or "
         "torch.inference_mode()"
@@ -251,7 +250,7 @@ def test_a_named_route_that_cannot_serve_raises_with_all_reasons(monkeypatch):
     model, inputs = pkv_hf.patch(tiny("llama"), route="split"), left_padded(20)
     cache = PagedCache(model.config)
     with pytest.raises(RouteError, match=r"route='split' cannot serve .*split: .*GPU"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=5)
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=5)
     assert (cache.get_seq_length(), cache.memory().pages_in_use) == (0, 0)
     expected = tiny("llama").generate(**inputs, max_new_tokens=5)
     assert torch.equal(pkv_hf.patch(model).generate(**inputs, max_new_tokens=5), expected)
@@ -301,7 +300,7 @@ def test_a_peft_model_is_unwrapped():
     pkv_hf.patch(model)
     output = model.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
-    assert isinstance(output.past_key_values, PagedCache)
+    assert isinstance(output[CACHE], PagedCache)
     assert not left(model)
     assert attributes(pkv_hf.unpatch(model)) == before
 
@@ -313,6 +312,4 @@ def test_a_chat_begun_in_inference_mode_goes_on_outside():
         with torch.inference_mode():
             first = model.generate(**inputs, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
         ids = first.sequences.clone()
-        assert torch.equal(
-            model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=8, do_sample=False), expected
-        )
+        assert torch.equal(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=8, do_sample=False), expected)

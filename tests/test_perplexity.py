@@ -14,7 +14,7 @@ from pkv_hf import PagedCache, compare, measure, metric, perplexity, texts
 from pkv_hf.metric import PagedPerplexity
 from pkv_hf.perplexity import by_chunks, by_forward, by_generate
 from pkv_hf.state import STATE
-from tiny import COMMON, byte_tokenizer, tiny
+from tiny import COMMON, assert_on_pages, byte_tokenizer, tiny
 
 LENGTH = 90
 
@@ -71,7 +71,7 @@ def test_chunks_over_pages_and_generate_on_pages_say_the_same(name):
             assert cache.get_seq_length() == LENGTH - 1
         scores = by_generate(model, ids, 20)
         np.testing.assert_allclose(scores["log_probs"], right[-20:], atol=5e-5)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     assert len(scores["step_s"]) == 19
     assert scores["seconds"] == pytest.approx(scores["first_token_s"] + sum(scores["step_s"]))
 
@@ -168,7 +168,7 @@ def test_a_call_that_pages_cannot_serve_is_said(loaded, monkeypatch):
     model, tokenizer = loaded
     monkeypatch.setattr(metric, "_paged_cache", lambda model, length: transformers.DynamicCache(config=model.config))
     found = PagedPerplexity().compute(model=model, tokenizer=tokenizer, texts=TEXTS, context=40)
-    assert found["left"] == ["past_key_values is a DynamicCache, not a PagedCache"]
+    assert found["left"] == ["the cache is a DynamicCache, not a PagedCache"]
 
 
 def test_windows_begin_as_the_tokenizer_begins_a_text():

@@ -12,6 +12,7 @@ from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
 from pkv_hf.benchmark import SHAPES
+from pkv_hf.compat import CACHE
 from tiny import FAMILIES, left_padded, tiny
 
 GENERATE = Path(__file__).parent.parent / "benchmarks" / "results" / "generate.jsonl"
@@ -55,7 +56,7 @@ def test_pages_and_weights_are_what_a_model_holds(family, lengths, kv_dtype):
     assert pkv_hf.plan(model.config, prompt_tokens=lengths, gpu_memory="1GiB").weights == plan.weights
     with pkv_hf.patched(model, page_size=32, kv_dtype=kv_dtype):
         output = model.generate(**left_padded(*lengths), max_new_tokens=6, return_dict_in_generate=True)
-    assert output.past_key_values.memory().held_bytes == plan.pages
+    assert output[CACHE].memory().held_bytes == plan.pages
 
 
 def test_the_largest_prompt_and_batch_fit_and_one_more_does_not():

@@ -11,11 +11,12 @@ import torch
 
 import pkv_hf
 from pkv_hf.cache import KV_DTYPES
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels import launch
 from pkv_hf.kernels import quantize as quantization
 from pkv_hf.kernels.check import rms
 from pkv_hf.kernels.quantize import dequantize, quantize
-from tiny import decode_logits, left_padded, tiny
+from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 NAMES = ("int8", "fp8")
 ROUTES = ("sdpa", "split", "workqueue")
@@ -83,7 +84,7 @@ def test_half_the_bytes(kv_dtype):
     held = {}
     for name in (torch.float16, kv_dtype):
         cache = pkv_hf.PagedCache(model.config, kv_dtype=name, max_length=300)
-        model(torch.ones(1, 200, dtype=torch.long), past_key_values=cache)
+        model(torch.ones(1, 200, dtype=torch.long), **{CACHE: cache})
         memory = cache.memory()
         held[name] = memory.held_bytes, memory.live_bytes
     for ours, theirs in zip(held[kv_dtype], held[torch.float16]):
@@ -109,7 +110,7 @@ def test_routes_decode_from_quantized_pages_as_dense_ones_would(kv_dtype, family
     with pkv_hf.patched(model, route=route, kv_dtype=kv_dtype):
         found = decode_logits(model, inputs, 6)
         assert pkv_hf.report(model).route == route
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     # a last bit of K that differs can fall to the next value of 8 bits
     assert rms(found - expected) <= 2e-3 * rms(expected)
 
@@ -119,10 +120,10 @@ def test_routes_decode_from_quantized_pages_as_dense_ones_would(kv_dtype, family
 def test_generate_makes_quantized_caches(settings, kv_dtype):
     model, inputs = tiny("llama"), left_padded(30)
     cache = pkv_hf.PagedCache(model.config, kv_dtype=kv_dtype)
-    expected = model.generate(**inputs, max_new_tokens=20, past_key_values=cache, do_sample=False, **settings)
+    expected = model.generate(**inputs, max_new_tokens=20, **{CACHE: cache}, do_sample=False, **settings)
     with pkv_hf.patched(model, kv_dtype=kv_dtype):
         found = model.generate(**inputs, max_new_tokens=20, return_dict_in_generate=True, do_sample=False, **settings)
-        assert found.past_key_values.dtypes == {KV_DTYPES[kv_dtype]}
+        assert found[CACHE].dtypes == {KV_DTYPES[kv_dtype]}
         assert {"int8": "int8", "fp8": "float8_e4m3fn"}[kv_dtype] == pkv_hf.report(model).kv_dtype
     assert torch.equal(found.sequences, expected)
 
@@ -134,8 +135,8 @@ def test_int8_pages_hardly_change_what_smollm2_says(smollm2, pydoc_ids):
     for kv_dtype in (None, "int8", "fp8"):
         with pkv_hf.patched(smollm2, kv_dtype=kv_dtype):
             cache = pkv_hf.PagedCache(smollm2.config, kv_dtype=kv_dtype)
-            smollm2(pydoc_ids[:, :256], past_key_values=cache, logits_to_keep=1)
-            logits = [smollm2(pydoc_ids[:, i : i + 1], past_key_values=cache).logits[0] for i in range(256, 288)]
+            smollm2(pydoc_ids[:, :256], **{CACHE: cache}, logits_to_keep=1)
+            logits = [smollm2(pydoc_ids[:, i : i + 1], **{CACHE: cache}).logits[0] for i in range(256, 288)]
         nlls[kv_dtype] = float(torch.nn.functional.cross_entropy(torch.cat(logits), pydoc_ids[0, 257:289]))
     assert nlls["int8"] == pytest.approx(nlls[None], abs=0.03)
     assert nlls["fp8"] == pytest.approx(nlls[None], abs=0.06)

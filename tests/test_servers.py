@@ -14,7 +14,8 @@ from transformers.cli.serve import Serve
 
 import pkv_hf
 from pkv_hf import PagedCache
-from tiny import byte_tokenizer, tiny
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages, byte_tokenizer, tiny
 
 TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
@@ -39,17 +40,17 @@ def calls(monkeypatch):
     forward = pkv_hf.patch.__globals__["decoder_forward"]
 
     def noted(self, *args, **kwargs):
-        seen.append(kwargs.get("past_key_values"))
+        seen.append(kwargs.get(CACHE))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setitem(pkv_hf.patch.__globals__, "decoder_forward", noted)
     return seen
 
 
-def assert_on_pages(model, calls):
+def assert_served(model, calls):
     assert calls
     assert all(isinstance(cache, PagedCache) for cache in calls)
-    assert not pkv_hf.report(model).left
+    assert_on_pages(model)
 
 
 @pytest.mark.contract
@@ -61,7 +62,7 @@ def test_a_pipeline_over_batches(folder, calls):
     expected = generator(prompts, **settings), generator(conversation, num_beams=2, **settings)
     pkv_hf.patch(generator.model)
     assert (generator(prompts, **settings), generator(conversation, num_beams=2, **settings)) == expected
-    assert_on_pages(generator.model, calls)
+    assert_served(generator.model, calls)
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def test_the_server_answers_as_without_pages(folder, server, calls):
     assert len(expected[2]) > 3
     pkv_hf.patch(model)
     assert answers() == expected
-    assert_on_pages(model, calls)
+    assert_served(model, calls)
 
 
 def test_requests_at_the_same_time(folder, server):
@@ -120,7 +121,7 @@ def test_requests_at_the_same_time(folder, server):
     assert len(set(expected.values())) == 3
     pkv_hf.patch(model)
     assert answers() == expected
-    assert not pkv_hf.report(model).left
+    assert_on_pages(model)
 
 
 def test_a_chat_of_two_turns(folder, server, calls, monkeypatch):
@@ -147,4 +148,4 @@ def test_a_chat_of_two_turns(folder, server, calls, monkeypatch):
     assert len(set(expected)) == 2
     pkv_hf.patch(model)
     assert answers() == expected
-    assert_on_pages(model, calls)
+    assert_served(model, calls)

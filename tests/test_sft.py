@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from tiny import byte_tokenizer, tiny
 
 pytest.importorskip("trl")  # not for Python 3.10
@@ -27,7 +28,7 @@ class Samples(TrainerCallback):
         model.eval()
         output = model.generate(**self.prompt, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         model.train()
-        self.caches.append(output.past_key_values)
+        self.caches.append(output[CACHE])
         self.tokens.append(output.sequences)
 
 

@@ -8,7 +8,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import pkv_hf
 from pkv_hf import PagedCache
-from tiny import left_padded, tiny
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages, left_padded, tiny
 
 pytestmark = pytest.mark.contract
 
@@ -50,7 +51,7 @@ def test_rows_that_differ_are_not_taken_for_one():
     def loop(model, input_ids, generation_config, **kwargs):
         input_ids = input_ids.clone()
         input_ids[1, -1] += 1
-        kwargs = {name: kwargs[name] for name in ("past_key_values", "position_ids", "use_cache") if name in kwargs}
+        kwargs = {name: kwargs[name] for name in (CACHE, "position_ids", "use_cache") if name in kwargs}
         return model._prefill(input_ids, generation_config, kwargs).logits
 
     def call():
@@ -93,7 +94,7 @@ def test_adapters_of_their_own_for_each_row():
 @pytest.mark.parametrize("settings", [{"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}], ids=str)
 def test_just_the_pages_of_the_prompt_and_of_each_rows_own_tokens_are_reserved(length, settings):
     model = pkv_hf.patch(tiny("llama"))
-    memory = generate(model, left_padded(length), 40, **settings).past_key_values.memory()
+    memory = generate(model, left_padded(length), 40, **settings)[CACHE].memory()
     own = -(-(length + 39) // 16) - length // 16
     assert memory.pages_in_use + memory.pages_free == length // 16 + 4 * own
 
@@ -104,7 +105,7 @@ def test_eight_beams_hold_little_more_than_one_row(smollm2, pydoc_ids):
     model = LlamaForCausalLM(LlamaConfig(**settings)).eval()
     model.load_state_dict(smollm2.state_dict(), strict=False)
     with pkv_hf.patched(model):
-        memory = generate(model, {"input_ids": pydoc_ids[:, :2048]}, 32, num_beams=8).past_key_values.memory()
+        memory = generate(model, {"input_ids": pydoc_ids[:, :2048]}, 32, num_beams=8)[CACHE].memory()
     row = -(-(2048 + 32) // 16)
     assert memory.pages_in_use < 1.3 * row
     assert memory.held_bytes < 1.3 * row * 16 * 3 * 2 * 3 * 64 * 4  # a token: 3 layers, K and V, 3 heads of 64, float32
@@ -129,7 +130,7 @@ def test_a_page_is_copied_by_those_that_write_into_it(model):
     before = prefix.cache().memory().pages_in_use
     outputs = [generate(model, prefix.inputs([5 + i, 6, 7]), 2) for i in range(2)]
     pkv_hf.unpatch(model)
-    caches = [output.past_key_values for output in outputs]
+    caches = [output[CACHE] for output in outputs]
     for window, table in caches[0].tables.items():
         other, base = caches[1].tables[window], prefix._cache.tables[window]
         whole = 40 // 16
@@ -150,7 +151,7 @@ def test_a_prefix_is_continued_as_if_it_were_part_of_the_prompt(model, patch):
             assert torch.equal(generate(model, prefix.inputs(turns)).sequences, expected.sequences)
             assert torch.equal(generate(model, prefix.inputs(turns[0].tolist())).sequences, one.sequences)
         if patch:
-            assert not pkv_hf.report(model).left
+            assert_on_pages(model)
     finally:
         pkv_hf.unpatch(model)
 
@@ -165,7 +166,7 @@ def test_beams_and_samples_go_on_from_a_prefix(model, settings):
         prefix = pkv_hf.prefix(model, ids)
         torch.manual_seed(2)
         assert torch.equal(generate(model, prefix.inputs(turns), **settings).sequences, expected.sequences)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
 
 
 def test_a_conversation_goes_on_from_a_prefix(model):
@@ -173,7 +174,7 @@ def test_a_conversation_goes_on_from_a_prefix(model):
     with pkv_hf.patched(model):
         first = generate(model, pkv_hf.prefix(model, ids).inputs(turn))
         whole = torch.cat([first.sequences, turn], dim=1)
-        second = generate(model, {"input_ids": whole}, past_key_values=first.past_key_values)
+        second = generate(model, {"input_ids": whole}, **{CACHE: first[CACHE]})
     assert torch.equal(second.sequences, generate(model, {"input_ids": whole}).sequences)
 
 

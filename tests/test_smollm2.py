@@ -10,7 +10,9 @@ from transformers import MistralForCausalLM, Qwen2ForCausalLM
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.smollm2 import in_class
+from tiny import assert_on_pages
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral", "qwen2"])
@@ -31,8 +33,8 @@ def test_one_row(model, pydoc_ids):
     expected = generate(model, inputs)
     with pkv_hf.patched(model):
         output = generate(model, inputs)
-        assert not pkv_hf.report(model).left
-    assert isinstance(output.past_key_values, PagedCache)
+        assert_on_pages(model)
+    assert isinstance(output[CACHE], PagedCache)
     assert torch.equal(output.sequences, expected.sequences)
 
 
@@ -46,7 +48,7 @@ def test_left_padded_rows(model, pydoc_ids):
     expected = generate(model, inputs)
     with pkv_hf.patched(model):
         assert torch.equal(generate(model, inputs).sequences, expected.sequences)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
 
 
 def test_beams_assisted_and_prompt_lookup(smollm2, pydoc_ids):
@@ -58,14 +60,14 @@ def test_beams_assisted_and_prompt_lookup(smollm2, pydoc_ids):
         expected = generate(smollm2, inputs, 16, **settings)
         with pkv_hf.patched(smollm2), pkv_hf.patched(draft):
             assert torch.equal(generate(smollm2, inputs, 16, **settings).sequences, expected.sequences)
-            assert not pkv_hf.report(smollm2).left
+            assert_on_pages(smollm2)
 
 
 def test_two_turns(smollm2, pydoc_ids):
     def conversation(cache):
         ids = pydoc_ids[:, :200]
         for begin in (200, 260):
-            ids = generate(smollm2, {"input_ids": ids}, past_key_values=cache).sequences
+            ids = generate(smollm2, {"input_ids": ids}, **{CACHE: cache}).sequences
             ids = torch.cat([ids, pydoc_ids[:, begin : begin + 60]], dim=1)
         return ids
 

@@ -14,6 +14,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.state import STATE
 from pkv_hf.watch import Watch
 from tiny import COMMON, left_padded, tiny
@@ -56,7 +57,7 @@ class Samples(TrainerCallback):
         model.eval()
         output = generate(model, return_dict_in_generate=True)
         model.train(training)
-        self.caches.append(output.past_key_values)
+        self.caches.append(output[CACHE])
         self.tokens.append(output.sequences)
 
 
@@ -206,7 +207,7 @@ def test_adapters_changed_between_calls_give_the_right_tokens(operation):
 def test_weights_trained_in_place_are_what_the_next_call_reads():
     pytest.importorskip("triton")
     model = pkv_hf.patch(adapted(tiny("llama")), route="split").eval()
-    cache = generate(model, return_dict_in_generate=True).past_key_values  # alive, with its steps
+    cache = generate(model, return_dict_in_generate=True)[CACHE]  # alive, with its steps
     watch = Watch([model.get_base_model()])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model.train()(**PROMPT, labels=PROMPT["input_ids"]).loss.backward()
@@ -236,12 +237,12 @@ def test_saved_adapters_are_as_without_the_patch_and_load_onto_a_patched_model(t
         loaded = peft.PeftModel.from_pretrained(base, tmp_path / "patched").eval()
         output = generate(pkv_hf.patch(loaded), return_dict_in_generate=True)
         assert torch.equal(output.sequences, expected)
-        assert isinstance(output.past_key_values, PagedCache)
+        assert isinstance(output[CACHE], PagedCache)
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path / "merged")
     plain.merge_and_unload().save_pretrained(tmp_path / "plain-merged")
     assert files(tmp_path / "merged") == files(tmp_path / "plain-merged")
-    assert isinstance(generate(merged, return_dict_in_generate=True).past_key_values, PagedCache)
+    assert isinstance(generate(merged, return_dict_in_generate=True)[CACHE], PagedCache)
 
 
 def torch_save(model):
@@ -275,7 +276,7 @@ def test_a_copy_of_a_patched_model_is_patched_and_stands_alone(way):
             parameter.zero_()
     again = generate(twin, return_dict_in_generate=True)
     assert torch.equal(again.sequences, output.sequences)
-    assert isinstance(again.past_key_values, PagedCache)
+    assert isinstance(again[CACHE], PagedCache)
     names = {name for module in tiny("llama").modules() for name in vars(module)}
     left = {name for module in pkv_hf.unpatch(twin.get_base_model()).modules() for name in vars(module)}
     assert not {name for name in left - names if "pkv_hf" in name or name in ("forward", "generate")}
@@ -287,10 +288,11 @@ def test_a_pickled_model_generates_in_another_process(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     torch.save(PROMPT, tmp_path / "prompt.pt")
     code = (
-        f"import torch; model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
+        "import torch; from pkv_hf.compat import CACHE\n"
+        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
         f"prompt = torch.load({str(tmp_path / 'prompt.pt')!r})\n"
         "output = model.generate(**prompt, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)\n"
-        "print(type(output.past_key_values).__name__, output.sequences[0].tolist())"
+        "print(type(output[CACHE]).__name__, output.sequences[0].tolist())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == f"PagedCache {generate(model)[0].tolist()}", done.stderr
@@ -325,6 +327,6 @@ def test_a_wrapper_that_mixed_precision_leaves_is_named_and_comes_off(tmp_path):
     with pytest.raises(pkv_hf.RouteError, match="autocast"):
         generate(model)
     del model.forward  # the class's own again
-    cache = generate(model, return_dict_in_generate=True).past_key_values
+    cache = generate(model, return_dict_in_generate=True)[CACHE]
     assert cache.decode_steps  # fused steps
     assert torch.equal(generate(model), generate(pkv_hf.unpatch(model)))

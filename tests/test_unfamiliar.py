@@ -13,7 +13,8 @@ from transformers.models.llama import modeling_llama
 
 import pkv_hf
 from pkv_hf.cache import PagedCache
-from tiny import left_padded, randomized, tiny
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages, left_padded, randomized, tiny
 
 INPUTS = left_padded(12, 7)
 
@@ -85,7 +86,7 @@ def test_attention_of_another_class_runs_as_it_is():
     assert pkv_hf.report(other).generic
     output = generate(other, return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
-    assert type(output.past_key_values) is PagedCache
+    assert type(output[CACHE]) is PagedCache
 
 
 class Scaled(LlamaForCausalLM):
@@ -140,22 +141,22 @@ CACHES = {
 @pytest.mark.parametrize("cache", CACHES)
 def test_a_cache_that_is_not_the_models_costs_no_later_call_its_pages(cache):
     model = tiny("llama")
-    expected = model(INPUTS["input_ids"], past_key_values=CACHES[cache](model)).logits
+    expected = model(INPUTS["input_ids"], **{CACHE: CACHES[cache](model)}).logits
     pkv_hf.patch(model)
-    assert torch.equal(model(INPUTS["input_ids"], past_key_values=CACHES[cache](model)).logits, expected)
+    assert torch.equal(model(INPUTS["input_ids"], **{CACHE: CACHES[cache](model)}).logits, expected)
     (left,) = pkv_hf.report(model).left
     assert "the PagedCache" in left
     output = generate(model, return_dict_in_generate=True)
-    assert type(output.past_key_values) is PagedCache
+    assert type(output[CACHE]) is PagedCache
 
 
 def test_a_reason_with_numbers_is_said_once():
     model, ids = pkv_hf.patch(tiny("llama")), INPUTS["input_ids"][:1]
     cache = PagedCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
         for _ in range(5):
-            model(ids[:, :1], attention_mask=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+            model(ids[:, :1], attention_mask=torch.ones(1, 1, dtype=torch.long), **{CACHE: cache})
     assert pkv_hf.report(model).left == ("attention_mask is [1, 1], not [1, 13]",)
 
 
@@ -166,7 +167,7 @@ def test_settings_of_the_configuration_are_followed():
         model.config.output_hidden_states = True
         assert len(model(**INPUTS).hidden_states) == 4
         model.config.use_cache = False
-        assert model(**INPUTS).past_key_values is None
+        assert model(**INPUTS).get(CACHE) is None
 
 
 def test_a_window_that_is_set_later_is_followed():
@@ -179,7 +180,7 @@ def test_a_window_that_is_set_later_is_followed():
     assert torch.equal(*found)
     model.config.sliding_window = 24
     output = generate(model, return_dict_in_generate=True)
-    assert type(output.past_key_values) is PagedCache
+    assert type(output[CACHE]) is PagedCache
     assert pkv_hf.report(model).left == ("the PagedCache has other windows than the model's layers, or more layers",)
 
 
@@ -207,7 +208,7 @@ def test_prefix_tuning():
 def test_a_pickled_cache_holds_no_model():
     model = pkv_hf.patch(tiny("llama"), route="split")
     cache = PagedCache(model.config)
-    generate(model, past_key_values=cache)
+    generate(model, **{CACHE: cache})
     assert cache.decode_steps
     twin = pickle.loads(pickle.dumps(cache))
     assert not twin.decode_steps
@@ -224,6 +225,6 @@ def test_stop_strings_stay_on_pages():
     pkv_hf.patch(model)
     output = generate(model, stop_strings=["q"], tokenizer=tokenizer, max_new_tokens=12, return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
-    assert type(output.past_key_values) is PagedCache
-    assert not pkv_hf.report(model).left
-    assert type(generate(pkv_hf.unpatch(model), return_dict_in_generate=True).past_key_values) is DynamicCache
+    assert type(output[CACHE]) is PagedCache
+    assert_on_pages(model)
+    assert type(generate(pkv_hf.unpatch(model), return_dict_in_generate=True)[CACHE]) is DynamicCache

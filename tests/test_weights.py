@@ -11,9 +11,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from pkv_hf.models import in_4bit
 from pkv_hf.weights import step_weight_bytes, weight_bytes
-from tiny import COMMON, left_padded, tiny
+from tiny import COMMON, assert_on_pages, left_padded, tiny
 
 PROMPT = left_padded(20, 9)
 LINEARS = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
@@ -78,9 +79,9 @@ def test_quantised_layers_are_served_as_they_are(name):
         with pkv_hf.patched(model, route=route):
             output = model.generate(**PROMPT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
-            assert isinstance(output.past_key_values, PagedCache)
-            assert bool(output.past_key_values.decode_steps) == (route == "split")  # through the fused layers
-            assert not pkv_hf.report(model).left
+            assert isinstance(output[CACHE], PagedCache)
+            assert bool(output[CACHE].decode_steps) == (route == "split")  # through the fused layers
+            assert_on_pages(model)
         assert [layer.self_attn.q_proj, layer.mlp.down_proj] == kept
 
 
@@ -130,7 +131,7 @@ def test_a_model_loaded_from_gguf_is_served(tmp_path):
     with pkv_hf.patched(model):
         output = model.generate(**PROMPT, max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
-    assert isinstance(output.past_key_values, PagedCache)
+    assert isinstance(output[CACHE], PagedCache)
 
 
 def test_report_says_whether_projections_or_attention_bound_the_step():

@@ -7,7 +7,8 @@ import torch
 
 import pkv_hf
 from pkv_hf import PagedCache
-from tiny import left_padded, tiny
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages, left_padded, tiny
 
 WINDOW = 24
 PAGES = WINDOW // 16 + 2
@@ -52,9 +53,9 @@ def test_generation_holds_a_windows_pages_at_each_step(name, settings):
 
     cache = PagedCache(model.config)
     with pkv_hf.patched(model):
-        settings = {"do_sample": False, "past_key_values": cache, "streamer": Watch(), **settings}
+        settings = {"do_sample": False, CACHE: cache, "streamer": Watch(), **settings}
         model.generate(**left_padded(90), max_new_tokens=300, **settings)
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     assert len(seen) > 250
     assert max(pages for pages, _ in seen[2:]) <= PAGES  # until a first draft is judged the whole prompt is kept
     assert len({nbytes for _, nbytes in seen[20:]}) == 1

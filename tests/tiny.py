@@ -8,6 +8,8 @@ import transformers
 from tokenizers import decoders, pre_tokenizers, processors
 
 import pkv_hf
+from pkv_hf.compat import CACHE
+from pkv_hf.report import state_of
 
 COMMON = {
     "vocab_size": 128,
@@ -52,6 +54,14 @@ def randomized(
     return model
 
 
+def assert_on_pages(model: torch.nn.Module) -> None:
+    """A patched model's decoder has run, on pages every time."""
+    report = state_of(model)
+    assert report.calls.pages, report
+    assert not report.calls.transformers, report
+    assert not report.left
+
+
 def byte_tokenizer(**special: str) -> transformers.PreTrainedTokenizerFast:
     """A tokenizer with a token for every byte, 256 of them, then the special ones; with a bos_token texts begin so."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -81,12 +91,12 @@ def decode_logits(model: transformers.PreTrainedModel, inputs: dict[str, torch.T
     """Logits `[steps, B, vocab]`, float64, of a fixed continuation, a token at a time, after the prompt."""
     cache = pkv_hf.PagedCache(model.config)
     mask = inputs["attention_mask"]
-    model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    model(**inputs, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     logits = []
     for step in range(steps):
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
         positions = mask.sum(dim=1, keepdim=True) - 1
         token = torch.full_like(mask[:, :1], 5 + step)
-        out = model(token, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+        out = model(token, attention_mask=mask, position_ids=positions, **{CACHE: cache}, use_cache=True)
         logits.append(out.logits[:, -1].double())
     return torch.stack(logits)

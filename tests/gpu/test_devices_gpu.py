@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import pkv_hf
 from pkv_hf import PagedCache
+from pkv_hf.compat import CACHE
 from tiny import left_padded, tiny
 
 pytestmark = pytest.mark.gpu
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 def generate(model, inputs, new_tokens=40, device="cuda:0"):
     inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, return_dict_in_generate=True)
-    return output.sequences.cpu(), output.past_key_values
+    return output.sequences.cpu(), output[CACHE]
 
 
 def devices(cache) -> list[torch.device]:

@@ -16,8 +16,9 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf import graphs
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels.check import rms
-from tiny import decode_logits, left_padded, tiny
+from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -81,13 +82,13 @@ def test_an_exception_between_replays_leaves_a_cache_that_goes_on(where):
     assert torch.equal(generate(model, inputs), expected)
     cache = pkv_hf.PagedCache(model.config)
     with pytest.raises(KeyboardInterrupt):
-        generate(model, inputs, past_key_values=cache, **faulty(where, At(9, KeyboardInterrupt), model))
+        generate(model, inputs, **{CACHE: cache}, **faulty(where, At(9, KeyboardInterrupt), model))
     model.model.layers[1].mlp._forward_hooks.clear()
     length = cache.get_seq_length()
     assert length > 20
     assert {layer.length for layer in cache.layers} == {length}
     ids = expected[:, : length + 1]
-    rest = model.generate(ids, past_key_values=cache, max_new_tokens=60 - ids.shape[1], do_sample=False)
+    rest = model.generate(ids, **{CACHE: cache}, max_new_tokens=60 - ids.shape[1], do_sample=False)
     assert torch.equal(rest, expected)
     assert torch.equal(generate(model, inputs), expected)
 
@@ -154,8 +155,8 @@ def test_generation_under_autocast():
         with pkv_hf.patched(model):
             ours = decode_logits(model, inputs)
             output = generate(model, inputs, return_dict_in_generate=True)
-            assert type(output.past_key_values) is pkv_hf.PagedCache
-            assert not pkv_hf.report(model).left
+            assert type(output[CACHE]) is pkv_hf.PagedCache
+            assert_on_pages(model)
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import pkv_hf
 from pkv_hf.attention import attend_block
-from tiny import FAMILIES, left_padded, tiny
+from tiny import FAMILIES, assert_on_pages, left_padded, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -67,7 +67,7 @@ def test_prompts_to_131072_tokens_build_no_mask(settings):
         torch.cuda.reset_peak_memory_stats()
         output = model.generate(**inputs, max_new_tokens=8, do_sample=False, **settings)
         assert torch.cuda.max_memory_allocated() < 4 * 2**30
-        assert not pkv_hf.report(model).left
+        assert_on_pages(model)
     assert torch.equal(output[:, -8:], torch.stack(alone))
 
 

@@ -13,8 +13,9 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.cache import KV_DTYPES
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels.check import rms
-from tiny import FAMILIES, decode_logits, left_padded, tiny
+from tiny import FAMILIES, assert_on_pages, decode_logits, left_padded, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -43,7 +44,7 @@ def test_every_combination_gives_the_same_tokens(family, lengths):
         with pkv_hf.patched(model, **settings):
             for _ in range(2):  # the first call compiles and runs a step without its graph
                 assert torch.equal(generate(model, inputs), expected), settings
-            assert not pkv_hf.report(model).left
+            assert_on_pages(model)
 
 
 @pytest.mark.parametrize("fuse", [True, False])
@@ -52,7 +53,7 @@ def test_steps_are_captured_with_what_fine_tuning_leaves_on_the_embeddings(fuse)
     model.enable_input_require_grads()
     expected = generate(model, inputs)
     with pkv_hf.patched(model, fuse=fuse):
-        cache = generate(model, inputs, return_dict_in_generate=True).past_key_values
+        cache = generate(model, inputs, return_dict_in_generate=True)[CACHE]
         assert all(step.captured for step in cache.decode_steps.values())
         assert torch.equal(generate(model, inputs), expected)
 
@@ -113,8 +114,8 @@ def test_pages_of_8_bits_are_captured(kv_dtype, route, fuse, dtype):
         for _ in range(2):
             output = generate(model, inputs, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
-        assert all(step.captured for step in output.past_key_values.decode_steps.values())
-        assert output.past_key_values.dtypes == {KV_DTYPES[kv_dtype]}
+        assert all(step.captured for step in output[CACHE].decode_steps.values())
+        assert output[CACHE].dtypes == {KV_DTYPES[kv_dtype]}
 
 
 @pytest.mark.parametrize("quantised", ["torchao", "bitsandbytes"])
@@ -136,8 +137,8 @@ def test_steps_over_quantised_weights_are_captured(quantised):
         for _ in range(2):
             output = generate(model, inputs, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
-        assert all(step.captured for step in output.past_key_values.decode_steps.values())
-        assert not pkv_hf.report(model).left
+        assert all(step.captured for step in output[CACHE].decode_steps.values())
+        assert_on_pages(model)
 
 
 def test_growing_lengths_compile_nothing():
@@ -165,7 +166,7 @@ def test_one_capture_serves_a_generation():
     report = pkv_hf.report(model)
     assert report.graphs == 1
     assert report.graph_bytes > 0
-    (step,) = result.past_key_values.decode_steps.values()
+    (step,) = result[CACHE].decode_steps.values()
     assert step.captures == 1
     del result, step
     gc.collect()
@@ -227,9 +228,7 @@ def test_a_chat_goes_on_on_another_stream():
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            rest = model.generate(
-                first.sequences, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False
-            )
+            rest = model.generate(first.sequences, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False)
         stream.synchronize()
     assert torch.equal(rest, expected)
 
@@ -240,7 +239,7 @@ def test_a_cache_that_grows_is_captured_anew():
     with pkv_hf.patched(model):
         for _ in range(2):
             cache = pkv_hf.PagedCache(model.config)
-            assert torch.equal(generate(model, inputs, max_new_tokens=200, past_key_values=cache), expected)
+            assert torch.equal(generate(model, inputs, max_new_tokens=200, **{CACHE: cache}), expected)
         (step,) = cache.decode_steps.values()
         assert 1 < step.captures < 30
 
@@ -281,7 +280,7 @@ def test_changed_weights_are_seen_in_the_middle_of_a_chat(change):
             model.model.layers[1].mlp.down_proj = torch.nn.Linear(96, 64, bias=False, device="cuda")
             model.model.layers[1].mlp.down_proj.weight.data.copy_(changed)
         ids = torch.cat([first.sequences, first.sequences[:, :3]], dim=1)
-        turns.append(model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False))
+        turns.append(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False))
     assert torch.equal(*turns)
 
 
@@ -314,11 +313,11 @@ def test_adapters_are_switched_in_the_middle_of_a_chat():
         ids = torch.cat([first.sequences, first.sequences[:, :3]], dim=1)
         with model.disable_adapter():
             second = model.generate(
-                ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False,
+                ids, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False,
                 return_dict_in_generate=True,
             )  # fmt: skip
         ids = torch.cat([second.sequences, second.sequences[:, :3]], dim=1)
-        turns.append(model.generate(ids, past_key_values=second.past_key_values, max_new_tokens=30, do_sample=False))
+        turns.append(model.generate(ids, **{CACHE: second[CACHE]}, max_new_tokens=30, do_sample=False))
     assert torch.equal(*turns)
 
 
@@ -331,5 +330,5 @@ def test_inference_mode_and_back():
             for _ in range(2):
                 first = generate(model, inputs, max_new_tokens=30, return_dict_in_generate=True)
         ids = first.sequences.clone()
-        rest = model.generate(ids, past_key_values=first.past_key_values, max_new_tokens=30, do_sample=False)
+        rest = model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=30, do_sample=False)
     assert torch.equal(rest, expected)

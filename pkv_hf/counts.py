@@ -1,0 +1,50 @@
+"""How often a patched model's decoder ran, and by what: numbers that `report` gives."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Forwards of a patched model's decoder that returned, by what served them."""
+
+    pages: int
+    """On a `PagedCache`; those that a queued step ran too far are counted too."""
+    transformers: int
+    """By transformers' own path, with a cache or without, in training too."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Decode steps on pages (of at most 8 tokens a row, after the prompt), by how they ran."""
+
+    captured: int
+    """By replaying a CUDA graph."""
+    static: int
+    """On buffers that stay where they are, launched one by one: on a CPU, and the first of a shape on a GPU."""
+    eager: int
+    """Through transformers' layers, attention on pages."""
+
+
+class Counts:
+    """Counts of one patched model, which several threads may call."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers: Counter[str] = Counter()
+
+    def add(self, what: Literal["pages", "transformers", "captured", "static", "eager"]) -> None:
+        with self._lock:
+            self._numbers[what] += 1
+
+    @property
+    def calls(self) -> Calls:
+        return Calls(self._numbers["pages"], self._numbers["transformers"])
+
+    @property
+    def steps(self) -> Steps:
+        return Steps(self._numbers["captured"], self._numbers["static"], self._numbers["eager"])
