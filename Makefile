@@ -30,12 +30,12 @@ test-pinned: $(VENV)/.installed
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
-	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/test_packaging.py -k hugging_faces_kernels
+	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/face/test_packaging.py -k hugging_faces_kernels
 
 # First in that environment alone, from elsewhere and from here; then its packages before those of the other tests.
 test-newest: $(VENV)/.installed $(NEWEST)/.installed
-	cd / && $(CURDIR)/$(NEWEST)/bin/python $(CURDIR)/tests/installed.py
-	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python tests/installed.py
+	cd / && $(CURDIR)/$(NEWEST)/bin/python $(CURDIR)/tests/helpers/installed.py
+	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python tests/helpers/installed.py
 	PYTHONPATH=$(NEWEST_PACKAGES) $(BIN)/python -m pytest -n 2 --dist worksteal -m "(contract or compiles) and not gpu" $(ARGS)
 
 # Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv.

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from pkv_hf import compat
-from pkv_hf.cache import PagedCache
-from pkv_hf.interface import changes_nothing
-from pkv_hf.state import original_forward
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.runtime.interface import changes_nothing
+from pkv_hf.runtime.state import original_forward
 
 OWN_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "attention_mask", compat.CACHE})
 

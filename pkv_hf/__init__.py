@@ -36,12 +36,12 @@ __all__ = [
 ]
 
 if compat.SUPPORTED:
-    from pkv_hf.cache import CacheMemory, PagedCache
+    from pkv_hf.cache.paged import CacheMemory, PagedCache
+    from pkv_hf.memory.planner import MemoryPlan, plan
     from pkv_hf.patch import patch, patched, unpatch
-    from pkv_hf.planner import MemoryPlan, plan
-    from pkv_hf.policy import Decision
+    from pkv_hf.policy.choose import Decision
     from pkv_hf.prefix import Prefix, prefix
     from pkv_hf.report import Report, explain, report
-    from pkv_hf.routes import StepShape
+    from pkv_hf.routes.base import StepShape
 else:  # importing does not fail, using does
     globals().update(dict.fromkeys(set(__all__) - set(globals()), compat.refuse))

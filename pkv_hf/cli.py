@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 
 from pkv_hf import compat
-from pkv_hf.errors import RouteError, TraceError, UnsupportedModelError, UnsupportedVersionError, UsageError
+from pkv_hf.errors import status
 from pkv_hf.version import __version__
 
 
@@ -15,7 +13,7 @@ def main() -> int:
     """Runs a subcommand. Returns the exit status: 0, or 2 for arguments that cannot be served (one line on stderr)."""
     if not compat.SUPPORTED:
         return status("pkv-hf", compat.refuse)
-    from pkv_hf import calibrate, demo
+    from pkv_hf.bench import calibrate, demo
 
     parser = argparse.ArgumentParser(prog="pkv-hf", description="Long-context generate() on pages, for transformers.")
     parser.add_argument("--version", action="version", version=f"pkv-hf {__version__}")
@@ -25,12 +23,3 @@ def main() -> int:
     arguments = parser.parse_args()
     command = {"demo": demo.main, "calibrate": calibrate.main}[arguments.command]
     return status(f"pkv-hf {arguments.command}", lambda: command(arguments))
-
-
-def status(command: str, run: Callable[[], int | None]) -> int:
-    """Runs a command. Returns its exit status (0 for None), or 2 for what cannot be served (one line on stderr)."""
-    try:
-        return run() or 0
-    except (RouteError, TraceError, UnsupportedModelError, UnsupportedVersionError, UsageError) as error:
-        print(f"{command}: {error}", file=sys.stderr)
-        return 2

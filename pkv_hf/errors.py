@@ -5,6 +5,9 @@ And what a command makes of others: one line.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import torch
 
 
@@ -50,3 +53,12 @@ class WrongResultError(RuntimeError):
 def first_line(error: BaseException) -> str:
     """What an error says, for a message of one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def status(command: str, run: Callable[[], int | None]) -> int:
+    """Runs a command. Returns its exit status (0 for None), or 2 for what cannot be served (one line on stderr)."""
+    try:
+        return run() or 0
+    except (RouteError, TraceError, UnsupportedModelError, UnsupportedVersionError, UsageError) as error:
+        print(f"{command}: {error}", file=sys.stderr)
+        return 2

@@ -17,20 +17,20 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.arguments import flags
-from pkv_hf.cache import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
+from pkv_hf.cache.paged import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.interface import attention, mask
 from pkv_hf.kernels.launch import capability, has_dtypes
-from pkv_hf.loop import generate
-from pkv_hf.patches.decode import decode_forward
 from pkv_hf.patches.families import FAMILIES
 from pkv_hf.patches.family import Family
 from pkv_hf.patches.forward import attention_forward
-from pkv_hf.policy import ROUTES
-from pkv_hf.prefill import prefill
-from pkv_hf.serving import decoder_forward, last_made
-from pkv_hf.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
-from pkv_hf.watch import FORWARD
+from pkv_hf.patches.fused import decode_forward
+from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.interface import attention, mask
+from pkv_hf.runtime.loop import generate
+from pkv_hf.runtime.prompts import prefill
+from pkv_hf.runtime.serving import decoder_forward, last_made
+from pkv_hf.runtime.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
+from pkv_hf.runtime.watch import FORWARD
 
 compat.register(NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
 

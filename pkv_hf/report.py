@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from pkv_hf.arguments import whole
-from pkv_hf.cache import KV_DTYPES, check_page_size
-from pkv_hf.counts import Calls, Steps
+from pkv_hf.cache.paged import KV_DTYPES, check_page_size
+from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.patch import unwrap
-from pkv_hf.policy import Decision, choose
-from pkv_hf.routes import StepShape
-from pkv_hf.state import STATE, PatchState
+from pkv_hf.policy.choose import Decision, choose
+from pkv_hf.routes.base import StepShape
+from pkv_hf.runtime.counts import Calls, Steps
+from pkv_hf.runtime.state import STATE, PatchState
 from pkv_hf.tables import mebibytes
-from pkv_hf.weights import step_weight_bytes
 
 
 @dataclass(frozen=True)

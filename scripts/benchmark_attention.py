@@ -19,15 +19,14 @@ import torch
 from tqdm import tqdm
 
 from pkv_hf.arguments import count, device, natural, needs, share
-from pkv_hf.attention_steps import RUNNERS, AttentionShape, AttentionStep
-from pkv_hf.benchmark import read_bandwidth
-from pkv_hf.cache import KV_DTYPES, PAGE_SIZES
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError, WrongResultError
-from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.attention_steps import RUNNERS, AttentionShape, AttentionStep
+from pkv_hf.bench.benchmark import read_bandwidth
+from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.trace_benchmark import Record, check
+from pkv_hf.cache.paged import KV_DTYPES, PAGE_SIZES
+from pkv_hf.errors import UsageError, WrongResultError, status
 from pkv_hf.tables import table
-from pkv_hf.trace_benchmark import Record, check
 
 SWEPT = ("rows", "length", "query_heads", "group", "head_dim", "page_size", "holes", "order", "dtype", "kv_dtype",
          "splits")  # fmt: skip

@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from pkv_hf import compare, models, texts, workload
-from pkv_hf.cli import status
-from pkv_hf.compare import check_patchable
-from pkv_hf.errors import UsageError
-from pkv_hf.measure import generate
-from pkv_hf.records import append_record, check_out, environment
-from pkv_hf.resume import Store, digest
+from pkv_hf.bench import compare
+from pkv_hf.bench.compare import check_patchable
+from pkv_hf.bench.inputs import models, texts, workload
+from pkv_hf.bench.inputs.traces import load
+from pkv_hf.bench.measure import generate
+from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.resume import Store, digest
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import mebibytes, table
-from pkv_hf.traces import load
 
 ENGINES = ("unpatched", "patched")
 

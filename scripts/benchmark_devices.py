@@ -20,13 +20,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM
 
-from pkv_hf import benchmark
 from pkv_hf.arguments import count, device
-from pkv_hf.cli import status
-from pkv_hf.compare import check_patchable
-from pkv_hf.errors import UsageError
-from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench import benchmark
+from pkv_hf.bench.compare import check_patchable
+from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
 
 ENGINES = ("dynamic", "patched")

@@ -26,15 +26,15 @@ from typing import Any
 import torch
 import transformers
 
-from pkv_hf import benchmark
 from pkv_hf.arguments import count, device
-from pkv_hf.cli import status
-from pkv_hf.compare import check_patchable
-from pkv_hf.measure import generate
-from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench import benchmark
+from pkv_hf.bench.compare import check_patchable
+from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.measure import generate
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import status
+from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.tables import table
-from pkv_hf.weights import step_weight_bytes
 
 COLD = "dynamic-cold"
 

@@ -18,10 +18,9 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.arguments import count, needs
-from pkv_hf.benchmark import SHAPES, read_bandwidth
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.benchmark import SHAPES, read_bandwidth
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
 
 BYTES = 300 << 20
@@ -42,7 +41,7 @@ def cases(shape: dict) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def ours(name: str, x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-    from pkv_hf.kernels.gemv import linear, swiglu
+    from pkv_hf.kernels.linear import linear, swiglu
 
     if name == "gate-up":
         return swiglu(x, *weights)

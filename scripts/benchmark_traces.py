@@ -19,16 +19,15 @@ import numpy as np
 import torch
 
 from pkv_hf.arguments import count, device, natural, needs, share
-from pkv_hf.attention_steps import AttentionShape
-from pkv_hf.benchmark import read_bandwidth
-from pkv_hf.cache import PAGE_SIZES
-from pkv_hf.cli import status
-from pkv_hf.errors import WrongResultError
-from pkv_hf.models import DTYPES
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.attention_steps import AttentionShape
+from pkv_hf.bench.benchmark import read_bandwidth
+from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.inputs.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.trace_benchmark import Record, measure
+from pkv_hf.cache.paged import PAGE_SIZES
+from pkv_hf.errors import WrongResultError, status
 from pkv_hf.tables import table
-from pkv_hf.trace_benchmark import Record, measure
-from pkv_hf.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
 
 
 def summary(records: list[Record]) -> str:

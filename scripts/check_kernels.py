@@ -19,11 +19,10 @@ import torch
 from tqdm import tqdm
 
 from pkv_hf.arguments import count, device, natural, needs
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.kernels.check import DTYPES, ROUTES
-from pkv_hf.kernels.fuzz import BOUND, batches, fuzz
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import UsageError, status
+from pkv_hf.kernels.checks.attention import DTYPES, ROUTES
+from pkv_hf.kernels.checks.fuzz import BOUND, batches, fuzz
 
 
 def main() -> int:

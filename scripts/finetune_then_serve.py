@@ -21,14 +21,14 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import pkv_hf
-from pkv_hf import measure, models
 from pkv_hf.arguments import needs, writable
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.records import append_record, check_out, environment
-from pkv_hf.smollm2 import pydoc_text
+from pkv_hf.bench import measure
+from pkv_hf.bench.inputs import models
+from pkv_hf.bench.inputs.smollm2 import pydoc_text
+from pkv_hf.bench.inputs.texts import read_text
+from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
-from pkv_hf.texts import read_text
 
 HELD_OUT = 0.1
 MOST_HELD_OUT = 8

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from pkv_hf import compare, models
 from pkv_hf.arguments import needs, output_folder
-from pkv_hf.charts import passkey_chart
-from pkv_hf.cli import status
-from pkv_hf.compare import check_patchable
-from pkv_hf.errors import UsageError
-from pkv_hf.measure import generate
-from pkv_hf.passkey import answer_tokens, key_of, prompt
-from pkv_hf.records import append_record, check_out, environment
-from pkv_hf.resume import Store
+from pkv_hf.bench import compare
+from pkv_hf.bench.compare import check_patchable
+from pkv_hf.bench.inputs import models
+from pkv_hf.bench.inputs.passkey import answer_tokens, key_of, prompt
+from pkv_hf.bench.measure import generate
+from pkv_hf.bench.results.charts import passkey_chart
+from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.resume import Store
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
 
 

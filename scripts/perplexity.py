@@ -20,21 +20,20 @@ from typing import Any
 from accelerate import PartialState
 
 import pkv_hf
-from pkv_hf import models, texts
 from pkv_hf.arguments import needs, output_folder
-from pkv_hf.charts import perplexity_chart
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.perplexity import MODES
-from pkv_hf.records import append_record, check_out, environment
-from pkv_hf.resume import Store, digest
+from pkv_hf.bench.inputs import models, texts
+from pkv_hf.bench.perplexity import MODES
+from pkv_hf.bench.results.charts import perplexity_chart
+from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.resume import Store, digest
+from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import mebibytes, table
 
 
 def measure(arguments: argparse.Namespace) -> None:
     check_out(arguments.out)
     needs("datasets", "evaluate", "matplotlib")
-    from pkv_hf import metric
+    from pkv_hf.bench import metric
 
     processes = PartialState(cpu=arguments.device == "cpu")
     if arguments.max_windows is not None and arguments.max_windows < 1:

@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from pkv_hf.arguments import folder, needs, output_folder
-from pkv_hf.charts import pyplot, write
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.records import read_records
+from pkv_hf.bench.results.charts import pyplot, write
+from pkv_hf.bench.results.records import read_records
+from pkv_hf.errors import UsageError, status
 
 Record = dict[str, Any]
 BASELINE = "flashinfer"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from pkv_hf.arguments import file, needs, output_folder
-from pkv_hf.charts import pyplot, write
-from pkv_hf.cli import status
-from pkv_hf.records import read_records
+from pkv_hf.bench.results.charts import pyplot, write
+from pkv_hf.bench.results.records import read_records
+from pkv_hf.errors import status
 
 Record = dict[str, Any]
 FIELDS = ("model", "dtype", "gpu", "lengths", "engine", "batch", "step_ms_p50", "floor_ms", "percent_of_floor")

@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pkv_hf import published
-from pkv_hf.published import NO_GPU_RUN, Record, markdown, measured_on
+from pkv_hf.bench.results import published
+from pkv_hf.bench.results.published import NO_GPU_RUN, Record, markdown, measured_on
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -10,9 +10,8 @@ import json
 import re
 from pathlib import Path
 
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import UsageError, status
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
 BEGINNING = re.compile(r"^=+ COMPUTE-SANITIZER$", re.MULTILINE)

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pkv_hf.arguments import count, needs
-from pkv_hf.cli import status
-from pkv_hf.errors import UsageError
-from pkv_hf.records import append_record, environment, output
+from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.errors import UsageError, status
 
 
 class Outcomes:

@@ -11,9 +11,9 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/sanitizers.jsonl}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-attention=tests/test_kernels.py
-layers=tests/test_linear.py
-small=tests/test_unwritten_memory.py
+attention=tests/kernels/test_kernels.py
+layers=tests/kernels/test_linear.py
+small=tests/kernels/test_unwritten_memory.py
 ours=(--kernel-name 'regex=^[a-z_]+_kernel$')
 out_of_bounds='
 import torch

@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # what the tests run a little of
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "helpers"))  # what the tests run a little of
 
 import numpy as np
 from tqdm import tqdm
@@ -31,12 +31,11 @@ import interpreter
 interpreter.use()  # first: packages that transformers finds installed may import triton
 
 from pkv_hf.arguments import count, device, natural, needs  # noqa: E402
-from pkv_hf.cli import status  # noqa: E402
-from pkv_hf.errors import UsageError  # noqa: E402
-from pkv_hf.records import append_record, environment, output  # noqa: E402
+from pkv_hf.bench.results.records import append_record, environment, output  # noqa: E402
+from pkv_hf.errors import UsageError, status  # noqa: E402
 
 if TYPE_CHECKING:
-    from pkv_hf.kernels.fuzz import Judge
+    from pkv_hf.kernels.checks.fuzz import Judge
 
 CASES = {
     "cpu": {"kernels": 200, "layers": 1_000, "cache": 400, "leaks": 2_000},
@@ -54,8 +53,8 @@ SEQUENCES = 20
 
 
 def kernels(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
-    from pkv_hf.kernels.check import DTYPES, ROUTES
-    from pkv_hf.kernels.fuzz import batches, judge
+    from pkv_hf.kernels.checks.attention import DTYPES, ROUTES
+    from pkv_hf.kernels.checks.fuzz import batches, judge
 
     longest, variations = sizes("kernels", arguments)
     made = batches(np.random.default_rng(seed), cases, variations, longest, DTYPES)
@@ -64,7 +63,7 @@ def kernels(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, A
 
 
 def layers(arguments: argparse.Namespace, cases: int, seed: int) -> dict[str, Any]:
-    from pkv_hf.kernels.fuzz_layers import batches, judge
+    from pkv_hf.kernels.checks.fuzz_layers import batches, judge
 
     longest, variations = sizes("layers", arguments)
     made = batches(np.random.default_rng(seed), cases, variations, longest)
@@ -86,7 +85,7 @@ def fuzzed(
     """
     import torch
 
-    from pkv_hf.kernels.fuzz import BOUND, fuzz
+    from pkv_hf.kernels.checks.fuzz import BOUND, fuzz
     from pkv_hf.kernels.launch import has_dtypes
 
     gpu = torch.device(arguments.device)

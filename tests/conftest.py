@@ -3,7 +3,8 @@ import importlib.util
 import os
 import sys
 import tempfile
-from pathlib import Path
+
+from places import ROOT
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when transformers is imported
 
@@ -14,7 +15,7 @@ from filelock import FileLock
 import interpreter
 
 interpreter.use()
-SCRIPTS = Path(__file__).parent.parent / "scripts"
+SCRIPTS = ROOT / "scripts"
 calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
 os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -36,7 +37,7 @@ def pytest_collection_finish():
 @pytest.fixture(autouse=True)
 def fresh_pages_hold_nan(monkeypatch):
     """New pages hold what memory held before: here NaN, so that a test sees every read of what nothing wrote."""
-    from pkv_hf.pool import NULL_PAGE, PagePool
+    from pkv_hf.cache.pool import NULL_PAGE, PagePool
 
     allocate = PagePool._allocate
 
@@ -57,7 +58,7 @@ def smollm2(tmp_path_factory):
     """SmolLM2-135M, fp32, on the CPU: real weights. Tests leave it unpatched."""
     from transformers import LlamaForCausalLM
 
-    from pkv_hf.smollm2 import load_smollm2
+    from pkv_hf.bench.inputs.smollm2 import load_smollm2
 
     base = tmp_path_factory.getbasetemp()  # a worker's, in that of the run
     saved = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smollm2"
@@ -70,14 +71,14 @@ def smollm2(tmp_path_factory):
 @pytest.fixture(scope="session")
 def pydoc_ids():
     """Token ids of a real text, `[1, about 113,000]`."""
-    from pkv_hf.smollm2 import load_tokenizer, pydoc_text
+    from pkv_hf.bench.inputs.smollm2 import load_tokenizer, pydoc_text
 
     return load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids
 
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer():
-    from pkv_hf.smollm2 import load_tokenizer
+    from pkv_hf.bench.inputs.smollm2 import load_tokenizer
 
     return load_tokenizer()
 

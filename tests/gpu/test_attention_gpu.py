@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from pkv_hf.attention import packed
-from pkv_hf.kernels.check import rms
-from pkv_hf.packing import Packing
+from pkv_hf.cache.packing import Packing
+from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.routes.sdpa import packed
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,6 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from transformers import AutoModelForCausalLM
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
+from places import HELPERS
 from tiny import left_padded, tiny
 
 pytestmark = pytest.mark.gpu
 
 needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-HERE = Path(__file__).parent
 
 
 def generate(model, inputs, new_tokens=40, device="cuda:0"):
@@ -114,10 +113,9 @@ def test_two_processes_share_a_model_and_share_the_prompts(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    tests = HERE.parent
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    command = [sys.executable, *launch, str(tests / "distributed.py"), str(tmp_path), "cuda"]
-    python_path = os.pathsep.join(part for part in (str(tests), os.environ.get("PYTHONPATH")) if part)
+    command = [sys.executable, *launch, str(HELPERS / "distributed.py"), str(tmp_path), "cuda"]
+    python_path = os.pathsep.join(part for part in (str(HELPERS), os.environ.get("PYTHONPATH")) if part)
     environment = {**os.environ, "PYTHONPATH": python_path, "NCCL_NVLS_ENABLE": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -6,18 +6,19 @@ import gc
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+
 from faults import At, faulty
+from places import ROOT
 
 pytest.importorskip("triton")
 
 import pkv_hf
-from pkv_hf import graphs
 from pkv_hf.compat import CACHE
-from pkv_hf.kernels.check import rms
+from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.runtime import graphs
 from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 pytestmark = pytest.mark.gpu
@@ -104,13 +105,13 @@ def test_the_same_call_gives_the_same_tokens(route, dtype):
 
 def test_another_process_gives_the_same_tokens():
     code = (
-        "import sys, torch; sys.path.insert(0, 'tests')\n"
+        "import sys, torch; sys.path.insert(0, 'tests/helpers')\n"
         "from tiny import tiny, left_padded; import pkv_hf\n"
         "model = pkv_hf.patch(tiny('llama').cuda().to(torch.bfloat16), route='workqueue')\n"
         "inputs = {name: tensor.cuda() for name, tensor in left_padded(300, 160, 9, 1).items()}\n"
         "print(model.generate(**inputs, max_new_tokens=150, do_sample=False).tolist())"
     )
-    root = Path(__file__).parent.parent.parent
+    root = ROOT
     runs = [
         subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
         for _ in range(2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pkv_hf
-from pkv_hf.attention import attend_block
+from pkv_hf.routes.sdpa import attend_block
 from tiny import FAMILIES, assert_on_pages, left_padded, tiny
 
 pytestmark = pytest.mark.gpu

@@ -12,8 +12,8 @@ import torch
 pytest.importorskip("triton")
 
 from pkv_hf.kernels.append import append, rope_append
-from pkv_hf.kernels.check import DTYPES, ROUTES, Case, build, measure, random_case, run
-from pkv_hf.kernels.fuzz_layers import batches, judge
+from pkv_hf.kernels.checks.attention import DTYPES, ROUTES, Case, build, measure, random_case, run
+from pkv_hf.kernels.checks.fuzz_layers import batches, judge
 
 pytestmark = pytest.mark.gpu
 
@@ -92,7 +92,7 @@ def test_outputs_are_the_same_to_the_bit_in_every_run(route):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_growing_lengths_compile_nothing(route):
-    from pkv_hf.kernels import split, workqueue
+    from pkv_hf.kernels.attention import split, workqueue
 
     kernels = [
         split.split_kernel, split.merge_splits_kernel, workqueue.workqueue_kernel, workqueue.merge_items_kernel

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import pkv_hf
-from pkv_hf.benchmark import load, prompts
+from pkv_hf.bench.benchmark import load, prompts
 
 pytestmark = pytest.mark.gpu
 

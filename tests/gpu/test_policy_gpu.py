@@ -10,13 +10,13 @@ import pytest
 import torch
 
 import pkv_hf
-from pkv_hf import calibrate
-from pkv_hf.attention_steps import AttentionShape, AttentionStep
-from pkv_hf.calibration import constants_for, save
-from pkv_hf.costs import from_properties
-from pkv_hf.policy import choose
-from pkv_hf.routes import installed
-from pkv_hf.trace_benchmark import check
+from pkv_hf.bench import calibrate
+from pkv_hf.bench.attention_steps import AttentionShape, AttentionStep
+from pkv_hf.bench.trace_benchmark import check
+from pkv_hf.policy.calibration import constants_for, save
+from pkv_hf.policy.choose import choose
+from pkv_hf.routes.base import installed
+from pkv_hf.routes.costs import from_properties
 from tiny import decode_logits, left_padded, tiny
 
 pytestmark = pytest.mark.gpu

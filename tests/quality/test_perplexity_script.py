@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from jsonl import records
-from small_datasets import TEXTS, write_dataset
 
-from pkv_hf import metric, resume, texts, workload
+from jsonl import records
+from pkv_hf.bench import metric
+from pkv_hf.bench.inputs import texts, workload
+from pkv_hf.bench.results import resume
+from places import ROOT
+from small_datasets import TEXTS, write_dataset
 from tiny import byte_tokenizer, tiny
 
-ROOT = Path(__file__).parent.parent.parent
 TIMES = ("tokens_per_s", "peak_bytes", "first_token_s", "date")
 
 

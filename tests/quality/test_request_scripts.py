@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from jsonl import records
-from small_datasets import TEXTS, write_dataset
 
-from pkv_hf import measure, workload
+from jsonl import records
+from pkv_hf.bench import measure
+from pkv_hf.bench.inputs import workload
+from small_datasets import TEXTS, write_dataset
 from tiny import byte_tokenizer
 
 
 def test_passkeys_are_hidden_where_they_should_be():
-    from pkv_hf.passkey import key_of, prompt
+    from pkv_hf.bench.inputs.passkey import key_of, prompt
 
     tokenizer = byte_tokenizer(bos_token="<s>")
     for length in (400, 777):
@@ -45,8 +46,8 @@ def test_passkey_records_every_cell_and_draws_them(run, model, out, tmp_path, mo
 
 
 def test_passkey_counts_what_is_found_and_what_differs(run, model, out, tmp_path, monkeypatch):
-    from pkv_hf import passkey
-    from pkv_hf.state import STATE
+    from pkv_hf.bench.inputs import passkey
+    from pkv_hf.runtime.state import STATE
 
     generate = measure.generate
     asked = {False: 0, True: 0}
@@ -119,8 +120,8 @@ def test_generation_on_a_trace_leaves_out_what_is_too_long(dataset_speed, out, t
 
 
 def test_a_workload_keeps_order_lengths_and_each_requests_own_end():
-    from pkv_hf.measure import Run
-    from pkv_hf.traces import Request
+    from pkv_hf.bench.inputs.traces import Request
+    from pkv_hf.bench.measure import Run
 
     source = torch.arange(10, 20)
     prompts = workload.from_trace([Request(7, 1), Request(50, 2), Request(6, 3)], source, longest=20)
@@ -136,7 +137,7 @@ def test_a_workload_keeps_order_lengths_and_each_requests_own_end():
 
 
 def test_other_tokens_in_float32_are_an_error_and_not_recorded(dataset_speed, out, monkeypatch):
-    from pkv_hf.step import Step
+    from pkv_hf.runtime.step import Step
 
     attend = Step.attend
     monkeypatch.setattr(Step, "attend", lambda self, *args: attend(self, *args) * (-1 if self.bounds.begin else 1))

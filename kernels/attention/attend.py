@@ -1,0 +1,34 @@
+"""A range of one item's tiles, over pages of the queries' dtype or of 8 bits, by the kernels of every route."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from pkv_hf.kernels.attention.tile import attend_tiles, load_queries
+from pkv_hf.kernels.attention.tile8 import attend_tiles_8bit
+
+
+@triton.jit
+def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_head, start, end, q_len, window,
+           first_tile, num_tiles, scale_log2, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
+           stride_vh, stride_sp, stride_sh, stride_tb,
+           G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
+           BLOCK_D: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """(m, l, acc) of the queries of a row and KV head over tiles [first_tile, first_tile + num_tiles)."""
+    q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
+    k_ptr += kv_head * stride_kh
+    v_ptr += kv_head * stride_vh
+    table_ptr += row * stride_tb
+    if EIGHT_BIT:
+        m_i, l_i, acc = attend_tiles_8bit(
+            q, k_ptr, v_ptr, k_scale_ptr + kv_head * stride_sh, v_scale_ptr + kv_head * stride_sh, table_ptr, start,
+            end, q_len, window, first_tile, num_tiles, scale_log2, stride_kp, stride_vp, stride_sp,
+            G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT == 2, NATIVE,
+        )  # fmt: skip
+    else:
+        m_i, l_i, acc = attend_tiles(
+            q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale_log2, stride_kp,
+            stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
+        )  # fmt: skip
+    return m_i, l_i, acc

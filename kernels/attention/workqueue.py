@@ -1,0 +1,188 @@
+"""Decode by a workqueue: the tiles of all rows and KV heads in equal shares, one a program (stream-K).
+
+After Osama et al. 2023 (Stream-K) and PersistentKV (arXiv 2606.26666): a program takes tiles [c T // C, (c + 1) T // C)
+of the T tiles of all items (row, KV head), laid end to end, whatever their lengths (C is never more than T). Each finds
+where that is from the rows' bounds by itself: no plan is made, by the host or by a launch before. An item that one
+program has whole is written by it; the rest leave partial states, item i of program c in slot i + c, which a merge adds
+up.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pkv_hf.kernels.attention.attend import attend
+from pkv_hf.kernels.attention.layout import layout_of, log2_scale, words
+from pkv_hf.kernels.attention.merge import merge_states, states_of, store_state
+from pkv_hf.kernels.attention.tile import store_output, tile_range
+from pkv_hf.kernels.launch import MERGED_AT_ONCE, PROGRAMS_PER_SM, Scales, device_limits, next_power_of_2
+from pkv_hf.kernels.launcher import Launcher
+from pkv_hf.kernels.pdl import options, overlaps, wait
+
+MOST_ROWS_AT_ONCE = 64
+"""Rows whose bounds a program looks at in one go."""
+
+
+@triton.jit
+def _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.constexpr):
+    """Tiles of a row, or of a block of rows; none beyond the last row."""
+    there = row < rows
+    start = tl.load(starts_ptr + row, mask=there, other=0)
+    end = tl.load(ends_ptr + row, mask=there, other=0)
+    _, tiles = tile_range(start, end, q_len, window, TOKENS)
+    return tl.where(there, tiles, 0)
+
+
+@triton.jit
+def _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    total = tl.zeros([], tl.int32)
+    for begin in range(0, rows, ROWS):
+        block = begin + tl.arange(0, ROWS)
+        total += tl.sum(_row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS), 0)
+    return total.to(tl.int64) * num_kv_heads
+
+
+@triton.jit
+def _find(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """The item that holds a tile, and how many tiles of it come before: counts the rows that end at or before it."""
+    before = tl.zeros([], tl.int32)
+    row = tl.zeros([], tl.int32)
+    row_begin = tl.zeros([], tl.int64)
+    for begin in range(0, rows, ROWS):
+        block = begin + tl.arange(0, ROWS)
+        tiles = _row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS)
+        ends_at = (before + tl.cumsum(tiles, 0)).to(tl.int64) * num_kv_heads
+        passed = (block < rows) & (ends_at <= tile)
+        row += tl.sum(passed.to(tl.int32), 0)
+        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends_at, 0), 0))
+        before += tl.sum(tiles, 0)
+    row = tl.minimum(row, rows - 1)
+    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
+    kv_head = tl.minimum((tile - row_begin) // tl.maximum(tiles, 1), num_kv_heads - 1).to(tl.int32)
+    return row * num_kv_heads + kv_head, (tile - row_begin).to(tl.int32) - kv_head * tiles
+
+
+RUNTIME = ["scale_log2", "rows", "num_kv_heads", "q_len", "window", "stride_tb"]
+"""Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
+
+
+@triton.jit(do_not_specialize=RUNTIME)
+def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, state_ptr,
+                     scale_log2, rows, num_kv_heads, q_len, window, stride_tb,
+                     stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp,
+                     stride_sh, stride_ob, stride_ot, stride_oh,
+                     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr,
+                     NATIVE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    wait(PDL)
+    program = tl.program_id(0).to(tl.int64)
+    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + tl.num_programs(0), BLOCK_M, BLOCK_D)
+    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    programs = tl.maximum(tl.minimum(tl.num_programs(0), total), 1)
+    if program >= programs:
+        return
+    tile = program * total // programs
+    left = ((program + 1) * total // programs - tile).to(tl.int32)
+    item, skipped = _find(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    while left > 0:
+        row = (item // num_kv_heads).to(tl.int64)
+        kv_head = (item % num_kv_heads).to(tl.int64)
+        start = tl.load(starts_ptr + row)
+        end = tl.load(ends_ptr + row)
+        first, tiles = tile_range(start, end, q_len, window, TOKENS)
+        count = tl.minimum(tiles - skipped, left)
+        if count > 0:
+            m_i, l_i, acc = attend(
+                q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_head, start, end, q_len, window,
+                first + skipped, count, scale_log2, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
+                stride_vh, stride_sp, stride_sh, stride_tb, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT,
+                NATIVE,
+            )  # fmt: skip
+            if count == tiles:
+                store_output(
+                    out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, D, BLOCK_M, BLOCK_D
+                )
+            else:
+                store_state(ml_ptr, acc_ptr, item + program, m_i, l_i, acc, q_len, G, BLOCK_M, BLOCK_D)
+        left -= count
+        skipped -= skipped
+        item += 1
+
+
+@triton.jit(do_not_specialize=["rows", "num_kv_heads", "q_len", "window", "programs"])
+def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_heads, q_len, window, programs,
+                       stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
+                       PDL: tl.constexpr):  # fmt: skip
+    """Adds up what the programs left of an item; an item that one program wrote whole is left alone."""
+    wait(PDL)
+    item = tl.program_id(0)
+    m_row = tl.program_id(1)
+    row = item // num_kv_heads
+    kv_head = item % num_kv_heads
+    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + programs, BLOCK_M, BLOCK_D)
+    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    before = _all_tiles(starts_ptr, ends_ptr, row, num_kv_heads, q_len, window, TOKENS, ROWS)
+    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
+    begin_tile = before + kv_head * tiles
+    first = tl.zeros([], tl.int64)
+    count = tl.zeros([], tl.int32)
+    programs = tl.minimum(programs, total)
+    if tiles > 0:  # program of tile t: the largest c with c * total // programs <= t
+        first = ((begin_tile + 1) * programs - 1) // total
+        count = (((begin_tile + tiles) * programs - 1) // total - first + 1).to(tl.int32)
+    if count != 1:
+        out = out_ptr + row.to(tl.int64) * stride_ob + (m_row // G) * stride_ot + (kv_head * G + m_row % G) * stride_oh
+        merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, D, BLOCK_M, BLOCK_D, PARTS)
+
+
+_workqueue, _merge = Launcher(workqueue_kernel, fp_fusion=True), Launcher(merge_items_kernel, fp_fusion=True)
+
+
+def decode_workqueue(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    starts: torch.Tensor,
+    ends: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    programs: int | None = None,
+    scales: Scales | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of q `[rows, H_q, q_len, head_dim]` over pages, as `kernels.reference.paged_attention` defines it.
+
+    `programs` defaults to two for each multiprocessor. fp16, bf16 or fp32; `scales` are those of quantised pages.
+    Returns `[rows, q_len, H_q, head_dim]`, `out` if it is given.
+
+    Raises ValueError for arguments that the kernel cannot take.
+    """
+    layout = layout_of(q, k_pages, v_pages, block_table, starts, ends, scales)
+    if programs is None:
+        programs = PROGRAMS_PER_SM * device_limits(q.device)[0]
+    if programs < 1:
+        raise ValueError(f"programs={programs}: want 1 or more, or None to have it chosen")
+    out, overlap = layout.output(q, out), overlaps(q.device)
+    states = layout.states(layout.items + programs, q.device)
+    rows_at_once = min(max(next_power_of_2(layout.rows), 2), MOST_ROWS_AT_ONCE)
+    kind = layout.kind, rows_at_once
+    counts = layout.rows, layout.num_kv_heads, layout.q_len, window
+    of_scales = (out, out) if scales is None else scales
+    _workqueue(
+        kind, (programs, 1, 1),
+        (q, words(k_pages), words(v_pages), *of_scales, block_table, starts, ends, out, states),
+        (log2_scale(scale), *counts, block_table.stride(0), *layout.strides, *out.stride()[:3]),
+        (*layout.constants, rows_at_once, overlap), num_warps=layout.tile.num_warps, **options(q.device),
+    )  # fmt: skip
+    _merge(
+        kind, (layout.items, layout.q_len * layout.group, 1), (starts, ends, states, out),
+        (*counts, programs, *out.stride()[:3]),
+        (*layout.merge_constants, layout.tile.tokens, MERGED_AT_ONCE, rows_at_once, overlap),
+        num_warps=layout.merge_warps, **options(q.device),
+    )  # fmt: skip
+    return out

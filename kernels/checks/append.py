@@ -1,0 +1,177 @@
+"""Random cases for the kernels that write new K and V into pages, with and without RoPE, and how far they are right."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pkv_hf.kernels import append as kernels
+from pkv_hf.kernels.checks.attention import HEAD_DIMS, PAGE_SIZES, log_uniform, poisoned_scratch
+from pkv_hf.kernels.checks.layers import EPS, Draw, Result, beside, same
+from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
+from pkv_hf.kernels.reference import normed, rotated
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+"""Integers of an element's size: NaN compares there, and float8, which torch does not index, is indexed."""
+
+
+@dataclass(frozen=True)
+class AppendCase:
+    """Row `b` gets its q_len tokens before ends[b], but those before first_held[b], which is where a page begins."""
+
+    dtype: torch.dtype
+    head_dim: int
+    page_size: int
+    kv_dtype: torch.dtype | None
+    """int8 or float8_e4m3fn for quantised pages, None for the states' own."""
+    roped: bool
+    norm: bool
+    ends: tuple[int, ...] = ()
+    first_held: tuple[int, ...] = ()
+    q_len: int = 1
+    num_kv_heads: int = 1
+    group: int = 1
+    head_major: bool = True
+    layout: str = "heads"
+    """What is outermost in a row of q, k and v: `heads`, `tokens`, heads of v alone (`mixed`), tokens of all `together`
+    in one tensor."""
+    angles_by_row: bool = False
+    eps: float = EPS[0]
+    aligned: bool = True
+    seed: int = 0
+
+    @classmethod
+    def random(cls, rng: np.random.Generator, dtype: torch.dtype) -> AppendCase:
+        """What is compiled for a case of the supported space; `vary` draws its rows."""
+        roped = bool(rng.random() < 0.6)
+        return cls(
+            dtype,
+            head_dim=int(rng.choice(HEAD_DIMS)) if rng.random() < 0.5 else 16 * int(rng.integers(1, 17)),
+            page_size=int(rng.choice(PAGE_SIZES)),
+            kv_dtype=(None, None, *LARGEST)[int(rng.integers(2 + len(LARGEST)))],
+            roped=roped,
+            norm=roped and bool(rng.random() < 0.4),
+        )
+
+    def vary(self, rng: np.random.Generator, longest: int) -> AppendCase:
+        """Rows of up to `longest` tokens; some with padding or behind a window, up to all of what they would get."""
+        rows, page = int(rng.integers(1, 6)), self.page_size
+        q_len = 1 if rng.random() < 0.4 else log_uniform(rng, max(8, longest // 256))
+        ends = [q_len - 1 + log_uniform(rng, longest) for _ in range(rows)]
+        ends = [end if rng.random() < 0.7 else max(end // page * page, q_len) for end in ends]
+        near = [max(end - int(rng.integers(0, q_len + page)), 0) for end in ends]
+        first_held = [page * -(-first // page) if rng.random() < 0.5 else 0 for first in near]
+        return dataclasses.replace(
+            self,
+            ends=tuple(ends),
+            first_held=tuple(first_held),
+            q_len=q_len,
+            num_kv_heads=int(rng.integers(1, 6)),
+            group=int(rng.integers(1, 9)),
+            head_major=bool(rng.random() < 0.5),
+            layout=str(rng.choice(["heads", "tokens", "mixed", "together"])),
+            angles_by_row=bool(rng.random() < 0.5),
+            eps=float(rng.choice(EPS)),
+            aligned=bool(rng.random() < 0.7),
+            seed=int(rng.integers(1 << 31)),
+        )
+
+
+def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Result]:
+    """The results of `append`, or of `rope_append`: what new slots hold, queries, and all memory beside the slots."""
+    draw = Draw(case.seed, case.dtype, case.aligned, device)
+    q, k, v = _states(case, draw)
+    pools, scales, table = _memory(case, draw)
+    written = [*pools, *scales]
+    before = [_bits(tensor).clone() for tensor in written]
+    bounds = [torch.tensor(values, dtype=torch.int32, device=device) for values in (case.first_held, case.ends)]
+    settings: dict[str, Any] = {"scales": tuple(scales)} if scales else {}
+    results = {}
+    if case.roped:
+        angles = [draw(len(k) if case.angles_by_row else 1, case.q_len, case.head_dim) for _ in range(2)]
+        weights = [draw(case.head_dim) for _ in range(2)] if case.norm else []
+        if case.norm:
+            settings["norms"] = (*weights, case.eps)
+        with poisoned_scratch():
+            rotated_q = kernels.rope_append(*pools, q, k, v, *angles, table, *bounds, **settings)
+
+        def roped(dtype: torch.dtype) -> list[torch.Tensor]:
+            states = [x.to(dtype) for x in (q, k)]
+            if case.norm:
+                states = [normed(x, weight.to(dtype), case.eps) for x, weight in zip(states, weights)]
+            return [rotated(x, *(angle.to(dtype) for angle in angles)) for x in states]
+
+        (q, k), (exact_q, exact_k) = roped(case.dtype), roped(torch.float64)
+        results["q"] = beside(rotated_q, q, exact_q) if case.norm else same(rotated_q, q)
+    else:
+        kernels.append(*pools, k, v, table, *bounds, **settings)
+    row, t, page, slot = _slots(case, table)
+    for name, states, pool, of_pool in zip("kv", (k, v), pools, scales or (None, None)):
+        ours, theirs = _bits(pool)[page, :, slot].view(pool.dtype), states[row, :, t]
+        if of_pool is not None:
+            ours = dequantize(ours, of_pool[page, :, slot], torch.float64)
+            theirs = dequantize(*quantize(theirs, pool.dtype), torch.float64)
+        normed_k = case.norm and name == "k"
+        results[name] = beside(ours, theirs, exact_k[row, :, t]) if normed_k else same(ours, theirs)
+    for tensor, bits in zip(written, before):
+        _bits(tensor)[page, :, slot] = bits[page, :, slot]
+    untouched = [same(_bits(tensor), bits) for tensor, bits in zip(written, before)]
+    results["elsewhere"] = max(untouched, key=lambda result: result.error)
+    return results
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(BITS[tensor.itemsize])
+
+
+def _states(case: AppendCase, draw: Draw) -> list[torch.Tensor]:
+    """q, k and v `[rows, heads, q_len, head_dim]` in the case's layout, vectors of many magnitudes, some of zeros."""
+    rows, heads = len(case.ends), [case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads]
+
+    def drawn(*shape: int) -> torch.Tensor:
+        sizes = torch.rand((rows, *shape, 1), generator=draw.generator, device=draw.generator.device)
+        scale = torch.where(sizes < 0.05, 0.0, 10 ** (4 * sizes - 2))
+        return draw(rows, *shape, case.head_dim, scale=scale)
+
+    if case.layout == "together":
+        return list(drawn(case.q_len, sum(heads)).transpose(1, 2).split(heads, dim=1))
+    by_heads = {"heads": (True, True, True), "tokens": (False, False, False), "mixed": (False, False, True)}
+    return [
+        drawn(count, case.q_len) if whole else drawn(case.q_len, count).transpose(1, 2)
+        for count, whole in zip(heads, by_heads[case.layout])
+    ]
+
+
+def _memory(case: AppendCase, draw: Draw) -> tuple[list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+    """K and V pages of NaN, their scales if they are quantised, and a table of pages in random order."""
+    device, rows = draw.generator.device, len(case.ends)
+    width = 1 + max(*case.first_held, *case.ends) // case.page_size
+    pages = 2 + rows * width  # the null page, and one that no row has
+    order = 1 + torch.randperm(pages - 1, generator=draw.generator, device=device)[: rows * width]
+    column = case.page_size * torch.arange(width, device=device)
+    first, end = (torch.tensor(bounds, device=device)[:, None] for bounds in (case.first_held, case.ends))
+    held = (column >= first) & (column < end)
+    table = torch.where(held, order.view(rows, width), 0).to(torch.int32)
+    shape = (case.num_kv_heads, pages) if case.head_major else (pages, case.num_kv_heads)
+    page = (*shape, case.page_size)
+    filled = torch.full((*page, case.head_dim), float("nan"), dtype=case.dtype, device=device)
+    if case.kv_dtype:
+        filled = torch.full(filled.shape, 0x7F, dtype=torch.uint8, device=device).view(case.kv_dtype)  # NaN in float8
+    pools = [filled, filled.clone()]
+    scales = [torch.full(page, float("nan"), device=device) for _ in pools] if case.kv_dtype else []
+    if case.head_major:
+        pools, scales = ([tensor.transpose(0, 1) for tensor in tensors] for tensors in (pools, scales))
+    return pools, scales, table
+
+
+def _slots(case: AppendCase, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Row, token, page and slot of every vector that a head gets."""
+    rows, tokens = torch.meshgrid(torch.arange(len(case.ends)), torch.arange(case.q_len), indexing="ij")
+    positions = torch.tensor(case.ends)[:, None] - case.q_len + tokens
+    kept = positions >= torch.tensor(case.first_held)[:, None]
+    row, t, position = (index[kept].to(table.device) for index in (rows, tokens, positions))
+    return row, t, table[row, position // case.page_size].long(), position % case.page_size

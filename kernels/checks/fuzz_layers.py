@@ -1,0 +1,53 @@
+"""Random cases for the kernels beside attention: append, RoPE, linear layers, RMSNorm and SwiGLU."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels.checks import attention as check
+from pkv_hf.kernels.checks.append import AppendCase, check_append
+from pkv_hf.kernels.checks.fuzz import Outcome
+from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, Result, check_elementwise, check_linear, pooled
+
+LayerCase: TypeAlias = AppendCase | LinearCase | ElementwiseCase
+CHECKS = {AppendCase: check_append, LinearCase: check_linear, ElementwiseCase: check_elementwise}
+DTYPES = {AppendCase: check.DTYPES, LinearCase: gemv.DTYPES, ElementwiseCase: check.DTYPES}
+
+
+def batches(rng: np.random.Generator, count: int, variations: int, longest: int) -> list[list[LayerCase]]:
+    """`count` random cases, `variations` for each configuration that is compiled, kernels and dtypes in turn.
+
+    Rows of pages are of up to `longest` tokens, layers of up to `longest` inputs and outputs.
+    """
+    kinds = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
+    made: list[list[LayerCase]] = []
+    while count > 0:
+        kind, dtype = kinds[len(made) % len(kinds)]
+        first = kind.random(rng, dtype)
+        made.append([first.vary(rng, longest) for _ in range(min(variations, count))])
+        count -= len(made[-1])
+    return made
+
+
+def measure(case: LayerCase, device: torch.device | str, draws: int = 1) -> dict[str, Result]:
+    """The result of each output of a case, over `draws` draws of its tensors."""
+    drawn = [CHECKS[type(case)](dataclasses.replace(case, seed=case.seed + i), device) for i in range(draws)]
+    return {name: pooled([results[name] for results in drawn]) for name in drawn[0]}
+
+
+def judge(case: LayerCase, device: str) -> Outcome:
+    """A case's outputs. One that is beyond the bound is drawn again, often enough that chance has little part.
+
+    What has to be as torch's to the bit is right in every draw, or wrong.
+    """
+    outcome = Outcome(case, measure(case, device))
+    failed = [outcome.results[name] for name in outcome.failed]
+    if not failed or not all(result.written and result.torch_error for result in failed):
+        return outcome
+    other = dataclasses.replace(case, seed=case.seed + check.MAX_DRAWS)
+    return Outcome(case, measure(other, device, check.MAX_DRAWS), redrawn=True)

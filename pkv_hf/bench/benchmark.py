@@ -1,0 +1,200 @@
+"""Decode speed of `generate()`: one case by several engines, beside the time that the step's bytes need at least."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from pkv_hf.arguments import needs
+from pkv_hf.bench.inputs.models import check_positions, in_4bit, loading
+from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+from pkv_hf.bench.measure import Run, generate
+from pkv_hf.errors import UsageError
+from pkv_hf.memory.weights import step_weight_bytes
+from pkv_hf.patch import patched
+from pkv_hf.report import state_of
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-3.1-8b": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
+    },
+    "llama-3.2-1b": {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
+        "tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 32.0},
+    },
+}  # fmt: skip
+"""Shapes of published models, built here with random weights."""
+
+WARM_STEPS = 4
+"""Steps after the first token that a summary leaves out."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one engine took for a case."""
+
+    run: Run
+    setup_s: float
+    """The engine's whole first call, what it compiles and allocates included."""
+    route: str | None
+
+    def figures(self) -> dict[str, Any]:
+        """Its fields of a record: times in milliseconds (`setup_s` in seconds), memory in GiB (`kv_bytes` in bytes)."""
+        p20, p50, p80 = np.percentile(self.run.step_s[WARM_STEPS:], (20, 50, 80)) * 1e3
+        return {
+            "route": self.route,
+            "step_ms_p20": float(p20),
+            "step_ms_p50": float(p50),
+            "step_ms_p80": float(p80),
+            "first_token_ms": self.run.first_token_s * 1e3,
+            "peak_gib": self.run.peak_bytes / 2**30,
+            "kv_bytes": self.run.kv_bytes,
+            "setup_s": self.setup_s,
+        }
+
+
+def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False, option: str = "--model") -> Any:
+    """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device.
+
+    Raises UsageError, naming the command's option, for what cannot be loaded.
+    """
+    if four_bits:
+        needs("bitsandbytes")
+    with loading(f"{option} {name}{' --load-in-4bit' * four_bits}", name):
+        if name == "smollm2":
+            model: Any = load_smollm2(dtype=dtype)
+        elif name in SHAPES:
+            before = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                with torch.device(device):
+                    model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], eos_token_id=None, pad_token_id=0))
+            finally:
+                torch.set_default_dtype(before)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        return in_4bit(model, device) if four_bits else model.eval().to(device)
+
+
+def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:
+    """Prompts of these lengths, left-padded: real text for smollm2 (which goes round), else random tokens."""
+    longest = max(lengths)
+    if name == "smollm2":
+        source = load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids[0]
+    else:
+        generator = torch.Generator().manual_seed(0)
+        source = torch.randint(2, model.config.vocab_size, (sum(lengths),), generator=generator)
+    input_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    taken = 0
+    for row, length in enumerate(lengths):
+        input_ids[row, longest - length :] = source[torch.arange(taken, taken + length) % len(source)]
+        mask[row, longest - length :] = 1
+        taken += length
+    return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def load_draft(name: str, tokens: int, dtype: torch.dtype, model: Any) -> Any:
+    """A model by its name, to draft for another: that many tokens in every round, however sure it is.
+
+    Raises UsageError for what cannot be loaded, or has another vocabulary.
+    """
+    draft = load(name, dtype, model.device, option="--assistant")
+    sizes = [each.config.get_text_config().vocab_size for each in (draft, model)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(f"--assistant {name} has {sizes[0]} tokens in its vocabulary, the model {sizes[1]}: pass one "
+                         "of the same tokens")  # fmt: skip
+    draft.generation_config.update(num_assistant_tokens=tokens, num_assistant_tokens_schedule="constant")
+    draft.generation_config.assistant_confidence_threshold = 0.0
+    return draft
+
+
+def check_lengths(model: Any, cases: list[list[int]], new_tokens: int) -> None:
+    """Raises UsageError for prompts that, with what is generated after them, the model has no positions for."""
+    for length in map(max, cases):
+        what = f"--lengths {length} and --new-tokens {new_tokens}, {length + new_tokens} tokens,"
+        check_positions(model, length + new_tokens, what, rescales=False)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A way to run `generate()`: its settings for that, and for `patch` where it is a patched one."""
+
+    generate: dict[str, Any] = field(default_factory=dict)
+    patch: dict[str, Any] | None = None
+
+
+ENGINES: dict[str, Engine] = {
+    "dynamic": Engine(),
+    "static-compile": Engine(generate={"cache_implementation": "static"}),
+    "patched": Engine(patch={}),
+    "patched-split": Engine(patch={"route": "split"}),
+    "patched-workqueue": Engine(patch={"route": "workqueue"}),
+    "patched-no-fuse": Engine(patch={"fuse": False}),
+    "patched-no-run-ahead": Engine(patch={"run_ahead": False}),
+    "patched-no-graphs": Engine(patch={"cuda_graphs": False}),
+    "patched-pages-only": Engine(patch={"cuda_graphs": False, "run_ahead": False, "fuse": False}),
+}
+"""All are measured on their second call of a case."""
+
+
+def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, **mode: Any) -> Summary:
+    """Runs a case twice by an engine; `mode` is what `generate()` is given for another mode than greedy decoding."""
+    settings = ENGINES[engine]
+    with contextlib.ExitStack() as stack:
+        if settings.patch is not None:
+            for each in (model, mode.get("assistant_model")):
+                if each is not None:
+                    stack.enter_context(patched(each, **settings.patch))
+        model._previous_max_cache_length = -1  # generate() makes a static cache as long as that of an earlier case
+        torch.compiler.reset()
+        started = time.perf_counter()
+        generate(model, inputs, new_tokens, **settings.generate, **mode)
+        setup = time.perf_counter() - started
+        run = generate(model, inputs, new_tokens, **settings.generate, **mode)
+        return Summary(run, setup, None if settings.patch is None else state_of(model).route)
+
+
+def read_bandwidth(device: str) -> float:
+    """Bytes a second that the device reads, the fastest of summing a large tensor: its clocks take a while to rise."""
+    elements = 1 << 30 if device == "cuda" else 1 << 26
+    data = torch.ones(elements, dtype=torch.float32, device=device)
+    times = []
+    for _ in range(20):
+        _synchronize(device)
+        started = time.perf_counter()
+        data.sum()
+        _synchronize(device)
+        times.append(time.perf_counter() - started)
+    return data.nbytes / min(times)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def step_bytes(model: Any, lengths: list[int], new_tokens: int, beams: int = 1) -> int:
+    """Bytes that a decode step reads at least: weights it uses, and K and V of the tokens so far (mean of the run).
+
+    The prompt that the beams of a row share counts once.
+    """
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
+    return step_weight_bytes(model) + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)

@@ -1,0 +1,351 @@
+"""`PagedCache`: a transformers `Cache` whose K and V live in reference-counted pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+
+from pkv_hf.arguments import whole
+from pkv_hf.cache.layer import PagedLayer
+from pkv_hf.cache.pool import PagePool
+from pkv_hf.cache.reordering import Reordering
+from pkv_hf.cache.table import BlockTable
+from pkv_hf.compat import layer_windows
+from pkv_hf.kernels.quantize import LARGEST
+
+if TYPE_CHECKING:
+    from pkv_hf.runtime.step import Step
+
+PAGE_SIZES = (16, 32, 64, 128, 256)
+LONGEST = 1 << 48
+"""Positions that no memory holds: more are not told apart, and are no overflow."""
+
+KV_DTYPES: dict[Any, torch.dtype] = {
+    **{dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, *LARGEST)},
+    "int8": torch.int8,
+    "fp8": torch.float8_e4m3fn,
+}
+"""What pages can hold, by what a caller may write for it."""
+
+
+@dataclass(frozen=True)
+class CacheMemory:
+    """What a cache holds. Pages are counted over the kinds of layers, each page once for all layers of its kind."""
+
+    held_bytes: int
+    """Bytes of the page pools, K and V of all layers."""
+    live_bytes: int
+    """Bytes of the tokens that can still be attended to; a token that several rows share counts once a row."""
+    pages_in_use: int
+    """Pages that this cache's rows hold, pages reserved for tokens to come included."""
+    pages_free: int
+    """Pages of the pools that nobody holds."""
+    pages_shared: int
+    """Pages held more than once, by several rows or by forks."""
+
+
+def check_page_size(page_size: int) -> None:
+    """Raises ValueError for what pages do not come in."""
+    if type(page_size) is not int or page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
+
+
+def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
+    """Raises ValueError for what no pages can hold."""
+    if kv_dtype is not None and (not isinstance(kv_dtype, (str, torch.dtype)) or kv_dtype not in KV_DTYPES):
+        raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {list(KV_DTYPES)}, or None for the dtype of the states")
+
+
+class DecodeSteps(dict[tuple, Any]):
+    """A cache's decode steps on static buffers, by shape. They hold its addresses: no copy may take them over."""
+
+    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
+        return DecodeSteps, ()
+
+
+class PagedCache(Cache):
+    """KV cache in pages `[num_pages, H_kv, page_size, head_dim]`, one pool for each kind of layer.
+
+    A kind is full attention or one sliding window. A patched model's `generate()` makes such a cache by itself. Made by
+    hand it can be passed to any model in the place of its own: a patched one reads the pages in place, any other gets
+    dense K and V from `update`.
+
+    Args:
+        config: the model's configuration; its text decoder decides the layers and their windows.
+        page_size: tokens a page, a power of two from 16 to 256.
+        max_length: positions to reserve pages for when the first tokens come, at least 1. A longer sequence still
+            works. None reserves nothing; the pool then grows by a factor as tokens come.
+        kv_dtype: `torch.float16`, `torch.bfloat16` or `torch.float32` for the pages; None takes that of the states.
+            "int8" and "fp8" (float8_e4m3) quantise them, with a float32 scale for each token and head: half the bytes.
+
+    Raises:
+        ValueError: an argument outside of these, a layer that is neither full nor sliding attention, or (from an
+            update) states of another shape than the cache holds.
+        PoolAllocationError: (from the first update or a growth) the pages do not fit.
+    """
+
+    layers: list[PagedLayer]  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        config: PreTrainedConfig,
+        page_size: int = 16,
+        max_length: int | None = None,
+        kv_dtype: torch.dtype | str | None = None,
+    ) -> None:
+        if not isinstance(config, PreTrainedConfig):
+            raise ValueError(f"config is a {type(config).__name__}: pass a model's configuration, as model.config")
+        check_page_size(page_size)
+        if max_length is not None:
+            max_length = whole("max_length", max_length, 1, "pass a number of tokens, or None to grow")
+        check_kv_dtype(kv_dtype)
+        windows = layer_windows(config)
+        self.page_size = page_size
+        self.kv_dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
+        self._tables = {
+            window: BlockTable(PagePool(page_size, windows.count(window)), window, min(max_length or 0, LONGEST))
+            for window in sorted(set(windows))
+        }
+        self._reordering: Reordering | None = None
+        self.step: Step | None = None  # set while a patched model's forward serves this cache
+        self.decode_steps = DecodeSteps()
+        self.last_route: str | None = None  # of its last step in a patched model
+        layers = [PagedLayer(self._tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
+        super().__init__(layers=layers)  # type: ignore[arg-type]
+
+    @property
+    def tables(self) -> dict[int, BlockTable]:
+        """The block table of each kind of layer, by its window, 0 for full attention."""
+        self._reorder()
+        return self._tables
+
+    def _reorder(self) -> None:
+        """Does what `reorder_cache` has left to do."""
+        if self._reordering is not None:
+            reordering, self._reordering = self._reordering, None
+            self._select(reordering.rows(), reordering.length)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tables": self.tables, "_reordering": None, "step": None}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends K and V `[B, H_kv, q_len, head_dim]` of a layer.
+
+        Returns dense K and V of all positions that the queries can see, as every transformers cache does; inside a
+        patched model's forward, what its attention needs to read the pages in place.
+
+        Raises IndexError for a layer that is not there, ValueError for states that do not go with those held.
+        """
+        if not isinstance(layer_idx, (int, np.integer)) or not 0 <= layer_idx < len(self.layers):
+            raise IndexError(f"layer_idx={layer_idx!r}, but the PagedCache has {len(self.layers)} layers")
+        if self.step is not None:
+            return self.step.update(key_states, value_states, layer_idx)
+        self._reorder()
+        return self.layers[int(layer_idx)].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens a row that a layer holds, padding included.
+
+        Raises RuntimeError in a step that is being captured: its graph would keep this step's length.
+        """
+        if self.step is not None and self.step.captured:
+            raise RuntimeError("the model reads the length of its cache on the host")
+        return super().get_seq_length(layer_idx)
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """The position of the next token, for masks."""
+        return super().get_seq_length(layer_idx)
+
+    def start(self, rows: int, pads: np.ndarray) -> None:
+        """Begins `rows` rows whose first `pads[row]` positions are padding, int64 `[rows]`, which costs no page.
+
+        Raises ValueError for other than one count for each row.
+        """
+        rows = whole("rows", rows, 1, "reset() forgets all rows")
+        try:
+            counts = np.asarray(pads)
+        except ValueError:  # rows of unequal length
+            counts = np.zeros(0)
+        if counts.shape != (rows,) or counts.dtype.kind not in "iu" or counts.min() < 0:
+            raise ValueError(f"pads={pads!r} of {rows} rows: pass how many positions of each are padding, 0 or more")
+        for table in self.tables.values():
+            table.start(rows, counts)
+
+    def expect_copies(self, copies: int, shared: int = 0) -> None:
+        """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
+
+        `batch_repeat_interleave(copies)` makes them. Raises ValueError for less than one copy or no token.
+        """
+        copies = whole("copies", copies, 1, "1 expects none")
+        shared = whole("shared", shared, 0, "pass the tokens that come before the copies")
+        for table in self.tables.values():
+            table.copies, table.shared = copies, shared
+
+    def truncate(self, length: int) -> None:
+        """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again.
+
+        Raises ValueError for less than no token.
+        """
+        length = whole("length", length, 0, "pass the tokens to keep")
+        for layer in self.layers:
+            layer.length = min(layer.length, length)
+        for table in self.tables.values():
+            if length:
+                table.shrink(length)
+            else:
+                table.release()
+                table.pool.forget_unfinished()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last `-tokens_to_remove` tokens (a negative count, or 0 for none) and frees their pages.
+
+        Raises:
+            ValueError: a positive count, or more tokens than the cache holds.
+            RuntimeError: the sliding window that ends there is not held any more (`activate_past_recording` before
+                appending keeps it).
+        """
+        held = self.get_seq_length()  # assisted generation of older releases passes a tensor
+        instead = f"pass minus the number of tokens to remove, the cache holds {held}"
+        tokens_to_remove = whole("tokens_to_remove", tokens_to_remove, -held, instead)
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove} is positive: {instead}")
+        length = held + tokens_to_remove
+        for table in self.tables.values():
+            if tokens_to_remove and not table.can_shrink(length):
+                raise RuntimeError(
+                    f"tokens_to_remove={tokens_to_remove} needs positions that the sliding window of {table.window} "
+                    "has left behind: call activate_past_recording() before appending tokens that may be cropped"
+                )
+        self.truncate(length)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
+
+        Does not wait for a GPU: `beam_idx` is copied from it meanwhile, and the rows move when the tables are next
+        asked for. Raises as `batch_select_indices` does, where it names rows that are not there only then.
+        """
+        if not isinstance(beam_idx, torch.Tensor) or not beam_idx.is_cuda or beam_idx.dtype == torch.bool:
+            return self.batch_select_indices(beam_idx)
+        self._check_indices(beam_idx)
+        self._reorder()
+        self._reordering = Reordering(beam_idx, self.get_seq_length())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, side by side, on the same pages until one of them writes."""
+        repeats = whole("repeats", repeats, 1, "reset() forgets all rows")
+        self._select(np.repeat(np.arange(self.rows), repeats), self.get_seq_length())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the rows `indices` (or those where a boolean mask is true), in that order.
+
+        Raises:
+            ValueError: what is not a tensor `[count]` of integers or `[rows]` of booleans, or keeps no row.
+            IndexError: a row that is not there.
+        """
+        self._check_indices(indices)
+        chosen = indices.cpu().numpy()
+        self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, self.get_seq_length())
+
+    def _check_indices(self, indices: torch.Tensor) -> None:
+        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
+        wrong = wrong or indices.is_floating_point() or indices.is_complex()
+        if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
+            given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
+            raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
+
+    def _select(self, rows: np.ndarray, length: int) -> None:
+        if not self.rows:
+            return
+        if not len(rows):
+            raise ValueError(f"indices keeps none of {self.rows} rows: reset() forgets all of them")
+        if not (-self.rows <= rows.min() and rows.max() < self.rows):
+            raise IndexError(f"row indices from {rows.min()} to {rows.max()} do not fit a cache of {self.rows} rows")
+        for table in self.tables.values():
+            table.select(rows, length)
+
+    def reset(self) -> None:
+        """Forgets all tokens and returns their pages; the pools stay for the next ones."""
+        self.truncate(0)
+
+    def fork(self) -> PagedCache:
+        """A second cache with the same contents on the same pages; whichever writes into a page first copies it.
+
+        Forks share one pool, so only one of them may be used at a time (threads need `copy.deepcopy`).
+        """
+        length = self.get_seq_length()
+        twin = object.__new__(PagedCache)
+        twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
+        twin._tables = {window: table.fork(length) for window, table in self.tables.items()}
+        twin._reordering = None
+        twin.step = None
+        twin.last_route = self.last_route
+        twin.decode_steps = DecodeSteps()
+        layers = [PagedLayer(twin._tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
+        for layer in layers:
+            layer.length = length
+        Cache.__init__(twin, layers=layers)  # type: ignore[arg-type]
+        return twin
+
+    def memory(self) -> CacheMemory:
+        """Bytes and pages that the cache holds now."""
+        live = in_use = free = shared = 0
+        length = self.get_seq_length()
+        for table in self.tables.values():
+            counts = table.pool.allocator.refcounts
+            held = np.unique(table.pages[table.pages > 0])
+            in_use += len(held)
+            shared += int(np.count_nonzero(counts[held] > 1))
+            free += table.pool.allocator.free
+            first = np.maximum(table.pads, max(length - table.window + 1, 0) if table.window else 0)
+            tokens = int(np.maximum(length - first, 0).sum())
+            live += tokens * table.pool.page_nbytes // self.page_size
+        held_bytes = sum(table.pool.nbytes for table in self.tables.values())
+        return CacheMemory(held_bytes, live, in_use, free, shared)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch, 0 before the first tokens."""
+        return next(iter(self.tables.values())).rows
+
+    @property
+    def pads(self) -> np.ndarray:
+        """Leading positions of each row that hold no token, int64 `[rows]`."""
+        return next(iter(self.tables.values())).pads
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer in tokens, 0 for full attention."""
+        return tuple(layer.table.window for layer in self.layers)
+
+    @property
+    def batch_size(self) -> int:
+        return self.rows or -1
+
+    @property
+    def max_cache_len(self) -> int:
+        """-1: there is no largest length. PEFT asks caches for it."""
+        return -1
+
+    @property
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the K and the V pages, which differ where autocast made them; empty before the first tokens."""
+        storage = next(iter(self.tables.values())).pool.storage
+        return {pages.dtype for pages in next(iter(storage.values()))[:2]} if storage else set()
+
+    @property
+    def kv_heads(self) -> int | None:
+        """Of the pages: with tensor parallelism fewer than the configuration names. None before the first tokens."""
+        storage = next(iter(self.tables.values())).pool.storage
+        return len(next(iter(storage.values())).k) if storage else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first tokens were."""
+        return next(iter(self.tables.values())).pool.device

@@ -1,0 +1,1 @@
+"""What a model and its pages need of memory."""

@@ -1,0 +1,1 @@
+"""A way to attend over pages, each."""

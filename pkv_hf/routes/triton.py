@@ -1,0 +1,123 @@
+"""Our own kernels as routes: appends by Triton, and decode attention by splitting or by a workqueue."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from pkv_hf.cache.layer import PagedLayer
+from pkv_hf.cache.table import BlockTable
+from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, device_limits, has_dtypes, splits_for
+from pkv_hf.kernels.quantize import LARGEST
+from pkv_hf.routes.base import Accepted, Bounds, Norms, Rejected, StepShape, installed
+from pkv_hf.routes.costs import Work
+
+
+class Triton:
+    """What routes that append by Triton share: what they take, and how they append."""
+
+    name: str
+    fuses_rope = True
+
+    def supports(self, shape: StepShape) -> Accepted | Rejected:
+        if shape.torch_alone:
+            return Rejected(shape.torch_alone)
+        if not installed("triton"):
+            return Rejected("triton is not installed")
+        interpreted = shape.named and os.environ.get("TRITON_INTERPRET") == "1"
+        if shape.device.type != "cuda" and not interpreted:
+            return Rejected(f"Triton kernels need a GPU, the step is on {shape.device.type}")
+        if shape.autocast:
+            return Rejected("under autocast queries and pages differ in dtype")
+        if shape.kv_dtype != shape.dtype and shape.kv_dtype not in LARGEST:
+            return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
+        if shape.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return Rejected(f"{shape.dtype} is not one of float16, bfloat16, float32")
+        major, minor = capability(shape.device)
+        if not has_dtypes(shape.device, shape.dtype):
+            return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{major}{minor}")
+        if not has_dtypes(shape.device, shape.kv_dtype):
+            return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{major}{minor}: use int8")
+        if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
+            return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
+        if not 1 <= shape.group <= 16:
+            return Rejected(f"{shape.group} query heads a KV head, at most 16 are served")
+        if shape.tile is None:
+            queries, shared_memory = shape.q_len * shape.group, device_limits(shape.device)[1]
+            return Rejected(f"{queries} queries a KV head do not fit {shared_memory} bytes of shared memory")
+        return Accepted()
+
+    def prepare(self, table: BlockTable, device: torch.device) -> None:
+        pass
+
+    def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
+        from pkv_hf.kernels.append import append
+
+        layer.length = layer.prepare(k, v)
+        table, first_held = layer.table.on(k.device)
+        append(*layer.pages, k, v, table, first_held, bounds.on(k.device)[1], layer.scales)
+
+    def rope_append(
+        self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, norms: Norms | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        from pkv_hf.kernels.append import rope_append
+
+        layer.length = layer.prepare(k, v)
+        table, first_held = layer.table.on(k.device)
+        ends = bounds.on(k.device)[1]
+        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, ends, norms, layer.scales)
+
+
+class Split(Triton):
+    """A rectangular grid (row, KV head, split): sequence splitting, for one row or rows of equal length."""
+
+    name = "split"
+
+    def work(self, shape: StepShape) -> Work:
+        tile = _tokens(shape)
+        items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile)
+        splits = splits_for(items, tiles, shape.processors)
+        merges = splits > 1
+        return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
+
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+        from pkv_hf.kernels.attention.split import decode_split
+
+        table, _ = layer.table.on(q.device)
+        starts, ends = bounds.on(q.device)
+        window = layer.table.window
+        longest = max(bounds.end, bounds.horizon) - int(bounds.starts.min())
+        if window:
+            longest = min(longest, window + bounds.q_len)
+        return decode_split(
+            q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest, scales=layer.scales
+        )
+
+
+class Workqueue(Triton):
+    """Tiles of all rows and heads in equal shares, one a resident CTA (stream-K): for rows of unequal length."""
+
+    name = "workqueue"
+
+    def work(self, shape: StepShape) -> Work:
+        tile = _tokens(shape)
+        tiles = (-(-shape.tokens // tile) + shape.rows) * shape.kv_heads  # a row's last tile is part of one
+        programs = min(PROGRAMS_PER_SM * shape.processors, tiles)
+        items = shape.rows * shape.kv_heads
+        return shape.work(-(-tiles // programs) * tile, 2, items + programs)
+
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+        from pkv_hf.kernels.attention.workqueue import decode_workqueue
+
+        table, _ = layer.table.on(q.device)
+        bounds_there = bounds.on(q.device)
+        window = layer.table.window
+        return decode_workqueue(q, *layer.pages, table, *bounds_there, scale=scale, window=window, scales=layer.scales)
+
+
+def _tokens(shape: StepShape) -> int:
+    """Tokens of a tile of the Triton routes, for a step that they take."""
+    assert shape.tile is not None
+    return shape.tile.tokens

@@ -1,0 +1,1 @@
+"""One call of a patched model, from the gate to the graph."""

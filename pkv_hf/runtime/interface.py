@@ -1,0 +1,130 @@
+"""Our two functions in transformers' registries: what layers ask of attention, and what of that pages serve.
+
+The mask function answers a step with an empty mask, which says which window it stands for. A layer that brings such a
+mask and the very keys and values that its cache update returned has gone through transformers' interface; what else it
+brings has to be understood too. Any other layer ends the step (`LayerNotServed`), and the call runs without pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pkv_hf import compat
+from pkv_hf.errors import LayerNotServed, NotServed
+from pkv_hf.runtime.state import STATE, LayerShape, PatchState, original_implementation
+from pkv_hf.runtime.step import Step, current_step, handle_of
+
+HARMLESS = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "tokenizer",  # for stop_strings: transformers 5 passes it on to the layers
+    }
+)
+"""Keyword arguments that reach attention functions and do not change what attention is."""
+
+
+def changes_nothing(arguments: dict[str, Any]) -> bool:
+    """Whether keyword arguments on their way to an attention function leave attention as it is."""
+    return all(value is None or name in HARMLESS for name, value in arguments.items())
+
+
+def mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
+    """Our mask function: empty for the causal masks of a step, transformers' own for any other."""
+    if current_step() is not None and compat.plainly_causal(kwargs):
+        return torch.empty((1, 1 + compat.mask_window(kwargs), 0, 0), dtype=torch.bool)
+    return compat.mask_function(original_implementation(config))(*args, config=config, **kwargs)
+
+
+def window_of(attention_mask: torch.Tensor | None) -> int | None:
+    """The window that an empty mask stands for (0: full attention), None for a mask that `mask` did not make empty."""
+    if attention_mask is None or attention_mask.ndim != 4 or attention_mask.shape[2:] != (0, 0):
+        return None
+    return attention_mask.shape[1] - 1
+
+
+def attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Our attention function: pages for what a step appended, transformers' own for any other keys.
+
+    query is `[B, H_q, q_len, D]`, key and value `[B, H_kv, S, D]`; returns `[B, q_len, H_q, D]` and the weights if any.
+
+    Raises LayerNotServed, for `decoder_forward`, where a step's layer asks for what pages do not give.
+    """
+    handle, window = handle_of(key), window_of(attention_mask)
+    if handle is None and window is None:
+        function = compat.attention_function(original_implementation(module.config), module)
+        if softcap is not None:
+            kwargs["softcap"] = softcap
+        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    name = type(module).__name__
+    if handle is None or handle_of(value) is not handle:
+        raise LayerNotServed(f"{name} attends to other keys and values than its cache update returned")
+    if window is None:
+        raise LayerNotServed(f"{name} has a mask that is more than causal")
+    step, layer_idx = handle
+    held = step.cache.layers[layer_idx].table.window
+    if window != held:
+        raise LayerNotServed(f"{name} attends to a window of {window or 'all'} tokens, the cache holds {held or 'all'}")
+    if not _fits(query, key, value):
+        raise LayerNotServed(f"{name} has queries {list(query.shape)} for keys {list(key.shape)}")
+    _check_keywords(module, held, scaling, softcap, kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    _learn(module, step, LayerShape(query.shape[1] // key.shape[1], key.shape[1], query.shape[3], scale, softcap or 0))
+    return step.attend(query, key, value, layer_idx, scale, softcap or 0).contiguous(), None
+
+
+def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether queries are of the same tokens as the keys, in whole groups of heads."""
+    rows, heads, q_len, head_dim = query.shape
+    return key.shape == value.shape == (rows, key.shape[1], q_len, head_dim) and heads % key.shape[1] == 0
+
+
+def _check_keywords(
+    module: Any, window: int, scaling: float | None, softcap: float | None, kwargs: dict[str, Any]
+) -> None:
+    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know.
+
+    transformers' sdpa attention does not cap scores: what it does instead is left to it.
+    """
+    causal = kwargs.get("is_causal")
+    known = {
+        "scaling": isinstance(scaling, (int, float)),
+        "softcap": isinstance(softcap, (int, float))
+        and softcap > 0
+        and original_implementation(module.config) != "sdpa",
+        "is_causal": getattr(module, "is_causal", True) if causal is None else causal,
+        "dropout": not kwargs.get("dropout"),
+        "sliding_window": (kwargs.get("sliding_window") or window) == window,
+    }
+    for name, value in {**kwargs, "scaling": scaling, "softcap": softcap}.items():
+        if value is not None and name not in HARMLESS and not known.get(name):
+            shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+            raise LayerNotServed(f"{type(module).__name__} asks attention for {name}={shown}")
+    if not known["is_causal"]:
+        raise LayerNotServed(f"{type(module).__name__} is not causal")
+
+
+def _learn(module: Any, step: Step, shape: LayerShape) -> None:
+    """Notes the shape of a generic model's layer, on which the routes of later steps depend."""
+    state: PatchState = getattr(module, STATE)
+    if not state.generic or shape in state.shapes:
+        return
+    state.shapes.add(shape)
+    if step.decodes and step.route.fuses_rope:  # the step's kernels were chosen without it
+        raise NotServed(f"{type(module).__name__} has other heads, scale or softcap than before")

@@ -1,0 +1,143 @@
+"""One decode step of a cache over buffers that stay where they are: run as it is, or captured once and replayed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.routes.base import Bounds, Route
+from pkv_hf.runtime.graphs import GraphMemories, GraphMemory
+from pkv_hf.runtime.step import Step, launching_on
+
+Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
+"""decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
+
+
+class DecodeStep:
+    """Decodes `q_len` tokens a row by a forward over static buffers, through a CUDA graph where one is asked for.
+
+    A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
+    launches were sized for. Positions and ends advance on the device, at the end of every step; the host writes them
+    only where its own count differs, as after a crop. Belongs to one cache, which it does not hold.
+    """
+
+    def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int) -> None:
+        self.decoder = decoder
+        self.forward = forward
+        self.head = head
+        self.route = route
+        self.q_len = q_len
+        weight = next(decoder.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
+        self.horizon = 0
+        self.captures = 0
+        self._memory: GraphMemory | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._output: torch.Tensor | None = None
+        self._addresses: tuple[Any, ...] = ()
+        self._starts: np.ndarray | None = None
+        self._end = -1  # what `ends` and `positions` on the device stand at
+
+    def _make_buffers(self, rows: int, device: torch.device) -> None:
+        self.tokens = torch.zeros((rows, self.q_len), dtype=torch.int64, device=device)
+        self.positions = torch.zeros_like(self.tokens)
+        self.starts = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.ends = torch.zeros_like(self.starts)
+
+    def run(
+        self,
+        cache: PagedCache,
+        tokens: torch.Tensor,
+        positions: torch.Tensor | None,
+        starts: np.ndarray,
+        memories: GraphMemories | None,
+    ) -> torch.Tensor:
+        """Appends tokens (int64 `[B, q_len]`) to the cache; returns what `forward` does, in a buffer of the graph.
+
+        `positions` are `[1 or B, q_len]`; None continues from the step before. `starts` are the first real positions.
+        `memories` are what to capture into, None to run without a graph.
+
+        Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
+        """
+        begin = cache.get_seq_length()
+        end = begin + self.q_len
+        # torch forbids to write outside of inference mode what was made inside
+        with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
+            if self._starts is None:
+                self._make_buffers(len(starts), self.device)
+            try:
+                self._place(cache, begin, end)
+                if self._starts is None or not np.array_equal(starts, self._starts):
+                    self._starts = starts
+                    self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
+                    self.drop()  # sizes of launches depend on the shortest padding
+                if end != self._end:
+                    if positions is None:
+                        raise RuntimeError(f"the cache came to hold {begin} tokens while its next step was queued")
+                    self.ends.fill_(end)
+                    self._end = end
+                if positions is not None:
+                    self.positions.copy_(positions)
+                self.tokens.copy_(tokens)
+                if memories is None:
+                    output = self._body(cache, begin)
+                else:
+                    self._capture(cache, begin, memories)
+                    assert self._graph is not None
+                    assert self._output is not None
+                    self._graph.replay()
+                    output = self._output
+            except BaseException:
+                cache.truncate(begin)
+                raise
+            for layer in cache.layers:
+                layer.length = end
+            self._end = end + self.q_len
+            return output
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    def _place(self, cache: PagedCache, begin: int, end: int) -> None:
+        """Makes pages for positions [begin, end), and forgets a graph of addresses or sizes that have changed."""
+        if end > self.horizon:
+            self.horizon = max(1 << (end - 1).bit_length(), *(table.reserve for table in cache.tables.values()))
+            self.drop()
+        addresses: list[Any] = []
+        for table in cache.tables.values():
+            table.prepare(begin, end)
+            self.route.prepare(table, self.device)
+            addresses.append(table.pool.version)
+            addresses += (tensor.data_ptr() for tensor in table.on(self.device))
+        if tuple(addresses) != self._addresses:
+            self._addresses = tuple(addresses)
+            self.drop()
+
+    def _body(self, cache: PagedCache, begin: int, captured: bool = False) -> torch.Tensor:
+        assert self._starts is not None
+        mirrors = {self.device: (self.starts, self.ends)}
+        bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
+        with Step(cache, bounds, self.route, captured=captured) as step:
+            output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
+        self.ends.add_(self.q_len)
+        self.positions.add_(self.q_len)
+        return output
+
+    def drop(self) -> None:
+        """Gives up the graph and its memory."""
+        self._graph = self._output = None
+
+    def _capture(self, cache: PagedCache, begin: int, memories: GraphMemories) -> None:
+        """Captures the step, unless its graph can be replayed in this thread, on this stream."""
+        memory = memories.here(self.device)
+        if self._graph is None or memory is not self._memory:
+            self.drop()
+            self._memory = memory
+            self._graph, self._output = memory.capture(lambda: self._body(cache, begin, captured=True))
+            self.captures += 1

@@ -1,0 +1,137 @@
+"""One forward of a patched model over a `PagedCache`: what its layers share, from begin to commit."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+
+import torch
+
+from pkv_hf.cache.layer import PagedLayer
+from pkv_hf.cache.packing import Packing
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.errors import LayerNotServed
+from pkv_hf.routes.base import MAX_DECODE_QUERIES, Bounds, Norms, Route
+from pkv_hf.routes.sdpa import over_pages, packed, prefill
+
+_current: ContextVar[Step | None] = ContextVar("pkv_hf_step", default=None)
+
+
+def current_step() -> Step | None:
+    """The step whose forward runs in this thread."""
+    return _current.get()
+
+
+def launching_on(device: torch.device) -> AbstractContextManager:
+    """Makes a device the current one: Triton launches there, whatever device the tensors are on."""
+    if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
+        return nullcontext()
+    return torch.cuda.device(device)
+
+
+class Step:
+    """Appends each layer's new K and V to the pages and attends over them by the step's route.
+
+    Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was, and so does one in
+    which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
+    one row. `captured` says that a CUDA graph keeps what the forward does.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        bounds: Bounds,
+        route: Route,
+        packing: Packing | None = None,
+        captured: bool = False,
+    ) -> None:
+        self.cache = cache
+        self.bounds = bounds
+        self.route = route
+        self.packing = packing
+        self.captured = captured
+        self._unread: set[int] = set()  # layers that have appended and not attended yet
+
+    def __enter__(self) -> Step:
+        if not self.cache.rows:
+            self.cache.start(len(self.bounds.starts), self.bounds.starts)
+        self.cache.step = self
+        self._outer = _current.set(self)
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        _current.reset(self._outer)
+        self.cache.step = None
+        missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
+        if error is not None or missed:
+            self.cache.truncate(self.bounds.begin)
+        if error is None and missed:
+            raise LayerNotServed(f"layer {min(missed)} does not go through transformers' cache and attention interface")
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends k and v `[rows, H_kv, q_len, D]` to a layer; returns them with a handle that leads back here.
+
+        Raises LayerNotServed for states that are not this step's tokens, once a layer.
+        """
+        layer = self.cache.layers[layer_idx]
+        rows, tokens = (1, self.packing.tokens) if self.packing else (len(self.bounds.starts), self.bounds.q_len)
+        if k.shape != v.shape or k.shape[0] != rows or k.shape[2] != tokens or layer.length != self.bounds.begin:
+            raise LayerNotServed(
+                f"layer {layer_idx} keeps keys {list(k.shape)} and values {list(v.shape)} after {layer.length} tokens, "
+                f"in a step of {rows} x {tokens} after {self.bounds.begin}"
+            )
+        if self.packing is not None:
+            layer.write_packed(k, v, self.packing)
+        else:
+            with launching_on(k.device):
+                self.route.append(layer, k, v, self.bounds)
+        k.pkv_hf_handle = v.pkv_hf_handle = (self, layer_idx)  # type: ignore[attr-defined]
+        self._unread.add(layer_idx)
+        return k, v
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scale: float, softcap: float = 0.0
+    ) -> torch.Tensor:
+        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended; returns `[rows, q_len, H_q, D]`.
+
+        A `softcap` other than 0 caps the scores, which torch does on any route.
+        """
+        layer, bounds = self.cache.layers[layer_idx], self.bounds
+        self._unread.discard(layer_idx)
+        if self.packing is not None:
+            return packed(q, k, v, scale, self.packing, layer.table.window).transpose(1, 2)
+        if not bounds.begin:
+            return prefill(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
+        return self._over_pages(layer, q, scale, softcap)
+
+    def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+        bounds = self.bounds
+        if softcap or not self.decodes:
+            return over_pages(layer, q, scale, bounds.starts, bounds.begin, softcap).transpose(1, 2)
+        with launching_on(q.device):
+            return self.route.decode(layer, q, scale, bounds)
+
+    @property
+    def decodes(self) -> bool:
+        """Whether the route attends, unless scores are capped; to prompts and longer blocks torch does."""
+        return self.bounds.begin > 0 and self.bounds.q_len <= MAX_DECODE_QUERIES
+
+    @property
+    def fuses_rope(self) -> bool:
+        """Whether the layers of this step may call `rope_attend`."""
+        return self.bounds.begin > 0 and self.route.fuses_rope
+
+    def rope_attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+        layer_idx: int, scale: float, norms: Norms | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`update` and `attend` with RoPE in the append: q, k, v as projected, cos and sin `[1 or rows, q_len, D]`."""
+        layer = self.cache.layers[layer_idx]
+        with launching_on(q.device):
+            q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
+        return self._over_pages(layer, q, scale)
+
+
+def handle_of(states: torch.Tensor) -> tuple[Step, int] | None:
+    """The step and layer that `Step.update` put on its keys and values, None for any other tensor."""
+    return getattr(states, "pkv_hf_handle", None)

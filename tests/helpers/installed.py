@@ -1,0 +1,42 @@
+"""Patches a tiny model and generates, with what is installed and nothing else: run where no test tool is."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+import triton
+
+import pkv_hf
+from pkv_hf.kernels import append, elementwise
+from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels.attention import split, workqueue
+from pkv_hf.report import state_of
+
+KERNELS = (append, elementwise, gemv, split, workqueue)  # importing them is part of the check
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = torch.randint(1, 128, (2, 40))
+    for settings in ({}, {"num_beams": 2}, {"do_sample": True}):
+        call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, **settings}
+        torch.manual_seed(1)
+        expected = model.generate(ids, **call)
+        with pkv_hf.patched(model):
+            torch.manual_seed(1)
+            assert torch.equal(model.generate(ids, **call), expected), settings
+            report = state_of(model)
+            assert report.calls.pages, settings
+            assert not report.calls.transformers, settings
+            assert not report.left, settings
+    versions = {package.__name__: package.__version__ for package in (torch, transformers, triton)}
+    print(f"pkv_hf from {pkv_hf.__file__}, with {versions}: on pages")
+
+
+if __name__ == "__main__":
+    main()

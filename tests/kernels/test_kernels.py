@@ -1,0 +1,336 @@
+"""The Triton kernels (in the interpreter where there is no GPU) against float64, beside torch's own attention."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pkv_hf.kernels.append import append, rope_append
+from pkv_hf.kernels.checks.attention import (
+    DTYPES,
+    GROUPS,
+    HEAD_DIMS,
+    PAGE_SIZES,
+    POISONS,
+    ROUTES,
+    Case,
+    build,
+    measure,
+    random_case,
+    run,
+)
+from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
+from pkv_hf.kernels.reference import paged_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def assert_right(case: Case, route: str) -> None:
+    result = measure(case, route, DEVICE)
+    assert result.written, case
+    assert result.error <= 2 * result.sdpa_error, (case, result)
+
+
+def case_of(**settings) -> Case:
+    """A small ragged case with fresh random numbers: one token, an exact page end, and a start inside a page."""
+    defaults = Case(
+        starts=(5, 0, 20), ends=(6, 64, 83), num_kv_heads=2, group=4, head_dim=64, page_size=16, dtype=torch.float32
+    )
+    return dataclasses.replace(defaults, seed=secrets.randbits(31), **settings)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group(group, dtype, route):
+    assert_right(case_of(group=group, dtype=dtype), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, *HEAD_DIMS])
+def test_every_head_dim(head_dim, dtype, route):
+    assert_right(case_of(head_dim=head_dim, dtype=dtype), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("head_major", [True, False])
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_every_page_size_and_layout(page_size, head_major, route):
+    assert_right(case_of(page_size=page_size, head_major=head_major), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("window", [0, 1, 17, 100])
+@pytest.mark.parametrize("q_len", [1, 2, 5])
+def test_query_blocks_and_windows(q_len, window, route):
+    assert_right(case_of(q_len=q_len, window=window, ends=(6 + q_len, 64, 83)), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 50])
+def test_more_and_fewer_parts_than_tiles(parts, route):
+    assert_right(case_of(parts=parts, ends=(6, 64, 300)), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_many_rows(route):
+    ends = tuple(int(end) for end in np.random.default_rng().integers(1, 40, 70))
+    assert_right(case_of(starts=(0,) * 70, ends=ends, num_kv_heads=1), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_random_cases(dtype, route):
+    seed = secrets.randbits(32)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        case = random_case(rng, longest=120, dtype=dtype)
+        result = measure(case, route, DEVICE)
+        assert result.written, (seed, case)
+        assert result.error <= 2 * result.sdpa_error, (seed, case, result)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_single_token_comes_out_as_it_is(route):
+    case = case_of(starts=(0, 31), ends=(1, 32), dtype=torch.float16)
+    inputs = build(case, DEVICE)
+    out = run(case, route, inputs, torch.empty(2, 1, 8, 64, dtype=case.dtype, device=DEVICE))
+    for row, position in enumerate((0, 31)):
+        page = inputs["block_table"][row, position // 16].long()
+        v = inputs["v_pages"][page, :, position % 16]
+        assert torch.equal(out[row, 0], v.repeat_interleave(case.group, dim=0))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+def test_quantized_pages(kv_dtype, dtype, route):
+    for group, head_dim, page_size, q_len in ((4, 128, 16, 1), (1, 80, 64, 1), (7, 64, 32, 3)):
+        ends = (6 + q_len, 64, 83)
+        settings = {"group": group, "head_dim": head_dim, "page_size": page_size, "q_len": q_len, "ends": ends}
+        assert_right(case_of(dtype=dtype, kv_dtype=kv_dtype, **settings), route)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_appends_quantize_as_the_reference_does(head_dim, kv_dtype, dtype):
+    k_pages, _, table, first_held, ends = pools(torch.float32, head_dim)
+    states = torch.randn(2, 3, 3, 2, head_dim, device=DEVICE) * 10 ** torch.randn(2, 3, 3, 2, 1, device=DEVICE)
+    states[0, 1, 1] = 0  # a vector of zeros
+    k, v = states.to(dtype).transpose(2, 3)
+    ones, zeros = torch.ones(1, 3, head_dim, dtype=dtype, device=DEVICE), torch.zeros(1, 3, head_dim, dtype=dtype)
+    for roped in (False, True):
+        pages = [torch.full_like(k_pages, 0).to(kv_dtype) for _ in range(2)]
+        scales = tuple(torch.full(k_pages.shape[:3], float("nan"), device=DEVICE) for _ in range(2))
+        where = (table, first_held, ends)
+        if roped:  # by angles of 0
+            q = torch.zeros(3, 4, 3, head_dim, dtype=dtype, device=DEVICE)
+            rope_append(*pages, q, k, v, ones, zeros.to(DEVICE), *where, scales=scales)
+        else:
+            append(*pages, k, v, *where, scales=scales)
+        for values, of_values, exact in zip(pages, scales, (k, v)):
+            expected, expected_scales = quantize(exact, kv_dtype)
+            for row in range(3):
+                for t in range(3):
+                    position = int(ends[row]) - 3 + t
+                    at = (int(table[row, position // 16]), slice(None), position % 16)
+                    assert torch.equal(values[at].view(torch.uint8), expected[row, :, t].view(torch.uint8))
+                    assert torch.equal(of_values[at], expected_scales[row, :, t])
+            assert int(torch.isfinite(of_values).sum()) == exact[..., 0].numel()
+
+
+@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
+def test_quantizing_errs_by_half_a_step(kv_dtype):
+    states = torch.randn(50, 7, 96) * 10 ** torch.randn(50, 7, 1)
+    states[3] = 0
+    back = dequantize(*quantize(states, kv_dtype), torch.float32)
+    largest = states.abs().amax(-1, keepdim=True)
+    half_steps = largest / 254 if kv_dtype == torch.int8 else (states.abs() / 16).maximum(largest / 448 / 1024)
+    assert ((back - states).abs() <= half_steps * 1.001).all()
+    assert not back[3].any()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("poison", POISONS)
+def test_infinities_and_nan_in_unread_slots_reach_no_output(poison, route):
+    for kv_dtype in (None, torch.int8):
+        assert_right(case_of(poison=poison, kv_dtype=kv_dtype, parts=3, dtype=torch.float16), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_outputs_are_the_same_to_the_bit_in_every_run(route):
+    """Merging goes by place: which program comes first counts for nothing."""
+    case = case_of(parts=5, dtype=torch.float16)
+    inputs = build(case, DEVICE)
+    outs = [run(case, route, inputs, torch.empty(3, 1, 8, 64, dtype=case.dtype, device=DEVICE)) for _ in range(2)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_row_without_tokens_is_zero(route):
+    case = case_of(starts=(0, 16), ends=(16, 16))
+    inputs = build(dataclasses.replace(case, ends=(16, 17)), DEVICE)
+    inputs["ends"][1] = 16
+    out = torch.full((2, 1, 8, 64), float("nan"), device=DEVICE)
+    run(case, route, inputs, out)
+    assert not out[1].any()
+    assert torch.isfinite(out[0]).all()
+
+
+def test_the_reference_is_attention():
+    case = case_of(q_len=3, ends=(9, 64, 83))
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in build(case, "cpu").items()
+    }
+    out = paged_attention(**inputs, scale=0.3)
+    for row, (start, end) in enumerate(zip(case.starts, case.ends)):
+        positions = torch.arange(start, end)
+        pages, slots = inputs["block_table"][row, positions // 16].long(), positions % 16
+        k, v = (inputs[name][pages, :, slots].repeat_interleave(4, 1) for name in ("k_pages", "v_pages"))
+        for t in range(3):
+            seen = positions <= end - 3 + t
+            scores = torch.einsum("hd,thd->ht", inputs["q"][row, :, t], k[seen]) * 0.3
+            torch.testing.assert_close(out[row, t], torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen]))
+
+
+def pools(dtype: torch.dtype, head_dim: int):
+    """Pages of NaN, a table of three rows, and where their last three tokens go."""
+    k_pages, v_pages = (torch.full((12, 2, 16, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    table = torch.tensor([[3, 5, 0], [0, 9, 2], [7, 1, 4]], dtype=torch.int32, device=DEVICE)
+    ends = torch.tensor([17, 33, 48], dtype=torch.int32, device=DEVICE)
+    first_held = torch.tensor([0, 16, 0], dtype=torch.int32, device=DEVICE)
+    return k_pages, v_pages, table, first_held, ends
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+def test_append_writes_just_the_new_tokens(head_dim, dtype):
+    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
+    k, v = (torch.randn(3, 3, 2, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
+    append(k_pages, v_pages, k, v, table, first_held, ends)
+    for pages, states in ((k_pages, k), (v_pages, v)):
+        for row in range(3):
+            for t in range(3):
+                position = int(ends[row]) - 3 + t
+                assert torch.equal(pages[int(table[row, position // 16]), :, position % 16], states[row, :, t])
+        assert int(torch.isfinite(pages).sum()) == states.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 96])
+@pytest.mark.parametrize("rows_of_cos", [1, 3])
+def test_rope_append_rounds_as_transformers_does(rows_of_cos, head_dim, dtype):
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
+    q, k, v = (torch.randn(3, 3, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
+    angles = torch.randn(rows_of_cos, 3, head_dim // 2, device=DEVICE).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
+    rotated = rope_append(k_pages, v_pages, q, k, v, cos, sin, table, first_held, ends)
+    assert torch.equal(rotated, expected_q)
+    for pages, states in ((k_pages, expected_k), (v_pages, v)):
+        for row in range(3):
+            for t in range(3):
+                position = int(ends[row]) - 3 + t
+                written = pages[int(table[row, position // 16]), :, position % 16]
+                assert torch.equal(written, states[row, :, t])
+        assert int(torch.isfinite(pages).sum()) == states.numel()
+
+
+def test_positions_in_the_null_page_are_left_out():
+    k_pages, v_pages, table, first_held, ends = pools(torch.float32, 64)
+    ends[1] = 18  # its three tokens are at 15, 16 and 17, the first of them in the null page
+    k, v = (torch.randn(3, 2, 3, 64, device=DEVICE) for _ in range(2))
+    append(k_pages, v_pages, k, v, table, first_held, ends)
+    assert torch.isnan(k_pages[0]).all()
+    assert int(torch.isfinite(k_pages).sum()) == k.numel() - 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"q": torch.zeros(3, 8, 1, 64, dtype=torch.float64)}, "float64"),
+        ({"q": torch.zeros(3, 8, 1, 32)}, "head_dim of 64"),
+        ({"q": torch.zeros(3, 7, 1, 64)}, "7 query heads"),
+        ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts is torch.int64"),
+        ({"ends": torch.zeros(2, dtype=torch.int32)}, r"ends is torch.int32 \[2\]"),
+        ({"v_pages": torch.zeros(14, 2, 16, 64)}, "differ in shape"),
+        ({"k_pages": torch.zeros(13, 2, 64, 16).transpose(2, 3)}, "k_pages has strides"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_arguments_are_named(route, change, named):
+    case = case_of()
+    inputs = {**build(case, DEVICE), **{name: torch.zeros(13, 2, 16, 64) for name in ("k_pages", "v_pages")}, **change}
+    with pytest.raises(ValueError, match=named):
+        run(case, route, {name: tensor.to(DEVICE) for name, tensor in inputs.items()}, torch.empty(3, 1, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"k": torch.zeros(3, 1, 2, 64), "v": torch.zeros(3, 1, 2, 64)}, "want both with 2 heads"),
+        ({"v": torch.zeros(3, 2, 2, 32)}, r"v is \[3, 2, 2, 32\]"),
+        ({"k": torch.zeros(2, 2, 2, 64)}, "k is|v is"),
+        ({"k": torch.zeros(3, 2, 64, 2).transpose(2, 3)}, "contiguous head_dim"),
+        ({"first_held": torch.zeros(3)}, "first_held is torch.float32"),
+        ({"block_table": torch.zeros(3, 3, dtype=torch.int32, device="meta")}, "block_table is on meta"),
+        ({"cos": torch.zeros(2, 2, 64)}, r"cos is \[2, 2, 64\]"),
+        ({"sin": torch.zeros(1, 2, 64, dtype=torch.float16)}, "sin is torch.float16"),
+    ],
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
+)
+def test_bad_arguments_of_append_are_named(change, named):
+    k_pages, v_pages, table, first_held, ends = (tensor.cpu() for tensor in pools(torch.float32, 64))
+    states = {name: torch.zeros(3, 2, 2, 64) for name in ("k", "v")}
+    angles = {name: torch.zeros(1, 2, 64) for name in ("cos", "sin")}
+    where = {"block_table": table, "first_held": first_held, "ends": ends}
+    with pytest.raises(ValueError, match=named):
+        rope_append(k_pages, v_pages, **{"q": torch.zeros(3, 4, 2, 64), **states, **angles, **where, **change})
+    if not change.keys() & {"cos", "sin"}:
+        with pytest.raises(ValueError, match=named):
+            append(k_pages, v_pages, **{**states, **where, **change})
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_small_float32_cases_are_judged_over_many_draws(route, monkeypatch):
+    from pkv_hf.kernels.checks import attention as check
+
+    drawn = []
+    draw = check._draw
+    monkeypatch.setattr(check, "_draw", lambda case, *rest: drawn.append(case.seed) or draw(case, *rest))
+    small = case_of(starts=(0,), ends=(40,), num_kv_heads=1, group=1)
+    assert check.measure(small, route, DEVICE).written
+    assert len(set(drawn)) == -(-check.JUDGED_PAIRS // 40)
+    drawn.clear()
+    check.measure(dataclasses.replace(small, dtype=torch.float16), route, DEVICE)
+    assert len(drawn) == 1
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_long_float32_sums_are_compensated(route, monkeypatch):
+    from pkv_hf.kernels.checks import attention as check
+
+    build = check.build
+
+    def build_far_from_zero(*args):  # so that sums grow with the tokens, and what rounding them loses
+        inputs = build(*args)
+        inputs["v_pages"] += 1
+        return inputs
+
+    monkeypatch.setattr(check, "build", build_far_from_zero)
+    long = case_of(starts=(0,), ends=(65_536,), num_kv_heads=1, group=4, head_dim=16, parts=1)
+    result = measure(long, route, DEVICE)
+    assert result.written
+    # in the interpreter 0.1 to 0.2 times SDPA's error, 1.0 to 1.5 times without compensation
+    assert result.error <= (0.5 if DEVICE == "cpu" else 2) * result.sdpa_error

@@ -1,0 +1,120 @@
+"""Random cases for append, RoPE, linear layers, norms and SwiGLU, as scripts/soak.py runs them, and what they catch."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from pkv_hf.kernels import append, elementwise
+from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels.checks import attention as check
+from pkv_hf.kernels.checks.append import AppendCase
+from pkv_hf.kernels.checks.fuzz import BOUND
+from pkv_hf.kernels.checks.fuzz_layers import DTYPES, batches, judge
+from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, beside
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), KINDS, ids=lambda value: getattr(value, "__name__", str(value)))
+def test_random_cases(kind, dtype):
+    seed = secrets.randbits(32)
+    rng = np.random.default_rng(seed)
+    for _ in range(3):
+        first = kind.random(rng, dtype)
+        for _ in range(3):
+            outcome = judge(first.vary(rng, longest=600), DEVICE)
+            assert not outcome.failed, (seed, outcome)
+
+
+def test_batches_share_what_is_compiled_and_go_through_all_kernels():
+    made = batches(np.random.default_rng(secrets.randbits(32)), 50, 3, longest=100)
+    assert [len(cases) for cases in made] == [3] * 16 + [2]
+    assert [(type(cases[0]), cases[0].dtype) for cases in made[: len(KINDS)]] == KINDS
+    for cases in made:
+        fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual"}
+        assert len({tuple(getattr(case, name, None) for name in fixed) for case in cases}) == 1
+        assert len({case.seed for case in cases}) == len(cases)
+
+
+def broken(kernel, place):
+    """A kernel with one element of its output, or of the pages, off by 1 or left unwritten."""
+
+    def wrong(*args, **kwargs):
+        out = kernel(*args, **kwargs)
+        changed = args[0] if place == "page" else out[0] if isinstance(out, tuple) else out
+        if place == "page":
+            changed[0, 0, 0, 0] = 0
+        elif place == "unwritten":
+            changed.view(-1)[-1] = float("nan")
+        else:
+            changed.view(-1)[-1] += 1
+        return out
+
+    return wrong
+
+
+APPEND = AppendCase(
+    torch.bfloat16, head_dim=80, page_size=16, kv_dtype=None, roped=False, norm=False, ends=(40, 7), first_held=(0, 0)
+)
+ROPED = dataclasses.replace(APPEND, roped=True)
+LINEAR = LinearCase(
+    torch.bfloat16, rows=16, outputs=(700,), gated=False, bias=True, norm=False, residual=True, inputs=64
+)
+GATED = LinearCase(
+    torch.float16, rows=1, outputs=(90, 90), gated=True, bias=False, norm=True, residual=False, inputs=50
+)
+NORM = ElementwiseCase(torch.float32, gated=False, residual=True, rows=9, width=300)
+SILU = ElementwiseCase(torch.bfloat16, gated=True, residual=False, rows=3, width=500)
+
+
+@pytest.mark.parametrize(
+    ("case", "module", "kernel", "place", "failed"),
+    [
+        (APPEND, append, "append", "page", "elsewhere"),
+        (ROPED, append, "rope_append", "page", "elsewhere"),
+        (ROPED, append, "rope_append", "last", "q"),
+        (dataclasses.replace(ROPED, norm=True), append, "rope_append", "last", "q"),
+        *[(LINEAR, gemv, "linear", place, "out") for place in ("last", "unwritten")],
+        (GATED, gemv, "swiglu", "last", "out"),
+        *[(NORM, elementwise, "rms_norm", place, "out") for place in ("last", "unwritten")],
+        (SILU, elementwise, "silu_mul", "last", "out"),
+    ],
+)
+def test_one_wrong_element_is_caught(case, module, kernel, place, failed, monkeypatch):
+    monkeypatch.setattr(check, "MAX_DRAWS", 2)
+    case = dataclasses.replace(case, seed=secrets.randbits(31))
+    assert judge(case, DEVICE).failed == []
+    monkeypatch.setattr(module, kernel, broken(getattr(module, kernel), place))
+    assert judge(case, DEVICE).failed == [failed]
+
+
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_token_that_is_not_written_is_caught(kv_dtype, monkeypatch):
+    case = dataclasses.replace(APPEND, kv_dtype=kv_dtype, q_len=3, seed=secrets.randbits(31))
+    right = append.append
+
+    def all_but_the_last(k_pages, v_pages, k, v, table, first_held, ends, scales=None):
+        right(k_pages, v_pages, k[:, :, :-1], v[:, :, :-1], table, first_held, ends - 1, scales)
+
+    monkeypatch.setattr(append, "append", all_but_the_last)
+    outcome = judge(case, DEVICE)
+    assert outcome.failed == ["k", "v"]
+    assert not outcome.redrawn  # equality is no chance
+
+
+def test_one_wrong_element_among_millions_is_caught():
+    exact = torch.randn(1 << 22, dtype=torch.float64)
+    theirs = exact.to(torch.bfloat16)
+    ours = theirs.clone()
+    ours[-1] += 3
+    result = beside(ours, theirs, exact)
+    assert result.error < BOUND * result.torch_error
+    assert result.ratio > BOUND

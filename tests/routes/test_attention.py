@@ -1,0 +1,62 @@
+"""Attention in torch over pages against the reference: long rows cut in parts, ragged starts, windows, query blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pkv_hf.cache.layer import PagedLayer
+from pkv_hf.cache.pool import PagePool
+from pkv_hf.cache.table import BlockTable
+from pkv_hf.kernels.reference import paged_attention
+from pkv_hf.routes.sdpa import LONG_ON_CPU, over_pages, prefill, sdpa
+
+
+def filled(length: int, pads: tuple[int, ...], window: int = 0, reserve: int = 0) -> tuple[PagedLayer, torch.Tensor]:
+    """A layer with `length` positions in pages, and queries for the last of them (2 KV heads, groups of 3)."""
+    layer = PagedLayer(BlockTable(PagePool(16, 1), window, reserve), 0, None)
+    layer.table.start(len(pads), np.array(pads))
+    layer.table.keep_past = True
+    layer.write(*(torch.randn(len(pads), 2, length, 32) for _ in range(2)))
+    return layer, torch.randn(len(pads), 6, 8, 32)
+
+
+@pytest.mark.parametrize("reserve", [0, 5000])
+@pytest.mark.parametrize("window", [0, 30, LONG_ON_CPU + 100])
+@pytest.mark.parametrize("pads", [(0,), (0, 0), (7, 40, 2000), (0, 2045)])
+@pytest.mark.parametrize("length", [2047, 2048, LONG_ON_CPU + 501])
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_over_pages(q_len, length, pads, window, reserve):
+    layer, q = filled(length, pads, window, reserve)
+    q = q[:, :, :q_len]
+    out = over_pages(layer, q, 0.3, np.array(pads), length - q_len)
+    table, _ = layer.table.on(torch.device("cpu"))
+    starts, ends = torch.tensor(pads, dtype=torch.int32), torch.full((len(pads),), length, dtype=torch.int32)
+    expected = paged_attention(q.double(), *layer.pages, table, starts, ends, scale=0.3, window=window)
+    torch.testing.assert_close(out.transpose(1, 2).double(), expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_causal_queries_may_follow_others(group):
+    q, k, v = torch.randn(2, 2 * group, 7, 32), *torch.randn(2, 2, 2, 300, 32)
+    last = sdpa(torch.randn(2, 2 * group, 300, 32).index_copy_(2, torch.arange(293, 300), q), k, v, 0.3, causal=True)
+    torch.testing.assert_close(sdpa(q, k, v, 0.3, causal=True), last[:, :, 293:])
+
+
+@pytest.mark.parametrize("window", [0, 30, 290])
+@pytest.mark.parametrize("pads", [(0, 0), (7, 0, 299)])
+def test_prefill(pads, window):
+    layer, _ = filled(300, pads)
+    q, k, v = torch.randn(len(pads), 6, 300, 32), *layer.dense(0, 300)
+    k, v = k.clone(), v.clone()
+    for states in (k, v):  # what padding holds must not matter
+        for row, pad in enumerate(pads):
+            states[row, :, :pad] = float("nan")
+    out = prefill(q, k, v, 0.3, np.array(pads), window)
+    table, _ = layer.table.on(torch.device("cpu"))
+    starts, ends = torch.tensor(pads, dtype=torch.int32), torch.full((len(pads),), 300, dtype=torch.int32)
+    expected = paged_attention(q.double(), *layer.pages, table, starts, ends, scale=0.3, window=window)
+    torch.testing.assert_close(out.transpose(1, 2).double(), expected, atol=2e-6, rtol=1e-5)
+    for row, pad in enumerate(pads):
+        assert not out[row, :, :pad].any()

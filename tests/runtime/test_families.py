@@ -1,0 +1,343 @@
+"""Models of no family of ours: served on pages through transformers' attention interface, or left with a reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import pkv_hf
+from pkv_hf import PagedCache
+from pkv_hf.cache.layer import PagedLayer
+from pkv_hf.cache.pool import PagePool
+from pkv_hf.cache.table import BlockTable
+from pkv_hf.compat import CACHE
+from pkv_hf.errors import RouteError
+from pkv_hf.report import state_of
+from pkv_hf.routes.base import Bounds
+from pkv_hf.routes.registry import ROUTES
+from pkv_hf.routes.sdpa import over_pages, prefill
+from pkv_hf.runtime import serving
+from pkv_hf.runtime.serving import transformers_forward
+from pkv_hf.runtime.state import STATE
+from pkv_hf.runtime.step import Step
+from tiny import COMMON, assert_on_pages, left_padded, randomized
+
+pytestmark = pytest.mark.contract
+
+WINDOW = 24
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SERVED: dict[str, tuple[str, str, dict]] = {
+    "gemma2": (
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {"head_dim": 32, "sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        "Gemma3ForCausalLM",
+        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
+    ),
+    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.3, "logits_scaling": 4.0}),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
+    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM", {"head_dim": 16}),
+    "qwen2-moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 32}),
+    "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16}),
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": WINDOW}),
+    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+}
+LEFT: dict[str, tuple[str, str, dict, str]] = {
+    "gpt-oss": (
+        "GptOssConfig",
+        "GptOssForCausalLM",
+        {
+            "head_dim": 16,
+            "sliding_window": WINDOW,
+            "num_local_experts": 4,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        },
+        "asks attention for s_aux",
+    ),
+    "doge": ("DogeConfig", "DogeForCausalLM", {}, "Doge"),
+    "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", {}, "other keys and values than its cache"),
+}
+"""Models whose layers want more of attention than pages give."""
+
+MODES: dict[str, tuple[tuple[int, ...], dict]] = {
+    "one row": ((17,), {}),
+    "ragged": ((30, 21, 3), {}),
+    "beams": ((17, 9), {"num_beams": 2}),
+}
+
+
+def build(config: str, model: str, settings: dict) -> transformers.PreTrainedModel:
+    settings = {**COMMON, "tie_word_embeddings": False, **settings}
+    built = randomized(getattr(transformers, model), getattr(transformers, config)(**settings))
+    if "attn_logit_softcapping" in settings:
+        built.set_attn_implementation("eager")  # caps scores, in all releases
+    return built
+
+
+def generate(model, inputs, new_tokens=40, **settings):
+    return model.generate(
+        **inputs, max_new_tokens=new_tokens, return_dict_in_generate=True, **{"do_sample": False, **settings}
+    )
+
+
+@pytest.fixture
+def attended(monkeypatch) -> Counter:
+    """How often each layer attended to pages; "dense" counts dense K and V."""
+    counts: Counter = Counter()
+    attend, update = Step.attend, PagedLayer.update
+
+    def counted(self, q, k, v, layer_idx, *rest):
+        counts[layer_idx] += 1
+        return attend(self, q, k, v, layer_idx, *rest)
+
+    def dense(self, *states):
+        counts["dense"] += 1
+        return update(self, *states)
+
+    monkeypatch.setattr(Step, "attend", counted)
+    monkeypatch.setattr(PagedLayer, "update", dense)
+    return counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SERVED)
+def test_tokens_are_identical_and_pages_are_read(name, mode, attended):
+    lengths, settings = MODES[mode]
+    model, inputs = build(*SERVED[name]), left_padded(*lengths)
+    expected = generate(model, inputs, **settings)
+    assert len(set(expected.sequences[0, -40:].tolist())) > 3  # tokens wander, so that a wrong one shows
+    with pkv_hf.patched(model):
+        output = generate(model, inputs, **settings)
+        report = state_of(model)
+        assert_on_pages(model)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert isinstance(output[CACHE], PagedCache)
+    assert attended == dict.fromkeys(range(COMMON["num_hidden_layers"]), 40)
+    assert (report.family, report.generic) == (model.config.model_type, True)
+    assert "transformers' own layers run" in str(report)
+
+
+@pytest.mark.parametrize(("name", "route"), [("phi3", "split"), ("gemma3", "workqueue")])
+def test_the_triton_routes_give_the_same_tokens(name, route, attended):
+    pytest.importorskip("triton")
+    model, inputs = build(*SERVED[name]), left_padded(20, 9)
+    expected = generate(model, inputs, 3)
+    with pkv_hf.patched(model, route=route):
+        output = generate(model, inputs, 3)
+        assert state_of(model).route == route
+        assert_on_pages(model)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-moe"])
+def test_steps_on_static_buffers_give_the_same_tokens(name, monkeypatch):
+    """The steps that a GPU captures, here run as they are."""
+    pytest.importorskip("triton")
+
+    class Never(set):
+        def __contains__(self, _):
+            return False
+
+    model, inputs = build(*SERVED[name]), left_padded(20, 9)
+    expected = generate(model, inputs, 3)
+    monkeypatch.setattr(serving, "captures", lambda *_: True)
+    with pkv_hf.patched(model, route="split"):
+        getattr(model, STATE).compiled = Never()
+        output = generate(model, inputs, 3)
+        assert output[CACHE].decode_steps
+        assert_on_pages(model)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", SERVED)
+def test_a_captured_step_depends_on_no_length_of_the_host(name):
+    """What a graph would keep: the length that the model asks its cache for. OPT does."""
+    model = pkv_hf.patch(build(*SERVED[name]))
+    decoder, cache = model.get_decoder(), PagedCache(model.config)
+    decoder(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
+    step = Step(cache, Bounds(np.zeros(1, dtype=np.int64), 3, 1), ROUTES["sdpa"], captured=True)
+    call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
+    if name == "opt":
+        with pytest.raises(RuntimeError, match="length of its cache"), step:
+            transformers_forward(*call)
+        assert cache.get_seq_length() == 3
+    else:
+        with step:
+            hidden = transformers_forward(*call)
+        expected = pkv_hf.unpatch(model).get_decoder()(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
+        torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-4, rtol=1e-4)
+
+
+OTHER_NAMES = {  # configurations without num_key_value_heads or intermediate_size
+    "gpt2": ("GPT2Config", "GPT2LMHeadModel", {"n_embd": 64, "n_head": 4, "n_layer": 3}),
+    "falcon": ("FalconConfig", "FalconForCausalLM", {"multi_query": True}),
+    "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {}),
+}
+
+
+@pytest.mark.parametrize("name", [*SERVED, *OTHER_NAMES])
+def test_a_plan_counts_the_pages_that_a_model_holds(name):
+    model, inputs = build(*{**SERVED, **OTHER_NAMES}[name]), left_padded(30, 30)
+    settings = {"prompt_tokens": 30, "batch": 2, "new_tokens": 5, "gpu_memory": "1GiB"}
+    planned = pkv_hf.plan(model.config, **settings)
+    pkv_hf.patch(model)
+    assert pkv_hf.plan(model, **settings) == planned
+    output = model.generate(**inputs, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert output[CACHE].memory().held_bytes == planned.pages
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_layers_that_want_more_are_left_to_transformers(name, attended):
+    *built, reason = LEFT[name]
+    model, inputs = build(*built), left_padded(30, 9)
+    expected = generate(model, inputs).sequences
+    pkv_hf.patch(model)
+    for cache in (PagedCache, transformers.DynamicCache):
+        output = generate(model, inputs)
+        assert torch.equal(output.sequences, expected)
+        assert type(output[CACHE]) is cache  # once it is known, transformers' own cache is the faster
+    (left,) = state_of(model).left
+    assert reason in left
+    assert list(attended) == ["dense"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_name", ["phi3", "llama"])
+@pytest.mark.parametrize(
+    "asked",
+    [{"position_bias": torch.linspace(-9, 9, 12 * 12).view(1, 1, 12, 12)}, {"is_causal": False}],
+    ids=["bias", "causal"],
+)
+def test_what_a_caller_asks_of_attention_is_not_ignored(model_name, asked, attended):
+    known = {**SERVED, "llama": ("LlamaConfig", "LlamaForCausalLM", {})}
+    model, ids = build(*known[model_name]), left_padded(12)["input_ids"]
+    plain, expected = model(ids).logits, model(ids, **asked).logits
+    assert not torch.allclose(plain, expected, atol=1e-2)
+    pkv_hf.patch(model)
+    torch.testing.assert_close(model(ids, **{CACHE: PagedCache(model.config)}, **asked).logits, expected)
+    (reason,) = state_of(model).left
+    assert reason.endswith(("asks attention for position_bias=a Tensor", "has a mask that is more than causal"))
+    attended.clear()
+    cache = PagedCache(model.config)
+    torch.testing.assert_close(model(ids, **{CACHE: cache}).logits, plain, atol=1e-4, rtol=1e-4)
+    assert attended == dict.fromkeys(range(COMMON["num_hidden_layers"]), 1)  # the next call is served
+
+
+@torch.no_grad()
+def test_a_bias_in_a_fused_decode_step_is_not_ignored():
+    pytest.importorskip("triton")
+    model, ids = build("LlamaConfig", "LlamaForCausalLM", {}), left_padded(12)["input_ids"]
+    bias = torch.linspace(-9, 9, 12).view(1, 1, 1, 12)
+
+    def last(cache):
+        model(ids[:, :11], **{CACHE: cache})
+        return model(ids[:, 11:], **{CACHE: cache}, position_bias=bias).logits
+
+    expected = last(transformers.DynamicCache(config=model.config))
+    with pkv_hf.patched(model, route="split"):
+        torch.testing.assert_close(last(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_of_different_shapes_are_served_by_torch(attended):
+    model, inputs = build(*SERVED["olmo2"]), left_padded(30, 9)
+    other = build("Olmo2Config", "Olmo2ForCausalLM", {"num_key_value_heads": 4}).model.layers[1].self_attn
+    other.config = model.config
+    model.model.layers[1].self_attn = other
+    expected = generate(model, inputs).sequences
+    with pkv_hf.patched(model):
+        assert torch.equal(generate(model, inputs).sequences, expected)
+        assert_on_pages(model)
+        assert state_of(model).rejected["split"] == "layers differ in their heads, head_dim or scale"
+
+
+@torch.no_grad()
+def test_a_cap_that_sdpa_does_not_know_is_left_to_it():
+    """Some releases of transformers leave it out, others raise."""
+    model, ids = build(*SERVED["gemma2"]), left_padded(12)["input_ids"]
+    capped = model(ids).logits
+    model.config._attn_implementation = "sdpa"
+
+    def outcome(**settings):
+        try:
+            return model(ids, **settings).logits
+        except ValueError as error:
+            return torch.tensor([len(str(error))])
+
+    expected = outcome()
+    pkv_hf.patch(model)
+    torch.testing.assert_close(outcome(**{CACHE: PagedCache(model.config)}), expected)
+    assert expected.shape != capped.shape or not torch.allclose(capped, expected, atol=1e-2)
+
+
+def test_a_named_kernel_cannot_cap_scores():
+    model = pkv_hf.patch(build(*SERVED["gemma2"]), route="split")
+    with pytest.raises(RouteError, match="split: attention scores are capped"):
+        generate(model, left_padded(9))
+
+
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("pads", [(0, 0), (7, 50)])
+def test_capped_scores(pads, window):
+    """Against the formula in float64, for prompts, blocks of queries and single ones."""
+    layer, softcap, scale = PagedLayer(BlockTable(PagePool(16, 1), window), 0, None), 2.0, 0.5
+    layer.table.start(len(pads), np.array(pads))
+    layer.table.keep_past = True
+    q, k, v = torch.randn(2, 6, 90, 32), torch.randn(2, 2, 90, 32), torch.randn(2, 2, 90, 32)
+    layer.write(k, v)
+    expected = torch.zeros_like(q, dtype=torch.float64)
+    for row, pad in enumerate(pads):
+        positions = torch.arange(pad, 90)
+        seen = positions <= positions[:, None]
+        if window:
+            seen &= positions > positions[:, None] - window
+        keys, values = (states[row, :, pad:].double().repeat_interleave(3, dim=0) for states in (k, v))
+        scores = softcap * torch.tanh(q[row, :, pad:].double() @ keys.mT * scale / softcap)
+        expected[row, :, pad:] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
+    starts = np.array(pads)
+    torch.testing.assert_close(
+        prefill(q, k, v, scale, starts, window, softcap).double(), expected, atol=2e-6, rtol=1e-5
+    )
+    for count in (1, 20):
+        out = over_pages(layer, q[:, :, -count:], scale, starts, 90 - count, softcap)
+        torch.testing.assert_close(out.double(), expected[:, :, -count:], atol=2e-6, rtol=1e-5)
+
+
+REFUSED: dict[str, tuple[str, str, dict, str]] = {
+    "mamba": ("MambaConfig", "MambaForCausalLM", {}, "LinearAttentionLayer"),
+    "latent attention": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
+        "latent attention",
+    ),
+    "masked language model": ("BertConfig", "BertForMaskedLM", {}, "not a causal LM that generates"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_served_raises_at_patch(name):
+    config, model, settings, reason = REFUSED[name]
+    with torch.device("meta"):
+        built = getattr(transformers, model)(getattr(transformers, config)(**{**COMMON, **settings}))
+    with pytest.raises(pkv_hf.UnsupportedModelError, match=reason):
+        pkv_hf.patch(built)
+    assert not hasattr(built, STATE)
+
+
+def test_a_model_around_a_text_decoder_raises_at_patch():
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(text_config={**COMMON, "head_dim": 16}, vision_config=vision)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(config)
+    with pytest.raises(pkv_hf.UnsupportedModelError, match="more than its Gemma3TextModel"):
+        pkv_hf.patch(model)

@@ -1,0 +1,221 @@
+"""The run-ahead loop gives what transformers' own loop gives. On the CPU it runs over plain forwards here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+import pkv_hf
+from pkv_hf.compat import CACHE
+from pkv_hf.runtime import loop
+from tiny import left_padded, tiny
+
+pytestmark = pytest.mark.contract
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Makes the loop serve the CPU too; counts its runs."""
+    seen = []
+    monkeypatch.setattr(loop, "_accelerated", lambda *_: seen.append(1) or True)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def both(model, runs, inputs, seed=0, expect_run=True, **settings):
+    """generate() by transformers and by the loop, from the same seed; checks that the generator ends alike too."""
+    results = []
+    for patch in (False, True):
+        torch.manual_seed(seed)
+        settings = {"max_new_tokens": 12, "do_sample": False, **settings}
+        if patch:
+            with pkv_hf.patched(model):
+                result = model.generate(**inputs, **settings)
+        else:
+            result = model.generate(**inputs, **settings)
+        results.append((result, torch.rand(1)))
+    assert bool(runs) == expect_run
+    assert results[0][1] == results[1][1], "the random generator was left elsewhere"
+    return results[0][0], results[1][0]
+
+
+SETTINGS = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "top-k, top-p": {"do_sample": True, "top_k": 9, "top_p": 0.8, "temperature": 0.7},
+    "min-p": {"do_sample": True, "min_p": 0.05},
+    "repetition penalty": {"repetition_penalty": 1.8},
+    "no repeated bigrams": {"no_repeat_ngram_size": 2},
+    "several a prompt": {"do_sample": True, "num_return_sequences": 2},
+    "chunked prefill": {"prefill_chunk_size": 4},
+    "one token": {"max_new_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("lengths", [(9,), (9, 4, 7)])
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_tokens_are_identical(model, runs, lengths, settings):
+    expected, ours = both(model, runs, left_padded(*lengths), **settings)
+    assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_rows_end_at_different_steps(model, runs, do_sample):
+    inputs = left_padded(9, 4, 7)
+    torch.manual_seed(0)
+    free = model.generate(**inputs, max_new_tokens=12, do_sample=do_sample)[:, 9:]
+    ends = [int(free[0, 2]), int(free[1, 5]), int(free[2, 4])]
+    settings = {"do_sample": do_sample, "eos_token_id": ends, "return_dict_in_generate": True, "output_scores": True}
+    expected, ours = both(model, runs, inputs, **settings)
+    assert expected.sequences.shape[1] < 9 + 12, "no row was to run to the end"
+    assert torch.equal(ours.sequences, expected.sequences)
+    assert len(ours.scores) == len(expected.scores)
+    assert ours[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
+
+
+def test_min_new_tokens_holds_off_the_end(model, runs):
+    inputs = left_padded(9)
+    first = int(model.generate(**inputs, max_new_tokens=1, do_sample=False)[0, -1])
+    expected, ours = both(model, runs, inputs, eos_token_id=first, min_new_tokens=5)
+    assert torch.equal(ours, expected)
+    assert ours.shape[1] >= 9 + 5
+
+
+def test_the_returned_structure_is_transformers_own(model, runs):
+    settings = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+    expected, ours = both(model, runs, left_padded(9, 4), repetition_penalty=1.3, **settings)
+    assert type(ours) is type(expected)
+    assert ours.keys() == expected.keys()
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(expected[name]) == 12
+        for a, b in zip(ours[name], expected[name]):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b)
+    ids, caches = expected.sequences, (expected[CACHE], ours[CACHE])
+    assert [cache.get_seq_length() for cache in caches] == [ids.shape[1] - 1] * 2
+
+
+def test_a_second_turn_goes_on_from_the_cache(model, runs):
+    inputs = left_padded(9)
+    end = int(model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, -1])
+    turns = []
+    for patch in (False, True):
+        if patch:
+            pkv_hf.patch(model)
+        first = model.generate(
+            **inputs, max_new_tokens=12, do_sample=False, eos_token_id=end, return_dict_in_generate=True
+        )
+        ids = torch.cat([first.sequences, left_padded(6, seed=1)["input_ids"]], dim=1)
+        turns.append(model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=6, do_sample=False))
+    pkv_hf.unpatch(model)
+    assert torch.equal(*turns)
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.values, self.ended = [], False
+
+    def put(self, value):
+        assert not self.ended
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_streamer_gets_every_token_once(model, runs, stops):
+    inputs = left_padded(9)
+    settings = {}
+    if stops:
+        settings["eos_token_id"] = int(model.generate(**inputs, max_new_tokens=7, do_sample=False)[0, -1])
+    streams = []
+    for patch in (False, True):
+        streams.append(Recorder())
+        if patch:
+            pkv_hf.patch(model)
+        model.generate(**inputs, max_new_tokens=12, do_sample=False, streamer=streams[-1], **settings)
+    pkv_hf.unpatch(model)
+    assert runs
+    assert streams[0].values == streams[1].values
+    assert streams[1].ended
+
+
+def test_a_streamer_that_fails_leaves_no_page(model, runs):
+    class Failing(Recorder):
+        def put(self, value):
+            if len(self.values) == 3:
+                raise RuntimeError("closed")
+            super().put(value)
+
+    cache = pkv_hf.PagedCache(model.config)
+    with pkv_hf.patched(model), pytest.raises(RuntimeError, match="closed"):
+        model.generate(**left_padded(9), max_new_tokens=12, do_sample=False, streamer=Failing(), **{CACHE: cache})
+    cache.reset()
+    assert cache.memory().pages_in_use == 0
+
+
+def test_max_time_stops(model, runs):
+    _, ours = both(model, runs, left_padded(9), max_time=0.0)
+    assert ours.shape[1] == 9 + 1
+
+
+class AfterThree(StoppingCriteria):
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 12, device=input_ids.device)
+
+
+def test_what_needs_the_host_takes_transformers_loop(model, runs, smollm2_tokenizer):
+    inputs = left_padded(9)
+    for settings in (
+        {"stopping_criteria": StoppingCriteriaList([AfterThree()])},
+        {"stop_strings": ["zzz"], "tokenizer": smollm2_tokenizer},
+        {"num_beams": 2},
+        {"return_dict_in_generate": True, "output_hidden_states": True},
+        {"prompt_lookup_num_tokens": 2},
+    ):
+        expected, ours = both(model, runs, inputs, expect_run=False, **settings)
+        if not isinstance(expected, torch.Tensor):
+            assert len(ours.hidden_states) == len(expected.hidden_states) == 12
+            expected, ours = expected.sequences, ours.sequences
+        assert torch.equal(ours, expected)
+
+
+def test_a_callers_own_custom_generate_is_left_alone(model, runs):
+    def mine(model, input_ids, **_):
+        return input_ids
+
+    with pkv_hf.patched(model):
+        assert model.generate(**left_padded(9), custom_generate=mine).shape == (1, 9)
+    assert not runs
+
+
+def test_run_ahead_can_be_turned_off(model, runs):
+    with pkv_hf.patched(model, run_ahead=False):
+        assert "generate" not in model.__dict__
+        model.generate(**left_padded(9), max_new_tokens=3, do_sample=False)
+    assert not runs
+
+
+def test_masks_with_holes_run_ahead_over_transformers_layers(model, runs):
+    inputs = left_padded(9, 9)
+    inputs["attention_mask"][1, 3] = 0
+    expected, ours = both(model, runs, inputs)
+    assert torch.equal(ours, expected)
+
+
+def test_dynamic_caches_take_transformers_loop(model, runs):
+    from transformers import DynamicCache
+
+    expected = model.generate(**left_padded(9), max_new_tokens=6, do_sample=False)
+    with pkv_hf.patched(model):
+        cache = DynamicCache(config=model.config)
+        ours = model.generate(**left_padded(9), max_new_tokens=6, do_sample=False, **{CACHE: cache})
+    assert torch.equal(ours, expected)
+    assert not runs

@@ -1,0 +1,40 @@
+"""The notebook runs from top to bottom, here on a CPU with its small sizes, and is stored without outputs."""
+
+from __future__ import annotations
+
+import pytest
+
+from places import ROOT
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+
+NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
+
+
+def test_it_is_stored_as_it_is_written():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs or cell.execution_count for cell in cells)
+
+
+def test_it_runs_from_top_to_bottom(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the small sizes
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": NOTEBOOK.parent}})
+    client.execute()  # raises with a cell's traceback
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    for words in (
+        "no GPU: small sizes",
+        "64 tokens and 8 new ones fit",
+        "step 2: ",
+        "perplexity of held-out text",
+        "the same tokens after loading: True",
+        "Name a keyword. '",
+    ):
+        assert words in printed, printed
+    assert printed.count("last step: sdpa") == 2
+    assert any("image/png" in output.get("data", {}) for output in outputs), "no plot"
