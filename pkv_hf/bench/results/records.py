@@ -50,7 +50,7 @@ def commit() -> str:
 
 
 def _git(*arguments: str) -> str:
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parents[3]
     return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
 
