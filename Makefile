@@ -15,7 +15,7 @@ OLDEST_KERNELS = kernels==0.16.2 kernels-data==0.16.2
 NEWEST = .newest
 TODAY := $(shell date +%F)
 TORCH := $(shell grep ^torch== constraints.txt)
-SOURCES = $(wildcard pkv_hf/*.py kernels/*.py patches/*.py)
+SOURCES = $(shell find pkv_hf kernels patches -name "*.py")
 NEWEST_PACKAGES = $(CURDIR)/$(wildcard $(NEWEST)/lib/python3*/site-packages)
 
 .PHONY: demo test test-pinned test-oldest test-newest soak gpu-soak lint readme
@@ -38,12 +38,14 @@ test-newest: $(VENV)/.installed $(NEWEST)/.installed
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python tests/helpers/installed.py
 	PYTHONPATH=$(NEWEST_PACKAGES) $(BIN)/python -m pytest -n 2 --dist worksteal -m "(contract or compiles) and not gpu" $(ARGS)
 
-# Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv.
+# Long runs: make soak ARGS="leaks --cases 500". That of a GPU needs the packages to be there, and no .venv; its records
+# are committed.
 soak: $(VENV)/.installed
 	$(BIN)/python scripts/soak.py $(ARGS)
 
 gpu-soak:
-	$(PYTHON) scripts/soak.py --device cuda --jobs 12 $(or $(ARGS),kernels layers leaks)
+	$(PYTHON) scripts/soak.py --device cuda --jobs 12 --out benchmarks/results/soak.jsonl \
+		$(or $(ARGS),kernels layers leaks)
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

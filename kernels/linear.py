@@ -61,43 +61,51 @@ def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memo
 
 
 @triton.jit
+def _read_once(pointers, mask):
+    """Weights for one row: no program reads them again, so they are the first to leave L2."""
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
              NORM: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
              BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """x W^T for outputs first, ... of one weight, or of two; [1, BLOCK_N] float32 each."""
+    """As `_products`, of norm(x) for one row; [1, BLOCK_N] each.
+
+    The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
+    the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
+    """
     n = first + tl.arange(0, BLOCK_N)
-    k0 = tl.arange(0, BLOCK_K)
-    w_at = n.to(tl.int64)[:, None] * inputs + k0[None, :]
+    k = tl.arange(0, BLOCK_K)
+    w_at = n.to(tl.int64)[:, None] * inputs + k[None, :]
     w_mask = (n < outputs)[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    acc2 = acc
-    square = tl.zeros([BLOCK_K], tl.float32)
+    products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    products2 = products
+    squares = tl.zeros([BLOCK_K], tl.float32)
     release(PDL)
-    if AHEAD:
-        mask = w_mask if EVEN else w_mask & (k0 < inputs)[None, :]
-        after = tl.load(w_ptr + w_at, mask=mask, other=0.0, eviction_policy="evict_first")
+    if AHEAD:  # no kernel writes weights, so that they need not wait as x does
+        next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-        inside = at + k0 < inputs
+        inside = at + k < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
         if AHEAD:
-            w = after
-            more = at + BLOCK_K < inputs if EVEN else (at + BLOCK_K + k0 < inputs)[None, :]
-            after = tl.load(w_ptr + w_at + at + BLOCK_K, mask=w_mask & more, other=0.0, eviction_policy="evict_first")
+            w = next_w
+            more = at + BLOCK_K < inputs if EVEN else (at + BLOCK_K + k < inputs)[None, :]
+            next_w = _read_once(w_ptr + w_at + at + BLOCK_K, w_mask & more)
         else:
-            w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
-        x = tl.load(x_ptr + at + k0, mask=inside, other=0.0).to(tl.float32)
+            w = _read_once(w_ptr + w_at + at, mask)
+        x = tl.load(x_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
-            square += x * x
-            x *= tl.load(norm_ptr + at + k0, mask=inside, other=0.0).to(tl.float32)
-        acc += w.to(tl.float32) * x[None, :]
+            squares += x * x
+            x *= tl.load(norm_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
+        products += w.to(tl.float32) * x[None, :]
         if GATED:
-            w2 = tl.load(w2_ptr + w_at + at, mask=mask, other=0.0, eviction_policy="evict_first")
-            acc2 += w2.to(tl.float32) * x[None, :]
-    y = tl.sum(acc, 1)[None, :]
-    y2 = tl.sum(acc2, 1)[None, :] if GATED else y
+            products2 += _read_once(w2_ptr + w_at + at, mask).to(tl.float32) * x[None, :]
+    y = tl.sum(products, 1)[None, :]
+    y2 = tl.sum(products2, 1)[None, :] if GATED else y
     if NORM:
-        scale = tl.rsqrt(tl.sum(square, 0) / inputs + eps)
+        scale = tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
         y *= scale
         y2 *= scale
     return y, y2
@@ -107,25 +115,25 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
 def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
           GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
           STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """As `_one_row`, for rows padded to 16; [16, BLOCK_N] float32 each."""
+    """As `_products`, for rows padded to 16; [16, BLOCK_N] each."""
     m = tl.arange(0, 16)
     n = first + tl.arange(0, BLOCK_N)
-    k0 = tl.arange(0, BLOCK_K)
-    w_at = n.to(tl.int64)[:, None] * inputs + k0[None, :]
+    k = tl.arange(0, BLOCK_K)
+    w_at = n.to(tl.int64)[:, None] * inputs + k[None, :]
     w_mask = (n < outputs)[:, None]
-    x_at = m[:, None] * inputs + k0[None, :]
+    x_at = m[:, None] * inputs + k[None, :]
     x_mask = (m < rows)[:, None]
     y = tl.zeros([BLOCK_N, 16], tl.float32)
     y2 = y
     wait(PDL)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
-        inside = (at + k0 < inputs)[None, :]
-        w = tl.load(w_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
+        inside = (at + k < inputs)[None, :]
+        mask = w_mask if EVEN else w_mask & inside
+        w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0)
         x = tl.trans(tl.load(x_ptr + x_at + at, mask=x_mask if EVEN else x_mask & inside, other=0.0))
         y = tl.dot(w, x, y)
         if GATED:
-            w2 = tl.load(w2_ptr + w_at + at, mask=w_mask if EVEN else w_mask & inside, other=0.0)
-            y2 = tl.dot(w2, x, y2)
+            y2 = tl.dot(tl.load(w2_ptr + w_at + at, mask=mask, other=0.0), x, y2)
     release(PDL)
     return tl.trans(y), tl.trans(y2)
 
@@ -135,6 +143,10 @@ def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
               NORM: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr, EVEN: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
               PDL: tl.constexpr):  # fmt: skip
+    """x W^T, and x W2^T where GATED, for outputs first, ..., first + BLOCK_N - 1; float32.
+
+    EVEN: inputs are a multiple of BLOCK_K, so that loads of weights need no mask for the last block.
+    """
     if ONE_ROW:
         y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
                          NORM, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
@@ -146,6 +158,7 @@ def _products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
 
 @triton.jit
 def _round(y, out_ptr):
+    """y rounded as the output's dtype has it, in float32."""
     return y.to(out_ptr.dtype.element_ty).to(tl.float32)
 
 
@@ -159,12 +172,12 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, NORM: tl.constexpr,
                   EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One to three weights side by side: out [rows, outputs_a + outputs_b + outputs_c]."""
+    """One weight, or three side by side, each in blocks of its own: out [rows, outputs_a + outputs_b + outputs_c]."""
     block = tl.program_id(0)
     w_ptr = a_ptr
     bias_ptr = bias_a_ptr
     outputs = outputs_a
-    column = outputs_a * 0
+    column = tl.zeros([], tl.int32)  # of out, where the weight's outputs begin
     width = outputs_a
     if WEIGHTS > 1:
         blocks_a = tl.cdiv(outputs_a, BLOCK_N)

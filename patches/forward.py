@@ -22,7 +22,7 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
     """
     call = compat.call_arguments(self, args, kwargs)
     cache, position_embeddings = call.get(compat.CACHE), call.get("position_embeddings")
-    step = cache.step if isinstance(cache, PagedCache) else None
+    step: Any = cache.step if isinstance(cache, PagedCache) else None
     others = {name: value for name, value in call.items() if name not in OWN_ARGUMENTS}
     if step is None or position_embeddings is None or not step.fuses_rope or not changes_nothing(others):
         return original_forward(self)(**call)

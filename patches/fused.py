@@ -26,7 +26,7 @@ def decode_forward(
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:  # fewer while a draft exits early
         _attention(layer, stream, cos, sin, step, shape[:2])
         _mlp(layer.post_attention_layernorm, layer.mlp, stream)
-    if head is not None and gemv_takes([head], stream.hidden):
+    if head is not None and kernel_takes([head], stream.hidden):
         return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
     normed = stream.norm(decoder.norm).view(shape)
     return normed if head is None else head(normed)
@@ -57,13 +57,13 @@ class Stream:
 
     def add(self, linear: nn.Module, x: torch.Tensor) -> None:
         """Adds a projection of x; a norm has been taken since the last, so that nothing is pending."""
-        if gemv_takes([linear], x):
+        if kernel_takes([linear], x):
             self.hidden = _linear(x, None, [linear], residual=self.hidden)
         else:
             self.pending = linear(x)
 
 
-def gemv_takes(modules: list[Any], x: torch.Tensor) -> bool:
+def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
     """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours.
 
     A quantised or sharded weight can be a subclass of tensor in a plain layer, and give its dtype as the plain one's.
@@ -94,7 +94,7 @@ def _settings(norm: Any) -> dict[str, Any]:
 def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor, step: Step, shape: torch.Size) -> None:
     attention = layer.self_attn
     modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if gemv_takes(modules, stream.hidden):
+    if kernel_takes(modules, stream.hidden):
         together = _linear(*stream.normed(layer.input_layernorm), modules)
         states = together.split([len(module.weight) for module in modules], dim=1)
     else:
@@ -117,7 +117,7 @@ def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
         normed = stream.norm(norm)
         stream.pending = mlp(normed)
         return
-    if gemv_takes([gate, up], stream.hidden) and gate.bias is None and gate.weight.shape == up.weight.shape:
+    if kernel_takes([gate, up], stream.hidden) and gate.bias is None and gate.weight.shape == up.weight.shape:
         x, norm = stream.normed(norm)
         x = swiglu(x, gate.weight, up.weight, **_settings(norm))
     else:

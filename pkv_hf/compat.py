@@ -163,6 +163,12 @@ def attention_modules(decoder: nn.Module) -> list[Any]:
     ]
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside PEFT's wrapper, or the model itself."""
+    get_base_model = getattr(model, "get_base_model", None)
+    return get_base_model() if callable(get_base_model) else model
+
+
 LOOPS_OWN = (
     "forward",
     "generate",

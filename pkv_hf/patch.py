@@ -10,26 +10,25 @@ from typing import Any, TypeVar
 from weakref import ref
 
 import torch
-import transformers
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.arguments import flags
 from pkv_hf.cache.paged import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
-from pkv_hf.errors import UnsupportedModelError
+from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
-from pkv_hf.patches.families import FAMILIES
-from pkv_hf.patches.family import Family
+from pkv_hf.patches.families import served_by_us
 from pkv_hf.patches.forward import attention_forward
 from pkv_hf.patches.fused import decode_forward
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.admission import last_made
+from pkv_hf.runtime.evidence import ORIGINAL, Evidence, LayerShape
+from pkv_hf.runtime.forward import decoder_forward
 from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.loop import generate
 from pkv_hf.runtime.prompts import prefill
-from pkv_hf.runtime.serving import decoder_forward, last_made
-from pkv_hf.runtime.state import NAME, ORIGINAL, STATE, LayerShape, PatchState
+from pkv_hf.runtime.state import NAME, STATE, PatchState
 from pkv_hf.runtime.watch import FORWARD
 
 compat.register(NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
@@ -77,7 +76,7 @@ def patch(
     check_kv_dtype(kv_dtype)
     unpatch(model)
     inner = unwrap(model)
-    decoder, family, attentions = served_layers(inner)
+    decoder, prefix, attentions = served_by_us(inner)
     compat.warn_of_untested()
     _check_fp8(kv_dtype, attentions[0])
     state = PatchState(
@@ -85,14 +84,16 @@ def patch(
         page_size=page_size,
         kv_dtype=kv_dtype,
         family=decoder.config.model_type,
-        prefix="" if family is None else family.prefix,
-        windows=tuple(compat.layer_windows(decoder.config)),
-        shapes=set() if family is None else {_shape(decoder.config, module) for module in attentions},
+        known=Evidence(
+            prefix=prefix,
+            windows=tuple(compat.layer_windows(decoder.config)),
+            shapes={_shape(decoder.config, module) for module in attentions} if prefix else set(),
+            output_type=BaseModelOutputWithPast if prefix else None,
+        ),
         original=dict(vars(decoder.config)),
         implementation=decoder.config._attn_implementation,
         model=inner,
-        fused_forward=decode_forward if fuse and family is not None else None,
-        output_type=None if family is None else BaseModelOutputWithPast,
+        fused_forward=decode_forward if fuse and prefix else None,
         cuda_graphs=cuda_graphs,
         settings={
             "route": route,
@@ -111,7 +112,7 @@ def patch(
         _replace(state, module, "config", config)
         _replace(state, module, STATE, state)
     # partials: pickle would look a bound method up by its name on the module
-    fused = [] if family is None else [(module, attention_forward) for module in attentions]
+    fused = [(module, attention_forward) for module in attentions] if prefix else []
     for module, forward in [(decoder, decoder_forward), *fused]:
         _replace(state, module, FORWARD, module.__dict__.get("forward"))
         _replace(state, module, "forward", functools.partial(forward, module))
@@ -119,8 +120,7 @@ def patch(
     _replace(state, inner, "_prefill", functools.partial(prefill, inner))
     # The loop runs the decoder and the output embeddings: what else a model does with logits only its class says. A
     # checkpoint may bring a generate() of its own.
-    known = family is not None and compat.known_loop(inner, family.prefix)
-    if run_ahead and known and "generate" not in inner.__dict__:
+    if run_ahead and prefix and compat.known_loop(inner, prefix) and "generate" not in inner.__dict__:
         _replace(state, inner, "generate", functools.partial(generate, inner))
     _replace(state, inner, STATE, state)
     return model
@@ -137,7 +137,7 @@ def unpatch(model: Model) -> Model:
     for state in states.values():
         while state.undo:
             state.undo.pop()()
-        for step in state.decode_steps:
+        for step in state.static_steps:
             step.drop()
     return model
 
@@ -154,64 +154,6 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
             unpatch(model)
         else:
             patch(model, **before.settings)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
-
-
-def served_layers(model: nn.Module) -> tuple[Any, Family | None, list[Any]]:
-    """The decoder, its family and its attention modules. Raises UnsupportedModelError with the reason for none.
-
-    The family is None for a model whose own layers run.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"patch() got a {type(model).__name__}, not a transformers model")
-    name = type(model).__name__
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{name} is an encoder-decoder: pages serve decoder-only models")
-    decoder: Any = model.get_decoder()
-    if not isinstance(decoder, PreTrainedModel):
-        raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
-    attentions = compat.attention_modules(decoder)
-    family = FAMILIES.get(decoder.config.model_type)
-    if family is not None and {type(m) for m in attentions} != {compat.own_class(decoder, family.prefix, "Attention")}:
-        family = None
-    if reason := _not_served(model, decoder, family, attentions):
-        raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")
-    return decoder, family, attentions
-
-
-def _not_served(model: Any, decoder: Any, family: Family | None, attentions: list[Any]) -> str:
-    """Why a model without an encoder cannot be served, empty where it may be."""
-    try:
-        windows = compat.layer_windows(decoder.config)
-    except ValueError as error:
-        return str(error)
-    if not compat.takes_cache(decoder):
-        return (
-            f"the forward of its {type(decoder).__name__} takes no {compat.CACHE!r}, which is what transformers "
-            f"{transformers.__version__} passes caches as"
-        )
-    if not attentions:
-        return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
-    if family is not None:
-        return ""
-    if getattr(decoder.config, ORIGINAL, decoder.config) is not model.config:
-        return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
-    if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
-        return "it is not a causal LM that generates with a DynamicCache around a decoder"
-    if len(attentions) != len(windows):
-        return f"{len(attentions)} modules go through transformers' attention interface, for {len(windows)} layers"
-    for module in attentions:
-        if getattr(module, "kv_lora_rank", None):
-            return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"
-        dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
-        if dim != getattr(module, "v_head_dim", dim):
-            return f"its keys have {dim} dimensions and its values {module.v_head_dim}: pages hold one head_dim"
-    return ""
 
 
 def _without_ours(config: Any) -> dict[str, Any]:
@@ -257,7 +199,7 @@ def _prepare_cache_for_generation(
     prepare: Callable[..., Any] = type(self)._prepare_cache_for_generation
     state: PatchState = getattr(self, STATE)
     asked = generation_config.cache_implementation
-    served = not state.refused and model_kwargs.get("encoder_outputs") is None
+    served = not state.known.refused and model_kwargs.get("encoder_outputs") is None
     if served and model_kwargs.get(compat.CACHE) is None and generation_config.use_cache is not False:
         if asked in (None, "dynamic"):
             cache = PagedCache(self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype)

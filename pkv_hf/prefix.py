@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from pkv_hf import compat
 from pkv_hf.arguments import token_ids, whole
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.compat import unwrap
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.patch import unwrap
 from pkv_hf.runtime.state import STATE, PatchState
 
 

@@ -9,8 +9,8 @@ from torch import nn
 
 from pkv_hf.arguments import whole
 from pkv_hf.cache.paged import KV_DTYPES, check_page_size
+from pkv_hf.compat import unwrap
 from pkv_hf.memory.weights import step_weight_bytes
-from pkv_hf.patch import unwrap
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import StepShape
 from pkv_hf.runtime.counts import Calls, Steps
@@ -131,8 +131,8 @@ def state_of(model: nn.Module) -> Report:
     step = state.decision.shape if state.decision else None
     return Report(
         family=state.family,
-        generic=state.generic,
-        layers=len(state.windows),
+        generic=state.known.generic,
+        layers=len(state.known.windows),
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
         asked=state.route,
@@ -140,7 +140,7 @@ def state_of(model: nn.Module) -> Report:
         weight_bytes=step_weight_bytes(state.model),
         kv_bytes=step.tokens * step.kv_heads * step.token_bytes * step.layers if step else None,
         rejected=state.decision.rejected if state.decision else {},
-        graphs=sum(step.captured for step in state.decode_steps),
+        graphs=sum(step.captured for step in state.static_steps),
         graph_bytes=state.graph_memories.nbytes,
         calls=state.counts.calls,
         steps=state.counts.steps,

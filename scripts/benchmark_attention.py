@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from pkv_hf.arguments import count, device, natural, needs, share
 from pkv_hf.bench.attention_steps import RUNNERS, AttentionShape, AttentionStep
 from pkv_hf.bench.benchmark import read_bandwidth
 from pkv_hf.bench.inputs.models import DTYPES
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.bench.trace_benchmark import Record, check
 from pkv_hf.cache.paged import KV_DTYPES, PAGE_SIZES
 from pkv_hf.errors import UsageError, WrongResultError, status
@@ -79,7 +78,7 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", choices=RUNNERS, default=list(RUNNERS))
     parser.add_argument("--samples", type=count, default=15)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/attention.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/attention.jsonl")
     arguments = parser.parse_args()
     cases = [dict(zip(SWEPT, values)) for values in itertools.product(*(getattr(arguments, name) for name in SWEPT))]
     for case in cases:

@@ -24,7 +24,7 @@ from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs import models, texts, workload
 from pkv_hf.bench.inputs.traces import load
 from pkv_hf.bench.measure import generate
-from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, check_out, environment
 from pkv_hf.bench.results.resume import Store, digest
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import mebibytes, table
@@ -153,7 +153,7 @@ def main() -> int:
         "--max-length", type=int, metavar="N",
         help="tokens of prompt and answer at most: texts are cut, requests of a trace left out; default: the model's",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dataset.jsonl"))
+    parser.add_argument("--out", type=Path, default=f"{OUT_FOLDER}/dataset.jsonl")
     arguments = parser.parse_args()
     return status("benchmark_dataset", lambda: measure(arguments))
 

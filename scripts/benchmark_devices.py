@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs.models import DTYPES
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
 
@@ -97,7 +96,7 @@ def main() -> int:
     parser.add_argument(
         "--device", type=device, choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu"
     )
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/devices.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/devices.jsonl")
     arguments = parser.parse_args()
     if arguments.new_tokens <= benchmark.WARM_STEPS + 1:
         parser.error(f"--new-tokens {arguments.new_tokens}: pass more than {benchmark.WARM_STEPS + 1}")

@@ -31,7 +31,7 @@ from pkv_hf.bench import benchmark
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs.models import DTYPES
 from pkv_hf.bench.measure import generate
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import status
 from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.tables import table
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/generate.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/generate.jsonl")
     arguments = parser.parse_args()
     cases = arguments.lengths
     engines = [COLD] if COLD in arguments.engines else []  # it is cold only before the others

@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from torch.nn import functional
 
 from pkv_hf.arguments import count, needs
 from pkv_hf.bench.benchmark import SHAPES, read_bandwidth
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
 
@@ -83,7 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--rows", nargs="+", type=count, default=[1, 2, 4, 8, 16])
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/linear.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/linear.jsonl")
     arguments = parser.parse_args()
     return status("benchmark_linear", lambda: run(arguments))
 

@@ -23,7 +23,7 @@ from pkv_hf.bench.attention_steps import AttentionShape
 from pkv_hf.bench.benchmark import read_bandwidth
 from pkv_hf.bench.inputs.models import DTYPES
 from pkv_hf.bench.inputs.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.bench.trace_benchmark import Record, measure
 from pkv_hf.cache.paged import PAGE_SIZES
 from pkv_hf.errors import WrongResultError, status
@@ -79,7 +79,7 @@ def main() -> int:
     parser.add_argument("--dtype", default="float16", choices=DTYPES)
     parser.add_argument("--samples", type=count, default=7)
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/traces.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/traces.jsonl")
     arguments = parser.parse_args()
     return status("benchmark_traces", lambda: run(arguments))
 

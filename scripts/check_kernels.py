@@ -12,14 +12,13 @@ import json
 import os
 import secrets
 import sys
-from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from pkv_hf.arguments import count, device, natural, needs
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.kernels.checks.attention import DTYPES, ROUTES
 from pkv_hf.kernels.checks.fuzz import BOUND, batches, fuzz
@@ -32,7 +31,7 @@ def main() -> int:
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=count, default=1, help="processes; most of a case's time is its compilation")
     parser.add_argument("--seed", type=natural, default=None, help="drawn afresh where it is not given")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/kernels.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/kernels.jsonl")
     arguments = parser.parse_args()
     return status("check_kernels", lambda: run(arguments))
 

@@ -22,7 +22,7 @@ from pkv_hf.bench.inputs import models
 from pkv_hf.bench.inputs.passkey import answer_tokens, key_of, prompt
 from pkv_hf.bench.measure import generate
 from pkv_hf.bench.results.charts import passkey_chart
-from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, check_out, environment
 from pkv_hf.bench.results.resume import Store
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096], metavar="N")
     parser.add_argument("--depths", nargs="+", type=float, default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="SHARE")
     parser.add_argument("--trials", type=int, default=2, metavar="N", help="keys of a cell")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/passkey.jsonl"))
+    parser.add_argument("--out", type=Path, default=f"{OUT_FOLDER}/passkey.jsonl")
     parser.add_argument("--plots", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     return status("passkey", lambda: measure(arguments))

@@ -24,7 +24,7 @@ from pkv_hf.arguments import needs, output_folder
 from pkv_hf.bench.inputs import models, texts
 from pkv_hf.bench.perplexity import MODES
 from pkv_hf.bench.results.charts import perplexity_chart
-from pkv_hf.bench.results.records import append_record, check_out, environment
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, check_out, environment
 from pkv_hf.bench.results.resume import Store, digest
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import mebibytes, table
@@ -118,7 +118,7 @@ def main() -> int:
         "--kv-dtype", nargs="+", default=["same"], choices=("same", "int8", "fp8"),
         help="what the pages hold: the model's dtype, or quantised to 8 bits",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/perplexity.jsonl"))
+    parser.add_argument("--out", type=Path, default=f"{OUT_FOLDER}/perplexity.jsonl")
     parser.add_argument("--plots", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     return status("perplexity", lambda: measure(arguments))

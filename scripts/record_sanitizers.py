@@ -10,7 +10,7 @@ import json
 import re
 from pathlib import Path
 
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 
 TOOLS = ("memcheck", "racecheck", "initcheck")
@@ -57,7 +57,7 @@ def _number(path: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logs", type=Path)
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/sanitizers.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/sanitizers.jsonl")
     arguments = parser.parse_args()
     return status("record_sanitizers", lambda: record(arguments))
 

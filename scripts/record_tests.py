@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pkv_hf.arguments import count, needs
-from pkv_hf.bench.results.records import append_record, environment, output
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 
 
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tests", nargs="*", help="files or folders (default: tests/gpu)")
     parser.add_argument("--jobs", type=count, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/tests.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/tests.jsonl")
     arguments = parser.parse_args()
     return status("record_tests", lambda: record(arguments))
 

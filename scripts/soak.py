@@ -31,7 +31,7 @@ import interpreter
 interpreter.use()  # first: packages that transformers finds installed may import triton
 
 from pkv_hf.arguments import count, device, natural, needs  # noqa: E402
-from pkv_hf.bench.results.records import append_record, environment, output  # noqa: E402
+from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output  # noqa: E402
 from pkv_hf.errors import UsageError, status  # noqa: E402
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=count, default=1, help="processes of kernels and layers (default: %(default)s)")
     parser.add_argument("--longest", type=count, help="tokens of the longest row, and the widest of layers")
     parser.add_argument("--seed", type=natural, help="drawn afresh where it is not given")
-    parser.add_argument("--out", type=output, default=Path("benchmarks/results/soak.jsonl"))
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/soak.jsonl")
     arguments = parser.parse_args()
     for kind in arguments.kinds:
         if kind not in KINDS:

@@ -7,11 +7,17 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_range(start, end, q_len, window, TOKENS: tl.constexpr):
-    """First tile and number of tiles that a row's queries attend to. Tiles count from position 0."""
+def first_seen(start, end, q_len, window):
+    """The first position that any of a row's queries attends to."""
     if window > 0:
         start = tl.maximum(start, end - q_len - window + 1)
-    first = start // TOKENS
+    return start
+
+
+@triton.jit
+def tile_range(start, end, q_len, window, TOKENS: tl.constexpr):
+    """First tile and number of tiles that a row's queries attend to. Tiles count from position 0."""
+    first = first_seen(start, end, q_len, window) // TOKENS
     return first, tl.maximum(tl.cdiv(end, TOKENS) - first, 0)
 
 
@@ -35,6 +41,23 @@ def add_compensated(total, part, lost):
 
 
 @triton.jit
+def mask_scores(s, n, live, positions, window):
+    """Scores s [BLOCK_M, TOKENS] of queries at `positions` and tokens at n, -inf where a query cannot see a token."""
+    seen = live[None, :] & (n[None, :] <= positions[:, None])
+    if window > 0:
+        seen = seen & (n[None, :] > positions[:, None] - window)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def softmax_step(m_i, s):
+    """m, the largest of m_i and scores s [BLOCK_M, TOKENS]; weights 2^(s - m); the factor 2^(m_i - m) of old sums."""
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no token seen so far: exp2(-inf - 0) = 0, not NaN
+    return m_new, tl.exp2(s - m_safe[:, None]), tl.exp2(m_i - m_safe)
+
+
+@triton.jit
 def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
                  scale_log2, stride_kp, stride_vp,
                  G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
@@ -54,9 +77,7 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         lost = acc
     d = tl.arange(0, BLOCK_D)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
-    lowest = start
-    if window > 0:
-        lowest = tl.maximum(start, end - q_len - window + 1)
+    lowest = first_seen(start, end, q_len, window)
     n = first_tile * TOKENS + tl.arange(0, TOKENS)
     next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
@@ -70,14 +91,7 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         mask = live[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        seen = live[None, :] & (n[None, :] <= positions[:, None])
-        if window > 0:
-            seen = seen & (n[None, :] > positions[:, None] - window)
-        s = tl.where(seen, s, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)  # no token seen so far: exp2(-inf - 0) = 0, not NaN
-        p = tl.exp2(s - m_safe[:, None])
-        alpha = tl.exp2(m_i - m_safe)
+        m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, window))
         v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
         l_i = l_i * alpha
         acc = acc * alpha[:, None]
@@ -87,7 +101,6 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         else:
             l_i += tl.sum(p, 1)
             acc = tl.dot(p.to(v.dtype), v, acc)
-        m_i = m_new
     return m_i, l_i, acc
 
 

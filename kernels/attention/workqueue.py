@@ -37,6 +37,7 @@ def _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.conste
 
 @triton.jit
 def _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """Tiles of all items of the first `rows` rows."""
     total = tl.zeros([], tl.int32)
     for begin in range(0, rows, ROWS):
         block = begin + tl.arange(0, ROWS)
@@ -45,23 +46,46 @@ def _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: 
 
 
 @triton.jit
-def _find(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """The item that holds a tile, and how many tiles of it come before: counts the rows that end at or before it."""
-    before = tl.zeros([], tl.int32)
+def _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """The row that holds a tile, and the first tile of that row: before it are all rows that end at or before the tile.
+
+    ROWS rows are looked at in one go. Ends ascend, so that the largest of the rows before is where the row begins.
+    """
+    head_tiles = tl.zeros([], tl.int32)  # of one KV head, in the rows of earlier blocks
     row = tl.zeros([], tl.int32)
     row_begin = tl.zeros([], tl.int64)
     for begin in range(0, rows, ROWS):
         block = begin + tl.arange(0, ROWS)
         tiles = _row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS)
-        ends_at = (before + tl.cumsum(tiles, 0)).to(tl.int64) * num_kv_heads
-        passed = (block < rows) & (ends_at <= tile)
-        row += tl.sum(passed.to(tl.int32), 0)
-        row_begin = tl.maximum(row_begin, tl.max(tl.where(passed, ends_at, 0), 0))
-        before += tl.sum(tiles, 0)
-    row = tl.minimum(row, rows - 1)
+        row_ends = (head_tiles + tl.cumsum(tiles, 0)).to(tl.int64) * num_kv_heads
+        before = (block < rows) & (row_ends <= tile)
+        row += tl.sum(before.to(tl.int32), 0)
+        row_begin = tl.maximum(row_begin, tl.max(tl.where(before, row_ends, 0), 0))
+        head_tiles += tl.sum(tiles, 0)
+    return row, row_begin
+
+
+@triton.jit
+def _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+    """The item that holds a tile, and how many tiles of the item come before the tile."""
+    row, row_begin = _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    row = tl.minimum(row, rows - 1)  # where no row has a tile, the last row stands in
     tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
-    kv_head = tl.minimum((tile - row_begin) // tl.maximum(tiles, 1), num_kv_heads - 1).to(tl.int32)
-    return row * num_kv_heads + kv_head, (tile - row_begin).to(tl.int32) - kv_head * tiles
+    tile_in_row = tile - row_begin
+    kv_head = tl.minimum(tile_in_row // tl.maximum(tiles, 1), num_kv_heads - 1).to(tl.int32)
+    return row * num_kv_heads + kv_head, tile_in_row.to(tl.int32) - kv_head * tiles
+
+
+@triton.jit
+def _share_begin(program, total, programs):
+    """The first tile of a program's share; of program `programs`, the end of all tiles."""
+    return program * total // programs
+
+
+@triton.jit
+def _program_of(tile, total, programs):
+    """The program whose share holds a tile: the last whose `_share_begin` is not beyond it."""
+    return ((tile + 1) * programs - 1) // total
 
 
 RUNTIME = ["scale_log2", "rows", "num_kv_heads", "q_len", "window", "stride_tb"]
@@ -76,6 +100,7 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, s
                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr,
                      NATIVE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program's share of the tiles: whole items to out [rows, q_len, H_q, D], parts of items to their slots."""
     wait(PDL)
     program = tl.program_id(0).to(tl.int64)
     ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + tl.num_programs(0), BLOCK_M, BLOCK_D)
@@ -83,9 +108,9 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, s
     programs = tl.maximum(tl.minimum(tl.num_programs(0), total), 1)
     if program >= programs:
         return
-    tile = program * total // programs
-    left = ((program + 1) * total // programs - tile).to(tl.int32)
-    item, skipped = _find(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    tile = _share_begin(program, total, programs)
+    left = (_share_begin(program + 1, total, programs) - tile).to(tl.int32)
+    item, skipped = _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
     while left > 0:
         row = (item // num_kv_heads).to(tl.int64)
         kv_head = (item % num_kv_heads).to(tl.int64)
@@ -93,7 +118,7 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, s
         end = tl.load(ends_ptr + row)
         first, tiles = tile_range(start, end, q_len, window, TOKENS)
         count = tl.minimum(tiles - skipped, left)
-        if count > 0:
+        if count > 0:  # an item whose row has nothing to attend to has no tiles
             m_i, l_i, acc = attend(
                 q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_head, start, end, q_len, window,
                 first + skipped, count, scale_log2, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
@@ -107,7 +132,7 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, s
             else:
                 store_state(ml_ptr, acc_ptr, item + program, m_i, l_i, acc, q_len, G, BLOCK_M, BLOCK_D)
         left -= count
-        skipped -= skipped
+        skipped = tl.zeros([], tl.int32)
         item += 1
 
 
@@ -116,7 +141,7 @@ def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_he
                        stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
                        BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
                        PDL: tl.constexpr):  # fmt: skip
-    """Adds up what the programs left of an item; an item that one program wrote whole is left alone."""
+    """Adds up what the programs left of an item, to 0 where it has no tiles; leaves alone what one wrote whole."""
     wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
@@ -124,15 +149,15 @@ def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_he
     kv_head = item % num_kv_heads
     ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + programs, BLOCK_M, BLOCK_D)
     total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
-    before = _all_tiles(starts_ptr, ends_ptr, row, num_kv_heads, q_len, window, TOKENS, ROWS)
+    row_begin = _all_tiles(starts_ptr, ends_ptr, row, num_kv_heads, q_len, window, TOKENS, ROWS)
     tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
-    begin_tile = before + kv_head * tiles
+    begin = row_begin + kv_head * tiles
     first = tl.zeros([], tl.int64)
     count = tl.zeros([], tl.int32)
     programs = tl.minimum(programs, total)
-    if tiles > 0:  # program of tile t: the largest c with c * total // programs <= t
-        first = ((begin_tile + 1) * programs - 1) // total
-        count = (((begin_tile + tiles) * programs - 1) // total - first + 1).to(tl.int32)
+    if tiles > 0:
+        first = _program_of(begin, total, programs)
+        count = (_program_of(begin + tiles - 1, total, programs) - first + 1).to(tl.int32)
     if count != 1:
         out = out_ptr + row.to(tl.int64) * stride_ob + (m_row // G) * stride_ot + (kv_head * G + m_row % G) * stride_oh
         merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, D, BLOCK_M, BLOCK_D, PARTS)

@@ -8,7 +8,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels import linear
 from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase, check_append
 from pkv_hf.kernels.checks.fuzz import Outcome
@@ -16,7 +16,7 @@ from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, Result, ch
 
 LayerCase: TypeAlias = AppendCase | LinearCase | ElementwiseCase
 CHECKS = {AppendCase: check_append, LinearCase: check_linear, ElementwiseCase: check_elementwise}
-DTYPES = {AppendCase: check.DTYPES, LinearCase: gemv.DTYPES, ElementwiseCase: check.DTYPES}
+DTYPES = {AppendCase: check.DTYPES, LinearCase: linear.DTYPES, ElementwiseCase: check.DTYPES}
 
 
 def batches(rng: np.random.Generator, count: int, variations: int, longest: int) -> list[list[LayerCase]]:

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.kernels import elementwise
-from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels import linear
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
 from pkv_hf.kernels.reference import normed
 
@@ -147,7 +147,7 @@ class LinearCase:
         outputs = tuple(log_uniform(rng, longest) for _ in self.outputs)
         return dataclasses.replace(
             self,
-            rows=1 if self.rows == 1 else int(rng.integers(2, gemv.MAX_ROWS + 1)),
+            rows=1 if self.rows == 1 else int(rng.integers(2, linear.MAX_ROWS + 1)),
             inputs=_width(rng, longest),
             outputs=outputs[:1] * 2 if self.gated else outputs,
             **_varied(rng),
@@ -155,7 +155,7 @@ class LinearCase:
 
 
 def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Result]:
-    """The result of `gemv.linear`, or of `gemv.swiglu` where the case is gated."""
+    """The result of `linear.linear`, or of `linear.swiglu` where the case is gated."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     x = draw(case.rows, case.inputs, scale=case.scale)
     weights = [draw(count, case.inputs, scale=case.inputs**-0.5) for count in case.outputs]
@@ -176,9 +176,9 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
 
     with poisoned_scratch():
         if case.gated:
-            ours = gemv.swiglu(x, *weights, norm=norm, eps=case.eps)
+            ours = linear.swiglu(x, *weights, norm=norm, eps=case.eps)
         else:
-            ours = gemv.linear(x, weights, biases, norm=norm, eps=case.eps, residual=residual)
+            ours = linear.linear(x, weights, biases, norm=norm, eps=case.eps, residual=residual)
     return {"out": beside(ours, reference(case.dtype), reference(torch.float64))}
 
 

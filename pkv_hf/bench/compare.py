@@ -11,7 +11,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pkv_hf.bench.results.resume import Store
-from pkv_hf.patch import patch, patched, unpatch, unwrap
+from pkv_hf.compat import unwrap
+from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.report import state_of
 from pkv_hf.runtime.state import STATE
 

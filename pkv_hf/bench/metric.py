@@ -21,8 +21,8 @@ from pkv_hf.bench.inputs.texts import begin_ids, token_ids
 from pkv_hf.bench.perplexity import MODES, Scores, by_chunks, by_forward, by_generate
 from pkv_hf.bench.results.resume import Store, digest
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.compat import unwrap
 from pkv_hf.errors import UsageError
-from pkv_hf.patch import unwrap
 from pkv_hf.routes.base import MAX_DECODE_QUERIES
 from pkv_hf.runtime.state import STATE
 

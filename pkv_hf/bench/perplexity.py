@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.bench.measure import PeakMemory, generate
-from pkv_hf.patch import unwrap
+from pkv_hf.compat import unwrap
 
 MODES = ("chunk", "decode")
 """How a window is scored on pages: in chunks, or by generate()."""

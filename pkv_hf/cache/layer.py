@@ -77,7 +77,7 @@ class PagedLayer(CacheLayerMixin):
 
     def first_visible(self) -> int:
         """The first position that a query at position `length` attends to."""
-        return max(self.length - self.table.window + 1, 0) if self.table.window else 0
+        return self.table.first_visible(self.length)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.table.pool.expect(key_states, value_states, self.kv_dtype)

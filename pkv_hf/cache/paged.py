@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -17,9 +17,6 @@ from pkv_hf.cache.reordering import Reordering
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.compat import layer_windows
 from pkv_hf.kernels.quantize import LARGEST
-
-if TYPE_CHECKING:
-    from pkv_hf.runtime.step import Step
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
 LONGEST = 1 << 48
@@ -61,11 +58,21 @@ def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
         raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {list(KV_DTYPES)}, or None for the dtype of the states")
 
 
-class DecodeSteps(dict[tuple, Any]):
+class CacheStep(Protocol):
+    """What a cache knows of the forward of a patched model that it serves."""
+
+    captured: bool
+    """Whether a CUDA graph keeps what the forward does."""
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Appends k and v `[rows, H_kv, q_len, D]` to a layer; returns what its attention is to be called with."""
+
+
+class StaticSteps(dict[tuple, Any]):
     """A cache's decode steps on static buffers, by shape. They hold its addresses: no copy may take them over."""
 
-    def __reduce__(self) -> tuple[type[DecodeSteps], tuple[()]]:
-        return DecodeSteps, ()
+    def __reduce__(self) -> tuple[type[StaticSteps], tuple[()]]:
+        return StaticSteps, ()
 
 
 class PagedCache(Cache):
@@ -112,8 +119,8 @@ class PagedCache(Cache):
             for window in sorted(set(windows))
         }
         self._reordering: Reordering | None = None
-        self.step: Step | None = None  # set while a patched model's forward serves this cache
-        self.decode_steps = DecodeSteps()
+        self.step: CacheStep | None = None  # set while a patched model's forward serves this cache
+        self.static_steps = StaticSteps()
         self.last_route: str | None = None  # of its last step in a patched model
         layers = [PagedLayer(self._tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
         super().__init__(layers=layers)  # type: ignore[arg-type]
@@ -286,7 +293,7 @@ class PagedCache(Cache):
         twin._reordering = None
         twin.step = None
         twin.last_route = self.last_route
-        twin.decode_steps = DecodeSteps()
+        twin.static_steps = StaticSteps()
         layers = [PagedLayer(twin._tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
         for layer in layers:
             layer.length = length
@@ -303,7 +310,7 @@ class PagedCache(Cache):
             in_use += len(held)
             shared += int(np.count_nonzero(counts[held] > 1))
             free += table.pool.allocator.free
-            first = np.maximum(table.pads, max(length - table.window + 1, 0) if table.window else 0)
+            first = np.maximum(table.pads, table.first_visible(length))
             tokens = int(np.maximum(length - first, 0).sum())
             live += tokens * table.pool.page_nbytes // self.page_size
         held_bytes = sum(table.pool.nbytes for table in self.tables.values())

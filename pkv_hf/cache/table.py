@@ -3,47 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from pkv_hf.cache.mirror import Mirror
 from pkv_hf.cache.pool import GROWTH, NULL_PAGE, PagePool
-
-
-@dataclass
-class Mirror:
-    """A device's copy of a table, as of `version`."""
-
-    pages: torch.Tensor
-    first_held: torch.Tensor
-    version: int = -1
 
 
 class BlockTable:
     """Pages of each row, by position: position `p` of row `b` is in page `pages[b, p // page_size]`.
 
-    Rows are as long as each other, as transformers' caches have them; a row's left padding and what lies behind a
-    sliding window are entries that name the null page. The host copy is the truth; `on(device)` mirrors it.
-    `window` is the sliding window in tokens, 0 for full attention; rows that `start` get pages for `reserve` positions.
+    Rows are as long as each other, as transformers' caches have them. The host copy is the truth; `on(device)` mirrors
+    it. `window` is the sliding window in tokens, 0 for full attention.
+
+    The null page stands where a row has no page: in pages of padding alone, behind the window, and where no page was
+    asked for yet. It reads as zeros and is never written. Row `b` holds tokens from `max(pads[b], live_from)` on:
+    `pads` counts its leading positions of padding, and what is before `live_from` has left the window.
+
+    A page is held once for each entry that names it, in this table or in its forks, and may be written by a row that
+    alone holds it. `prepare` sees to that. Writes past the length ask for it unless they end by `prepared`; what shares
+    pages (`select`, `fork`) takes `prepared` back to the length.
+
+    The first tokens reserve pages for `reserve` positions a row. Where each row is to become `copies` rows, once its
+    first `shared` positions are written, room is made in the pool for all of them. From then on positions
+    [0, reserved) keep their pages when rows are cropped. Behind a window pages come back as others are taken: room is
+    all that it needs.
     """
 
     def __init__(self, pool: PagePool, window: int = 0, reserve: int = 0) -> None:
         self.pool = pool
+        self.page_size = pool.page_size
         self.window = window
-        self.reserve = reserve
-        self.pages = np.zeros((0, 0), dtype=np.int32)  # [rows, max_pages]
-        self.pads = np.zeros(0, dtype=np.int64)  # [rows] leading positions of a row that hold no token
-        self.prepared = 0  # positions [0, prepared) can be written without asking again
-        self.reserved = 0  # positions [0, reserved) keep their pages when the cache is cropped
-        self.live_from = 0  # positions before it have left the window and are not held any more
+        self.pages = np.zeros((0, 0), dtype=np.int32)  # [rows, columns]
+        self.pads = np.zeros(0, dtype=np.int64)  # [rows]
+        self.live_from = 0
         self.keep_past = False  # keep pages behind the window, so that `crop` can go back to them
-        self.copies = 1  # rows that each row is to become, once its first `shared` positions are written
-        self.shared = 0
+        self.prepared = 0
+        self.reserve = reserve
+        self.copies, self.shared = 1, 0
+        self.reserved = 0
         self._offsets: list[int | None] | None = None
         self._first_held: list[int] | None = None
-        self._version = 0  # counts changes of the host copy
+        self._version = 0
         self._mirrors: dict[torch.device, Mirror] = {}
         self.held_by_routes: dict[Hashable, Any] = {}
         """What routes keep from step to step, such as workspace."""
@@ -56,39 +59,94 @@ class BlockTable:
         vars(self).update(state)
         self.pool.allocator.retain(self.pages)
 
+    def __del__(self) -> None:  # forks outlive each other: a table that goes gives its pages back
+        if hasattr(self, "pages"):
+            self.release()
+
     @property
     def rows(self) -> int:
         return len(self.pages)
 
-    @property
-    def page_size(self) -> int:
-        return self.pool.page_size
+    def first_visible(self, position: int) -> int:
+        """The first position that a query at `position` attends to, padding aside."""
+        return max(position - self.window + 1, 0) if self.window else 0
+
+    def _columns(self, length: int) -> int:
+        """Columns that positions [0, length) take."""
+        return -(-length // self.page_size)
+
+    def _changed(self) -> None:
+        """Forgets what was worked out from `pages`, `pads` and `live_from`: whatever changes one of them ends here."""
+        self._offsets = self._first_held = None
+        self._version += 1
 
     def start(self, rows: int, pads: np.ndarray | None = None) -> None:
         """Begins `rows` empty rows with `pads` leading positions of padding. Pages come with the first tokens."""
         self.release()
         self.pages = np.zeros((rows, 0), dtype=np.int32)
         self.pads = np.zeros(rows, dtype=np.int64) if pads is None else np.asarray(pads, dtype=np.int64)
+        self._changed()
 
-    def _reserve(self) -> None:
-        self.reserved = 0 if self.window else self.reserve
-        pages, first = self._pages_to(self.reserve), self.pads // self.page_size
-        if self.window:  # what a step of one token holds: a window of tokens, which may begin inside a page
-            wanted = self.copies * self.rows * min(pages, self._pages_to(self.window) + 1)
-        else:
-            shared = min(self.shared // self.page_size, pages)
-            own = np.maximum(pages - np.maximum(first, shared), 0)
-            wanted = int(np.maximum(shared - first, 0).sum() + self.copies * own.sum())
-        self.pool.require(wanted, exact=True)
-        if self.reserved and self.copies == 1:
-            self._fill(self.pads, self.reserved)
+    def release(self) -> None:
+        """Returns all pages; no row is left."""
+        self.pool.allocator.release(self.pages)
+        self.pages = np.zeros((0, 0), dtype=np.int32)
+        self.pads = np.zeros(0, dtype=np.int64)
+        self.prepared = self.reserved = self.live_from = 0
+        self._changed()
 
-    def _changed(self) -> None:
-        self._offsets = self._first_held = None
-        self._version += 1
+    def select(self, rows: np.ndarray, length: int) -> None:
+        """Keeps `rows` (repeats allowed, any order): table rows and reference counts move, K/V stay where they are.
 
-    def _pages_to(self, position: int) -> int:
-        return -(-position // self.page_size)
+        Pages reserved beyond `length` hold nothing yet: they stay with the place in the batch, not with the row. As
+        many are reserved for the rows that there are then.
+        """
+        written, same_places = self._columns(length), len(rows) == self.rows
+        if not same_places:
+            self._cut(written)
+        chosen = self.pages[rows]
+        self.pool.allocator.retain(chosen[:, :written])
+        self.pool.allocator.release(self.pages[:, :written])
+        if same_places:
+            chosen[:, written:] = self.pages[:, written:]
+        self.pages = chosen
+        self.pads = self.pads[rows]
+        self.prepared = length
+        self._changed()
+        if not same_places and self.reserved > length:
+            self._fill(np.maximum(self.pads, length), self.reserved, exact=True)
+
+    def fork(self, length: int) -> BlockTable:
+        """A second table over the same pages, `length` tokens long; whoever writes first into a page copies it."""
+        twin = BlockTable(self.pool, self.window)
+        twin.pages = self.pages[:, : self._columns(length)].copy()
+        twin.pads = self.pads.copy()
+        twin.live_from = self.live_from
+        twin.keep_past = self.keep_past
+        self.pool.allocator.retain(twin.pages)
+        twin.prepared = length
+        self.prepared = min(self.prepared, length)
+        return twin
+
+    def can_shrink(self, length: int) -> bool:
+        """Whether the tokens that the query at position `length` attends to are all still held."""
+        return self.live_from <= self.first_visible(length)
+
+    def shrink(self, length: int) -> None:
+        """Frees the pages wholly beyond `length` that are not reserved, and those behind the window.
+
+        Padding ends there too: what comes next in such a row is a token.
+        """
+        self._cut(self._columns(max(length, self.reserved)))
+        self.prepared = min(self.prepared, length)
+        self.pads = np.minimum(self.pads, length)
+        self._changed()
+        self._drop_before(self.first_visible(length))
+
+    def _cut(self, columns: int) -> None:
+        """Frees the pages from column `columns` on."""
+        self.pool.allocator.release(self.pages[:, columns:])
+        self.pages = self.pages[:, :columns].copy()
 
     def prepare(self, begin: int, end: int) -> None:
         """Makes positions [begin, end) of every row writable: each in a page that this row alone holds.
@@ -100,53 +158,90 @@ class BlockTable:
         if not begin and self.reserve:
             self._reserve()
         if self.window and not self.keep_past:
-            self._drop_before(max((begin or end) - self.window + 1, 0))
+            self._drop_before(self.first_visible(begin or end))
         self._fill(np.maximum(self.pads, max(begin, self.live_from)), end)
-        self._unshare(begin // self.page_size, self._pages_to(end))
+        self._unshare(begin // self.page_size, self._columns(end))
         self.prepared = end
+
+    def _reserve(self) -> None:
+        """Makes room for `reserve` positions of all copies. Without copies to come, rows take their pages at once."""
+        self.reserved = 0 if self.window else self.reserve
+        self.pool.require(self._room_in_window() if self.window else self._room_for_copies(), exact=True)
+        if self.reserved and self.copies == 1:
+            self._fill(self.pads, self.reserved)
+
+    def _room_in_window(self) -> int:
+        """Pages that the copies hold in a step of one token: a window of tokens, which may begin inside a page."""
+        return self.copies * self.rows * min(self._columns(self.reserve), self._columns(self.window) + 1)
+
+    def _room_for_copies(self) -> int:
+        """Pages that `reserve` positions take: whole pages of what copies share once, all that follow by each."""
+        first, end = self.pads // self.page_size, self._columns(self.reserve)
+        shared_end = min(self.shared // self.page_size, end)
+        shared = np.maximum(shared_end - first, 0)
+        own = np.maximum(end - np.maximum(first, shared_end), 0)
+        return int(shared.sum() + self.copies * own.sum())
+
+    def _drop_before(self, position: int) -> None:
+        """Frees the pages that lie wholly before `position`; from then on nothing before it is held."""
+        first, end = self.live_from // self.page_size, position // self.page_size
+        if end <= first:
+            return
+        self.pool.allocator.release(self.pages[:, first:end])
+        self.pages[:, first:end] = NULL_PAGE
+        self.live_from = end * self.page_size
+        self._changed()
 
     def _fill(self, first: np.ndarray, end: int, exact: bool = False) -> None:
         """Gives every row pages for positions [first[row], end) where it has none yet."""
-        width = self._pages_to(end)
-        if width > self.pages.shape[1]:
-            wider = np.zeros((self.rows, width), dtype=np.int32)
-            wider[:, : self.pages.shape[1]] = self.pages
-            self.pages = wider
-            self._changed()
-        index = np.arange(width)
-        missing = (self.pages[:, :width] == NULL_PAGE) & (index >= (first // self.page_size)[:, None])
-        missing &= (first < end)[:, None]
+        self._widen(self._columns(end))
+        missing = self._missing(first, end)
         if not missing.any():
             return
         self.pool.require(int(missing.sum()), exact)
-        padded = []  # pages that begin with padding, which reads as zeros there too
-        for row in np.flatnonzero(missing.any(axis=1)):
-            holes = np.flatnonzero(missing[row])
-            before = self.pages[row, holes[0] - 1] if holes[0] else NULL_PAGE
-            self.pages[row, holes] = self.pool.allocator.alloc(len(holes), after=int(before))
-            if holes[0] * self.page_size < first[row]:
-                padded.append(int(self.pages[row, holes[0]]))
-        if padded:
-            self.pool.copy_pages([NULL_PAGE] * len(padded), padded)
+        entered = []  # pages that a row enters inside: what is before its first position reads as zeros there too
+        for row in np.flatnonzero(missing.any(axis=1)).tolist():
+            columns = np.flatnonzero(missing[row])
+            self.pages[row, columns] = self._alloc(row, int(columns[0]), len(columns))
+            if columns[0] * self.page_size < first[row]:
+                entered.append(int(self.pages[row, columns[0]]))
+        if entered:
+            self.pool.copy_pages([NULL_PAGE] * len(entered), entered)
         self._changed()
 
-    def _unshare(self, first_page: int, end_page: int) -> None:
-        """Copy-on-write: replaces pages in columns [first_page, end_page) that someone else holds too."""
-        counts = self.pool.allocator.refcounts
-        held = self.pages[:, first_page:end_page]
-        rows, columns = np.nonzero((counts[held] > 1) & (held != NULL_PAGE))
+    def _widen(self, columns: int) -> None:
+        """Adds columns of null pages, up to `columns` of them in all."""
+        added = columns - self.pages.shape[1]
+        if added > 0:
+            self.pages = np.concatenate([self.pages, np.full((self.rows, added), NULL_PAGE, dtype=np.int32)], axis=1)
+            self._changed()
+
+    def _missing(self, first: np.ndarray, end: int) -> np.ndarray:
+        """Which entries of positions [first[row], end) have no page, bool `[rows, columns]`."""
+        columns = np.arange(self._columns(end))
+        missing = (self.pages[:, : len(columns)] == NULL_PAGE) & (columns >= (first // self.page_size)[:, None])
+        missing &= (first < end)[:, None]
+        return missing
+
+    def _alloc(self, row: int, column: int, count: int) -> np.ndarray:
+        """Takes `count` free pages for a row from `column` on, if possible the run that follows its page before."""
+        before = int(self.pages[row, column - 1]) if column else NULL_PAGE
+        return self.pool.allocator.alloc(count, after=before)
+
+    def _unshare(self, first_column: int, end_column: int) -> None:
+        """Copy-on-write: replaces pages in columns [first_column, end_column) that someone else holds too."""
+        allocator = self.pool.allocator
+        entries = self.pages[:, first_column:end_column]
+        rows, columns = np.nonzero(allocator.refcounts[entries] > 1)  # the null page counts one holder
         if not len(rows):
             return
-        pages, holders = np.unique(held[rows, columns], return_counts=True)
-        self.pool.require(int(holders.sum() - np.count_nonzero(holders == counts[pages])))  # the last holder keeps it
-        allocator = self.pool.allocator
+        self.pool.require(self._copies_needed(entries[rows, columns]))
         source, target = [], []
-        for row, column in zip(rows, columns + first_page):
+        for row, column in zip(rows.tolist(), (columns + first_column).tolist()):
             page = int(self.pages[row, column])
             if allocator.refcounts[page] == 1:  # the others have left it in this very loop
                 continue
-            before = int(self.pages[row, column - 1]) if column else NULL_PAGE
-            (new,) = allocator.alloc(1, after=before)
+            (new,) = self._alloc(row, column, 1)
             allocator.release(np.array([page]))
             self.pages[row, column] = new
             source.append(page)
@@ -154,118 +249,44 @@ class BlockTable:
         self.pool.copy_pages(source, target)
         self._changed()
 
-    def _drop_before(self, position: int) -> None:
-        """Frees the pages that lie wholly before `position`; from then on nothing before it is held."""
-        first, last = self.live_from // self.page_size, position // self.page_size
-        if last <= first:
-            return
-        self.pool.allocator.release(self.pages[:, first:last])
-        self.pages[:, first:last] = NULL_PAGE
-        self.live_from = last * self.page_size
-        self._changed()
-
-    def can_shrink(self, length: int) -> bool:
-        """Whether the tokens that the query at position `length` attends to are all still held."""
-        return not self.window or self.live_from <= max(length - self.window + 1, 0)
-
-    def shrink(self, length: int) -> None:
-        """Frees the pages wholly beyond `length` that are not reserved, and those behind the window.
-
-        Padding ends there too: what comes next in such a row is a token.
-        """
-        columns = max(self._pages_to(length), self._pages_to(self.reserved))
-        self.pool.allocator.release(self.pages[:, columns:])
-        self.pages = self.pages[:, :columns].copy()
-        self.prepared = min(self.prepared, length)
-        self.pads = np.minimum(self.pads, length)
-        self._changed()
-        if self.window:
-            self._drop_before(max(length - self.window + 1, 0))
-
-    def select(self, rows: np.ndarray, length: int) -> None:
-        """Keeps `rows` (repeats allowed, any order): table rows and reference counts move, K/V stay where they are.
-
-        Pages reserved beyond `length` hold nothing yet: they stay with the place in the batch, not with the row. As
-        many are reserved for the rows that there are then.
-        """
-        columns, before = self._pages_to(length), self.rows
-        chosen = self.pages[rows]
-        if len(rows) == before:
-            chosen[:, columns:] = self.pages[:, columns:]
-        else:
-            self.pool.allocator.release(self.pages[:, columns:])
-            self.pages[:, columns:] = NULL_PAGE
-            chosen = chosen[:, :columns]
-        self.pool.allocator.retain(chosen[:, :columns])
-        self.pool.allocator.release(self.pages[:, :columns])
-        self.pages = chosen
-        self.pads = self.pads[rows]
-        self.prepared = length  # a page may be shared now: ask before the next write
-        self._changed()
-        if len(rows) != before and self.reserved > length:
-            self._fill(np.maximum(self.pads, length), self.reserved, exact=True)
-
-    def fork(self, length: int) -> BlockTable:
-        """A second table over the same pages, `length` tokens long; whoever writes first into a page copies it."""
-        twin = BlockTable(self.pool, self.window)
-        columns = self._pages_to(length)
-        twin.pages = self.pages[:, :columns].copy()
-        twin.pads = self.pads.copy()
-        twin.prepared = length
-        twin.live_from = self.live_from
-        twin.keep_past = self.keep_past
-        self.pool.allocator.retain(twin.pages)
-        self.prepared = min(self.prepared, length)
-        return twin
-
-    def release(self) -> None:
-        """Returns all pages."""
-        self.pool.allocator.release(self.pages)
-        self.pages = np.zeros((0, 0), dtype=np.int32)
-        self.pads = np.zeros(0, dtype=np.int64)
-        self.prepared = self.reserved = self.live_from = 0
-        self._changed()
-
-    def __del__(self) -> None:  # forks outlive each other: a table that goes gives its pages back
-        if hasattr(self, "pages"):
-            self.release()
+    def _copies_needed(self, entries: np.ndarray) -> int:
+        """Pages that entries take to share none: one each, but where nobody else holds a page, its last keeps it."""
+        pages, holders = np.unique(entries, return_counts=True)
+        return len(entries) - int(np.count_nonzero(holders == self.pool.allocator.refcounts[pages]))
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """The table, int32 `[rows, max_pages or more]`, and `first_held`, int32 `[rows]`, on a device.
+        """The table, int32 `[rows, columns or more]`, and `first_held`, int32 `[rows]`, on a device.
 
         The tensors stay where they are while they are large enough, and are brought up to date on the current stream.
         """
-        rows, width = self.pages.shape
         mirror = self._mirrors.get(device)
-        if mirror is None or len(mirror.pages) != rows or mirror.pages.shape[1] < width:
-            capacity = max(self._pages_to(self.reserve), width if mirror is None else int(width * GROWTH) + 1)
-            with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
-                pages = torch.zeros((rows, capacity), dtype=torch.int32, device=device)
-                mirror = Mirror(pages, torch.zeros(rows, dtype=torch.int32, device=device))
-            self._mirrors[device] = mirror
-        if mirror.version != self._version:
-            mirror.version = self._version
-            table = np.zeros(mirror.pages.shape, dtype=np.int32)
-            table[:, :width] = self.pages
-            _upload(mirror.pages, table)
-            _upload(mirror.first_held, np.array(self.first_held(), dtype=np.int32))
+        if mirror is None or mirror.version != self._version:
+            mirror = self._mirrors[device] = self._mirrored(mirror, device)
         return mirror.pages, mirror.first_held
+
+    def _mirrored(self, mirror: Mirror | None, device: torch.device) -> Mirror:
+        """The device's mirror brought up to date, or a larger one where it is outgrown."""
+        rows, columns = self.pages.shape
+        if mirror is None or not mirror.fits(rows, columns):
+            capacity = columns if mirror is None else int(columns * GROWTH) + 1
+            mirror = Mirror(rows, max(self._columns(self.reserve), capacity), device)
+        mirror.show(self.pages, self.first_held(), self._version)
+        return mirror
 
     def first_held(self) -> list[int]:
         """The first position of every row whose page is not the null page."""
         if self._first_held is None:
-            held = np.maximum(self.pads, self.live_from) // self.page_size
+            columns = np.maximum(self.pads, self.live_from) // self.page_size
             if self.pages.shape[1]:  # a row cropped into its padding has no page yet where that ends now
-                held = np.maximum(held, (self.pages != NULL_PAGE).argmax(axis=1))
-            self._first_held = (held * self.page_size).tolist()
+                columns = np.maximum(columns, (self.pages != NULL_PAGE).argmax(axis=1))
+            self._first_held = (columns * self.page_size).tolist()
         return self._first_held
 
     def slots(self, row: int, begin: int, end: int) -> np.ndarray:
         """Slots of positions [begin, end) of a row; slots count the pool's tokens, page by page."""
         positions = np.arange(begin, end)
-        return (
-            self.pages[row, positions // self.page_size].astype(np.int64) * self.page_size + positions % self.page_size
-        )
+        pages = self.pages[row, positions // self.page_size].astype(np.int64)
+        return pages * self.page_size + positions % self.page_size
 
     def offsets(self) -> list[int | None]:
         """For every row what to add to a position for its slot, None where the row's pages are not consecutive.
@@ -281,12 +302,6 @@ class BlockTable:
         if not len(held):
             return None
         first, last = held[0], held[-1]
-        if last - first != len(held) - 1 or (np.diff(pages[first : last + 1]) != 1).any():
+        if (np.diff(pages[first : last + 1]) != 1).any():  # a null page in between breaks the run too
             return None
         return int(pages[first] - first) * self.page_size
-
-
-def _upload(target: torch.Tensor, source: np.ndarray) -> None:
-    """Copies to a device without waiting. torch reuses the pinned buffer once the copy has run."""
-    host = torch.from_numpy(source)
-    target.copy_(host.pin_memory() if target.is_cuda else host, non_blocking=True)

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pkv_hf import compat
+from pkv_hf.compat import unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.memory.weights import weight_bytes
-from pkv_hf.patch import served_layers, unwrap
+from pkv_hf.patches.families import served_by_us
 
 QUANTISED_BITS = {4: 4.5, 8: 8.0}
 """bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
@@ -54,12 +55,12 @@ class ModelSizes:
             dtype = next(parameter.dtype for parameter in source.parameters() if parameter.is_floating_point())
         else:
             raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")
-        decoder, family, attentions = served_layers(model)
+        decoder, prefix, attentions = served_by_us(model)
         config = decoder.config
-        if family is None:
-            kv_heads, head_dim, widest = _found(model)
-        else:
+        if prefix:
             kv_heads, head_dim, widest = config.num_key_value_heads, attentions[0].head_dim, config.intermediate_size
+        else:
+            kv_heads, head_dim, widest = _found(model)
         return cls(
             weights=weights,
             dtype=dtype,

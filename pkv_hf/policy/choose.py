@@ -8,15 +8,8 @@ from pkv_hf.errors import RouteError
 from pkv_hf.policy.calibration import constants_for
 from pkv_hf.routes.base import Rejected, Route, StepShape
 from pkv_hf.routes.costs import Constants, RouteConstants, predict
-from pkv_hf.routes.flashinfer import FlashInfer, FlashInferTensorCores, FlashInferXqa
-from pkv_hf.routes.sdpa import Sdpa
-from pkv_hf.routes.triton import Split, Workqueue
+from pkv_hf.routes.registry import ROUTES
 from pkv_hf.tables import table
-
-ROUTES: dict[str, Route] = {
-    route.name: route
-    for route in (Split(), Workqueue(), FlashInfer(), FlashInferTensorCores(), FlashInferXqa(), Sdpa())
-}
 
 HYSTERESIS = 0.05
 """A cache leaves the route of its last step only for one that is predicted to be faster by more than this share, since

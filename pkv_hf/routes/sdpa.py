@@ -1,4 +1,4 @@
-"""Attention in torch over whole sequences and over pages: prefill, and the `sdpa` route.
+"""Attention in torch over whole sequences and over pages: prompts, and the `sdpa` route.
 
 Nothing here builds a `[B, 1, q_len, kv_len]` mask: rows are attended to by their real tokens, causal blocks go to
 SDPA's own causal kernels, and what is left is masked in blocks of queries.
@@ -158,7 +158,7 @@ def attend_block(
     return out
 
 
-def prefill(
+def over_prompt(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -180,10 +180,10 @@ def prefill(
     return out
 
 
-def packed(
+def over_packed_prompt(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, packing: Packing, window: int
 ) -> torch.Tensor:
-    """`prefill` of packed rows: q `[1, H_q, tokens, D]`, k and v `[1, H_kv, tokens, D]`; returns q's shape."""
+    """`over_prompt` of packed rows: q `[1, H_q, tokens, D]`, k and v `[1, H_kv, tokens, D]`; returns q's shape."""
     if takes_packed_rows(q):
         bounds, longest = packing.bounds_on(q.device), packing.length - int(packing.starts.min())
         flash = torch.ops.aten._flash_attention_forward

@@ -13,7 +13,8 @@ import torch
 
 from pkv_hf import compat
 from pkv_hf.errors import LayerNotServed, NotServed
-from pkv_hf.runtime.state import STATE, LayerShape, PatchState, original_implementation
+from pkv_hf.runtime.evidence import LayerShape
+from pkv_hf.runtime.state import STATE, PatchState, original_implementation
 from pkv_hf.runtime.step import Step, current_step, handle_of
 
 HARMLESS = frozenset(
@@ -98,33 +99,30 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
 def _check_keywords(
     module: Any, window: int, scaling: float | None, softcap: float | None, kwargs: dict[str, Any]
 ) -> None:
-    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know.
-
-    transformers' sdpa attention does not cap scores: what it does instead is left to it.
-    """
-    causal = kwargs.get("is_causal")
-    known = {
-        "scaling": isinstance(scaling, (int, float)),
-        "softcap": isinstance(softcap, (int, float))
-        and softcap > 0
-        and original_implementation(module.config) != "sdpa",
-        "is_causal": getattr(module, "is_causal", True) if causal is None else causal,
-        "dropout": not kwargs.get("dropout"),
-        "sliding_window": (kwargs.get("sliding_window") or window) == window,
-    }
+    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know."""
     for name, value in {**kwargs, "scaling": scaling, "softcap": softcap}.items():
-        if value is not None and name not in HARMLESS and not known.get(name):
+        if value is not None and name not in HARMLESS and not _understood(module, window, name, value):
             shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
             raise LayerNotServed(f"{type(module).__name__} asks attention for {name}={shown}")
-    if not known["is_causal"]:
+    if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
         raise LayerNotServed(f"{type(module).__name__} is not causal")
+
+
+def _understood(module: Any, window: int, name: str, value: Any) -> bool:
+    """Whether pages give what a layer over `window` tokens asks of attention by a keyword argument."""
+    if name == "scaling":
+        return isinstance(value, (int, float))
+    if name == "softcap":  # transformers' sdpa attention does not cap scores: what it does instead is left to it
+        return isinstance(value, (int, float)) and value > 0 and original_implementation(module.config) != "sdpa"
+    if name == "sliding_window":
+        return not value or value == window
+    if name == "dropout":
+        return not value
+    return name == "is_causal" and bool(value)
 
 
 def _learn(module: Any, step: Step, shape: LayerShape) -> None:
     """Notes the shape of a generic model's layer, on which the routes of later steps depend."""
     state: PatchState = getattr(module, STATE)
-    if not state.generic or shape in state.shapes:
-        return
-    state.shapes.add(shape)
-    if step.decodes and step.route.fuses_rope:  # the step's kernels were chosen without it
+    if state.known.learn(shape) and step.decodes and step.route.fuses_rope:  # its kernels were chosen without it
         raise NotServed(f"{type(module).__name__} has other heads, scale or softcap than before")

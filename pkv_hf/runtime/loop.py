@@ -21,9 +21,12 @@ from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import NotServed
 from pkv_hf.policy.choose import CHOOSE_EVERY
-from pkv_hf.runtime.serving import choose_route, decide, plan, run_static, static_step
+from pkv_hf.routes.base import Route
+from pkv_hf.runtime.admission import admit
+from pkv_hf.runtime.choice import choose_route, decide, static_step
+from pkv_hf.runtime.forward import run_static, transformers_layers
 from pkv_hf.runtime.state import STATE, PatchState
-from pkv_hf.runtime.static import DecodeStep
+from pkv_hf.runtime.static import StaticStep
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -73,49 +76,81 @@ def run_ahead(
     logits = outputs.logits
     del outputs
     forward = _Forward(model, state, cache, model_kwargs)
-    keep_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-    keep_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-    scores: tuple[torch.Tensor, ...] = ()
-    raw_logits: tuple[torch.Tensor, ...] = ()
-    pad_token = generation_config._pad_token_tensor
-    ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
+    sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
     reader = _LateReader(input_ids.device, streamer)
     while True:
-        next_logits = logits[:, -1].to(copy=True, dtype=torch.float32, device=input_ids.device)
+        sequences.extend(logits)
         del logits
-        next_scores = logits_processor(input_ids, next_logits)
-        if keep_scores:
-            scores += (next_scores,)
-        if keep_logits:
-            raw_logits += (next_logits,)
-        if generation_config.do_sample:
-            rng = _rng_offset(input_ids.device)
-            next_tokens = torch.multinomial(nn.functional.softmax(next_scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            next_tokens = torch.argmax(next_scores, dim=-1)
-        if ends_rows:
-            next_tokens = next_tokens * unfinished + pad_token * (1 - unfinished)
-        input_ids = torch.cat([input_ids, next_tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, scores if keep_scores else None)
-        full = stopping_criteria.max_length is not None and input_ids.shape[1] >= stopping_criteria.max_length
-        if reader.stops(unfinished, next_tokens):
+        if reader.stops(sequences.unfinished, sequences.last):
             if reader.late:
-                input_ids, scores, raw_logits = input_ids[:, :-1], scores[:-1], raw_logits[:-1]
+                sequences.take_back()
                 cache.crop(-1)
-                if generation_config.do_sample:
-                    _rewind_rng(input_ids.device, rng)
             break
-        if full:
+        if sequences.full:
             reader.flush()
             break
-        logits = forward(input_ids, next_tokens)
+        logits = forward(sequences.ids, sequences.last)
     if streamer is not None:
         streamer.end()
-    if not generation_config.return_dict_in_generate:
-        return input_ids
-    kept: dict[str, Any] = {"scores": scores if keep_scores else None, "logits": raw_logits if keep_logits else None}
-    return GenerateDecoderOnlyOutput(sequences=input_ids, **{compat.CACHE: cache}, **kept)  # type: ignore[arg-type]
+    return sequences.result(cache)
+
+
+class _Sequences:
+    """The rows' tokens, and all that is kept of every step beside them. Nothing here waits for the device."""
+
+    def __init__(self, ids: torch.Tensor, processors: Any, criteria: Any, config: Any) -> None:
+        self.ids = ids
+        """int64 `[rows, tokens]`, the prompt included."""
+        self.last = ids[:, -1]
+        """Every row's newest token, int64 `[rows]`."""
+        self.unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
+        """1 for every row that goes on, int64 `[rows]`."""
+        self._processors, self._criteria, self._config = processors, criteria, config
+        self._ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        returns = config.return_dict_in_generate
+        self._scores: tuple[torch.Tensor, ...] | None = () if returns and config.output_scores else None
+        self._logits: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
+        self._rng: Any = None
+
+    @property
+    def full(self) -> bool:
+        longest = self._criteria.max_length
+        return longest is not None and self.ids.shape[1] >= longest
+
+    def extend(self, logits: torch.Tensor) -> None:
+        """Takes every row's next token by the logits `[rows, any, vocabulary]` of its last."""
+        raw = logits[:, -1].to(copy=True, dtype=torch.float32, device=self.ids.device)
+        scores = self._processors(self.ids, raw)
+        if self._scores is not None:
+            self._scores += (scores,)
+        if self._logits is not None:
+            self._logits += (raw,)
+        tokens = self._chosen(scores)
+        if self._ends_rows:
+            tokens = tokens * self.unfinished + self._config._pad_token_tensor * (1 - self.unfinished)
+        self.last, self.ids = tokens, torch.cat([self.ids, tokens[:, None]], dim=-1)
+        self.unfinished = self.unfinished & ~self._criteria(self.ids, self._scores)
+
+    def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
+        if not self._config.do_sample:
+            return torch.argmax(scores, dim=-1)
+        self._rng = _rng_offset(self.ids.device)
+        return torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
+
+    def take_back(self) -> None:
+        """Undoes the last `extend`, but for what logits processors keep."""
+        self.ids = self.ids[:, :-1]
+        self._scores = self._scores and self._scores[:-1]
+        self._logits = self._logits and self._logits[:-1]
+        if self._config.do_sample:
+            _rewind_rng(self.ids.device, self._rng)
+
+    def result(self, cache: PagedCache) -> Any:
+        """What generate() returns."""
+        if not self._config.return_dict_in_generate:
+            return self.ids
+        kept: dict[str, Any] = {"scores": self._scores, "logits": self._logits, compat.CACHE: cache}
+        return GenerateDecoderOnlyOutput(sequences=self.ids, **kept)  # type: ignore[arg-type]
 
 
 def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
@@ -131,26 +166,30 @@ class _Forward:
 
     def __init__(self, model: Any, state: PatchState, cache: PagedCache, model_kwargs: dict[str, Any]) -> None:
         self.model, self.state, self.cache, self.model_kwargs = model, state, cache, model_kwargs
-        self.static: DecodeStep | None = None
-        decoder, head = model.base_model, model.get_output_embeddings()
+        self.static: StaticStep | None = None
+        decoder = model.base_model
         next_tokens = torch.empty((cache.rows, 1), dtype=torch.long, device=model.device)
         try:
-            step = plan(decoder, state, {**model_kwargs, "input_ids": next_tokens})
+            step = admit(decoder, state, {**model_kwargs, "input_ids": next_tokens})
         except NotServed:
             return
-        self.starts = step.bounds.starts
-        self.static = static_step(decoder, state, cache, step.route, 1, head)
+        self.starts = step.starts
+        route = choose_route(state, cache, step.starts, 1, step.device, step.dtype)
+        self.static = self._static(decoder, route, model.get_output_embeddings())
         position_ids = model_kwargs.get("position_ids")
         if position_ids is None:  # a forward of the caller's own may not take them
-            position_ids = torch.tensor([[step.bounds.begin]], device=model.device)
+            position_ids = torch.tensor([[step.begin]], device=model.device)
         self.positions: torch.Tensor | None = position_ids[:, -1:]
+
+    def _static(self, decoder: Any, route: Route, head: nn.Module | None) -> StaticStep | None:
+        return static_step(decoder, self.state, self.cache, route, 1, transformers_layers, head)
 
     def _choose_again(self) -> None:
         """Takes another route's step where rows have grown into another route's lengths."""
         assert self.static is not None
         route = choose_route(self.state, self.cache, self.starts, 1, self.static.device, self.static.dtype)
         if route.name != self.static.route.name:
-            other = static_step(self.static.decoder, self.state, self.cache, route, 1, self.static.head)
+            other = self._static(self.static.decoder, route, self.static.head)
             if other is not None:
                 self.positions = self.static.positions.clone()
                 self.static = other

@@ -9,7 +9,7 @@ import torch
 
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
-from pkv_hf.runtime.watch import hooked
+from pkv_hf.runtime.evidence import shares_prompts
 
 
 def prefill(
@@ -25,7 +25,7 @@ def prefill(
     cache = model_kwargs.get(compat.CACHE)
     if copies == 1 or not isinstance(cache, PagedCache) or cache.rows not in (0, len(input_ids) // copies):
         return original(self, input_ids, generation_config, model_kwargs, **settings)
-    prompts = None if hooked(self) else _prompts({"input_ids": input_ids, **model_kwargs}, copies)
+    prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if shares_prompts(self) else None
     if prompts is None:
         return original(self, input_ids, generation_config, model_kwargs, **settings)
     embeds = prompts.get("inputs_embeds")

@@ -18,7 +18,7 @@ Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], 
 """decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
 
 
-class DecodeStep:
+class StaticStep:
     """Decodes `q_len` tokens a row by a forward over static buffers, through a CUDA graph where one is asked for.
 
     A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
@@ -40,14 +40,8 @@ class DecodeStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._addresses: tuple[Any, ...] = ()
-        self._starts: np.ndarray | None = None
+        self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
         self._end = -1  # what `ends` and `positions` on the device stand at
-
-    def _make_buffers(self, rows: int, device: torch.device) -> None:
-        self.tokens = torch.zeros((rows, self.q_len), dtype=torch.int64, device=device)
-        self.positions = torch.zeros_like(self.tokens)
-        self.starts = torch.zeros(rows, dtype=torch.int32, device=device)
-        self.ends = torch.zeros_like(self.starts)
 
     def run(
         self,
@@ -68,37 +62,37 @@ class DecodeStep:
         end = begin + self.q_len
         # torch forbids to write outside of inference mode what was made inside
         with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
-            if self._starts is None:
-                self._make_buffers(len(starts), self.device)
             try:
                 self._place(cache, begin, end)
-                if self._starts is None or not np.array_equal(starts, self._starts):
-                    self._starts = starts
-                    self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
-                    self.drop()  # sizes of launches depend on the shortest padding
-                if end != self._end:
-                    if positions is None:
-                        raise RuntimeError(f"the cache came to hold {begin} tokens while its next step was queued")
-                    self.ends.fill_(end)
-                    self._end = end
-                if positions is not None:
-                    self.positions.copy_(positions)
-                self.tokens.copy_(tokens)
-                if memories is None:
-                    output = self._body(cache, begin)
-                else:
-                    self._capture(cache, begin, memories)
-                    assert self._graph is not None
-                    assert self._output is not None
-                    self._graph.replay()
-                    output = self._output
+                self._fill_buffers(tokens, positions, starts, end)
+                output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
             except BaseException:
                 cache.truncate(begin)
                 raise
-            for layer in cache.layers:
-                layer.length = end
-            self._end = end + self.q_len
-            return output
+        for layer in cache.layers:
+            layer.length = end
+        self._end = end + self.q_len
+        return output
+
+    def _fill_buffers(self, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int) -> None:
+        """Writes what the step reads, where the device does not hold it already."""
+        if self._starts is None:
+            self.tokens = torch.zeros((len(starts), self.q_len), dtype=torch.int64, device=self.device)
+            self.positions = torch.zeros_like(self.tokens)
+            self.starts = torch.zeros(len(starts), dtype=torch.int32, device=self.device)
+            self.ends = torch.zeros_like(self.starts)
+        if self._starts is None or not np.array_equal(starts, self._starts):
+            self._starts = starts
+            self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
+            self.drop()  # sizes of launches depend on the shortest padding
+        if end != self._end:
+            if positions is None:
+                raise RuntimeError(f"the cache came to hold {end - self.q_len} tokens while its next step was queued")
+            self.ends.fill_(end)
+            self._end = end
+        if positions is not None:
+            self.positions.copy_(positions)
+        self.tokens.copy_(tokens)
 
     @property
     def captured(self) -> bool:
@@ -133,11 +127,14 @@ class DecodeStep:
         """Gives up the graph and its memory."""
         self._graph = self._output = None
 
-    def _capture(self, cache: PagedCache, begin: int, memories: GraphMemories) -> None:
-        """Captures the step, unless its graph can be replayed in this thread, on this stream."""
+    def _replay(self, cache: PagedCache, begin: int, memories: GraphMemories) -> torch.Tensor:
+        """Replays the step's graph, captured before where it cannot be replayed in this thread, on this stream."""
         memory = memories.here(self.device)
         if self._graph is None or memory is not self._memory:
             self.drop()
             self._memory = memory
             self._graph, self._output = memory.capture(lambda: self._body(cache, begin, captured=True))
             self.captures += 1
+        assert self._output is not None
+        self._graph.replay()
+        return self._output

@@ -12,7 +12,7 @@ from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Bounds, Norms, Route
-from pkv_hf.routes.sdpa import over_pages, packed, prefill
+from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 
 _current: ContextVar[Step | None] = ContextVar("pkv_hf_step", default=None)
 
@@ -99,9 +99,9 @@ class Step:
         layer, bounds = self.cache.layers[layer_idx], self.bounds
         self._unread.discard(layer_idx)
         if self.packing is not None:
-            return packed(q, k, v, scale, self.packing, layer.table.window).transpose(1, 2)
+            return over_packed_prompt(q, k, v, scale, self.packing, layer.table.window).transpose(1, 2)
         if not bounds.begin:
-            return prefill(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
+            return over_prompt(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
         return self._over_pages(layer, q, scale, softcap)
 
     def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:

@@ -29,19 +29,10 @@ class Watch:
 
     def __init__(self, roots: list[nn.Module]) -> None:
         modules = [module for root in roots for module in root.modules()]
-        self._children = [(m._modules, name, child) for m in modules for name, child in m._modules.items()]
-        stores = [store for m in modules for store in (m._parameters, m._buffers)]
-        tensors = [(store, name, tensor) for store in stores for name, tensor in store.items()]
-        self._tensors = [(store, name, _address(tensor)) for store, name, tensor in tensors if tensor is not None]
-        self._absent = [(store, name) for store, name, tensor in tensors if tensor is None]
-        self._stores = [*stores, *(m._modules for m in modules)]
-        self._held = sum(map(len, self._stores))
-        self._classes = [(m, type(m)) for m in modules]
-        self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
+        self._structure = _Structure(modules)
+        self._tensors = _Tensors(modules)
+        self._settings = _Settings(modules)
         self._hooks = _hooks(modules)
-        others = [m for m in modules if not type(m).__module__.startswith("torch.")]
-        self._settings = [(m.__dict__, len(m.__dict__), _settings(m)) for m in others]
-        devices = {tensor.device for store in stores for tensor in store.values() if tensor is not None}
         self._hooked = _any_runs(self._hooks)
         self.reason = ""
         """Why a forward of these modules may not be captured or replaced; empty where it may."""
@@ -49,20 +40,65 @@ class Watch:
             self.reason = "modules have forward hooks"
         elif any("forward" in m.__dict__ and FORWARD not in m.__dict__ for m in modules):
             self.reason = "modules have a forward of their own (accelerate's hooks or mixed precision, say)"
-        elif len(devices) > 1:
-            self.reason = f"weights are on {len(devices)} devices"
+        elif len(self._tensors.devices) > 1:
+            self.reason = f"weights are on {len(self._tensors.devices)} devices"
+
+    def unchanged(self) -> bool:
+        return (
+            self._structure.unchanged()
+            and self._tensors.unchanged()
+            and _any_runs(self._hooks) == self._hooked
+            and self._settings.unchanged()
+        )
+
+
+class _Structure:
+    """Which module is where, of what class, and whose forward it runs."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._stores = [m._modules for m in modules]
+        self._held = sum(map(len, self._stores))
+        self._children = [(store, name, child) for store in self._stores for name, child in store.items()]
+        self._classes = [(m, type(m)) for m in modules]
+        self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
+
+    def unchanged(self) -> bool:
+        return (
+            sum(map(len, self._stores)) == self._held
+            and all(store.get(name) is child for store, name, child in self._children)
+            and all(type(m) is of_class for m, of_class in self._classes)
+            and all(now.get("forward") is forward for now, forward in self._forwards)
+        )
+
+
+class _Tensors:
+    """Where weights and buffers are stored, and which of them are none."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._stores = [store for m in modules for store in (m._parameters, m._buffers)]
+        self._held = sum(map(len, self._stores))
+        named = [(store, name, tensor) for store in self._stores for name, tensor in store.items()]
+        self._addresses = [(store, name, _address(tensor)) for store, name, tensor in named if tensor is not None]
+        self._absent = [(store, name) for store, name, tensor in named if tensor is None]
+        self.devices = {tensor.device for _, _, tensor in named if tensor is not None}
 
     def unchanged(self) -> bool:
         return (
             sum(map(len, self._stores)) == self._held
             and all(store.get(name) is None for store, name in self._absent)
-            and all(store.get(name) is child for store, name, child in self._children)
-            and all(_address(store.get(name)) == address for store, name, address in self._tensors)
-            and all(type(m) is of_class for m, of_class in self._classes)
-            and all(now.get("forward") is forward for now, forward in self._forwards)
-            and _any_runs(self._hooks) == self._hooked
-            and all(len(now) == size and _holds(settings, now) for now, size, settings in self._settings)
+            and all(_address(store.get(name)) == address for store, name, address in self._addresses)
         )
+
+
+class _Settings:
+    """The plain attributes of modules that are not torch's, as values."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        others = [m for m in modules if not type(m).__module__.startswith("torch.")]
+        self._held = [(m.__dict__, len(m.__dict__), _plain_attributes(m)) for m in others]
+
+    def unchanged(self) -> bool:
+        return all(len(now) == size and _holds(settings, now) for now, size, settings in self._held)
 
 
 def _address(tensor: Any) -> Any:
@@ -88,7 +124,7 @@ def _any_runs(hooks: list[dict]) -> bool:
     )
 
 
-def _settings(module: nn.Module) -> dict[str, Any]:
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     """A module's attributes that are plain values or containers of them, as they are now."""
     attributes = module.__dict__.items()
     return {name: copy.deepcopy(value) for name, value in attributes if name not in TORCHS_OWN and _plain(value)}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import transformers
 
 from jsonl import records
 from pkv_hf import cli
+from pkv_hf.bench.results.records import OUT_FOLDER
 from pkv_hf.routes import flashinfer as flashinfer_routes
 from places import ROOT
 from tiny import byte_tokenizer, tiny
@@ -236,3 +239,36 @@ def test_every_script_is_in_the_table():
     parses = re.compile("ArgumentParser|published.main")
     with_parser = {path.stem for path in SCRIPTS.glob("*.py") if parses.search(path.read_text())}
     assert with_parser | {"pkv-hf"} == {command for command, *_ in COMMANDS}
+
+
+READS = {("plot_results", "--results"), ("plot_attention", "--results")}
+"""Options that only read, and so have the committed records for a default."""
+
+
+class Parsed(Exception):
+    """Carries a command's parser out of its main()."""
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in SCRIPTS.glob("*.py")))
+def test_scripts_write_where_git_ignores_it(run, monkeypatch, script):
+    def parse(parser):
+        raise Parsed(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    with pytest.raises(Parsed) as parsed:
+        run(script)
+    (parser,) = parsed.value.args
+    ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()}
+    for option, action in parser._option_string_actions.items():
+        if isinstance(action.default, (str, Path)) and (script, option) not in READS:
+            place = Path(action.default)
+            if option == "--out" or place.is_relative_to("benchmarks"):
+                assert {str(place), str(place.parent)} & ignored
+
+
+def test_a_default_that_cannot_be_written_is_refused_at_once(run, tmp_path, monkeypatch, capsys):
+    (tmp_path / OUT_FOLDER).write_text("")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run("record_sanitizers", tmp_path)
+    assert f"--out {OUT_FOLDER}/sanitizers.jsonl cannot be written" in capsys.readouterr().err

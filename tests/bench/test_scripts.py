@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from jsonl import records
+from pkv_hf.bench.results.records import OUT_FOLDER
 from places import ROOT
 from tiny import tiny
 
@@ -277,8 +278,8 @@ def test_sanitizers_are_clean_where_each_run_says_so(run, tmp_path, tool, log, s
 
 def test_sanitizers_select_every_kernel_by_its_name():
     (pattern,) = re.findall("--kernel-name 'regex=(.*)'", (SCRIPTS / "sanitize.sh").read_text())
-    sources = [path.read_text() for path in (SCRIPTS.parent / "kernels").glob("*.py")]
-    names = [name for source in sources for name in re.findall(r"Launcher\((\w+)\)", source)]
+    sources = [path.read_text() for path in (SCRIPTS.parent / "kernels").rglob("*.py")]
+    names = [name for source in sources for name in re.findall(r"Launcher\((\w+)", source)]
     assert len(names) >= 10
     assert all(re.search(pattern, name) for name in names)
 
@@ -290,10 +291,10 @@ def test_tests_are_recorded_by_how_they_ended(tmp_path, failing):
         "import pytest\ndef test_right(): pass\n@pytest.mark.skip\ndef test_left(): pass\n"
         + failing * "@pytest.fixture\ndef bad(): assert 0\ndef test_wrong(): assert 0\ndef test_none(bad): pass\n"
     )
-    command = [sys.executable, SCRIPTS / "record_tests.py", "test_some.py", "--out", "tests.jsonl"]
+    command = [sys.executable, SCRIPTS / "record_tests.py", "test_some.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == int(failing), done.stderr
-    (record,) = records(tmp_path / "tests.jsonl")
+    (record,) = records(tmp_path / OUT_FOLDER / "tests.jsonl")
     assert (record["passed"], record["skipped"]) == (1, 1)
     assert record["failed"] == ["test_some.py::test_none", "test_some.py::test_wrong"] * failing
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == record["failed"]

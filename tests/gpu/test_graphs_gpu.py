@@ -54,7 +54,7 @@ def test_steps_are_captured_with_what_fine_tuning_leaves_on_the_embeddings(fuse)
     expected = generate(model, inputs)
     with pkv_hf.patched(model, fuse=fuse):
         cache = generate(model, inputs, return_dict_in_generate=True)[CACHE]
-        assert all(step.captured for step in cache.decode_steps.values())
+        assert all(step.captured for step in cache.static_steps.values())
         assert torch.equal(generate(model, inputs), expected)
 
 
@@ -114,7 +114,7 @@ def test_pages_of_8_bits_are_captured(kv_dtype, route, fuse, dtype):
         for _ in range(2):
             output = generate(model, inputs, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
-        assert all(step.captured for step in output[CACHE].decode_steps.values())
+        assert all(step.captured for step in output[CACHE].static_steps.values())
         assert output[CACHE].dtypes == {KV_DTYPES[kv_dtype]}
 
 
@@ -137,7 +137,7 @@ def test_steps_over_quantised_weights_are_captured(quantised):
         for _ in range(2):
             output = generate(model, inputs, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
-        assert all(step.captured for step in output[CACHE].decode_steps.values())
+        assert all(step.captured for step in output[CACHE].static_steps.values())
         assert_on_pages(model)
 
 
@@ -166,7 +166,7 @@ def test_one_capture_serves_a_generation():
     report = pkv_hf.report(model)
     assert report.graphs == 1
     assert report.graph_bytes > 0
-    (step,) = result[CACHE].decode_steps.values()
+    (step,) = result[CACHE].static_steps.values()
     assert step.captures == 1
     del result, step
     gc.collect()
@@ -240,7 +240,7 @@ def test_a_cache_that_grows_is_captured_anew():
         for _ in range(2):
             cache = pkv_hf.PagedCache(model.config)
             assert torch.equal(generate(model, inputs, max_new_tokens=200, **{CACHE: cache}), expected)
-        (step,) = cache.decode_steps.values()
+        (step,) = cache.static_steps.values()
         assert 1 < step.captures < 30
 
 

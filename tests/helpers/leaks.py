@@ -130,6 +130,6 @@ class Calls:
             open_files=process.num_fds(),
             threads=process.num_threads(),
             caches=sum(type(thing) is pkv_hf.PagedCache for thing in gc.get_objects()),
-            steps=sum(len(model._pkv_hf_state.decode_steps) for model in self.models),
+            steps=sum(len(model._pkv_hf_state.static_steps) for model in self.models),
             graphs=sum(report.graphs for report in reports),
         )

@@ -20,7 +20,8 @@ import json, re, subprocess, sys, tempfile
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, elementwise, gemv, split, workqueue
+from pkv_hf.kernels import append, elementwise, linear
+from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
@@ -44,7 +45,7 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
                if p.name.endswith("_ptr") or p.name.startswith(("stride_", "inputs")) and not p.do_not_specialize}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
-    assert launcher.fp_fusion or "fma.rn" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
+    assert launcher.fp_fusion or "fma.rn.f32" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
     if target.arch == 90 and constants.get("BLOCK_M") == 16:
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
             ptx.write(kernel.asm["ptx"])
@@ -97,15 +98,15 @@ for head_dim, group, q_len, dtype in cases:
 half = next(dtype for *_, dtype in cases if dtype != "fp32")
 for rows in (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
-        block = gemv.choose_block(rows, inputs, 6144 if weights == 3 else 4096, 1, shared)
+        block = linear.choose_block(rows, inputs, 6144 if weights == 3 else 4096, 1, shared)
         common = dict(ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs, BLOCK_K=block.inputs,
                       STAGES=block.num_stages, AHEAD=block.ahead, EVEN=True, NORM=rows == 1)
         used[f"linear {rows} {weights}"] = compiled(
-            gpu, gemv._linear, half, dict(**common, WEIGHTS=weights, BIAS=True, RESIDUAL=residual), 4)
+            gpu, linear._linear, half, dict(**common, WEIGHTS=weights, BIAS=True, RESIDUAL=residual), 4)
     for outputs in (1536, 14336):
-        block = gemv.choose_block(rows, 4096, outputs, 2, shared)
+        block = linear.choose_block(rows, 4096, outputs, 2, shared)
         common.update(BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages, AHEAD=block.ahead)
-        used[f"swiglu {rows} {outputs}"] = compiled(gpu, gemv._swiglu, half, common, 4)
+        used[f"swiglu {rows} {outputs}"] = compiled(gpu, linear._swiglu, half, common, 4)
 for dtype in (half, "fp32"):
     used[f"rms_norm {dtype}"] = compiled(
         gpu, elementwise._rms_norm, dtype, dict(RESIDUAL=True, BLOCK=8192), 8)

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 from pkv_hf.kernels import append, elementwise
-from pkv_hf.kernels import linear as gemv
+from pkv_hf.kernels import linear
 from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase
 from pkv_hf.kernels.checks.fuzz import BOUND
@@ -82,8 +82,8 @@ SILU = ElementwiseCase(torch.bfloat16, gated=True, residual=False, rows=3, width
         (ROPED, append, "rope_append", "page", "elsewhere"),
         (ROPED, append, "rope_append", "last", "q"),
         (dataclasses.replace(ROPED, norm=True), append, "rope_append", "last", "q"),
-        *[(LINEAR, gemv, "linear", place, "out") for place in ("last", "unwritten")],
-        (GATED, gemv, "swiglu", "last", "out"),
+        *[(LINEAR, linear, "linear", place, "out") for place in ("last", "unwritten")],
+        (GATED, linear, "swiglu", "last", "out"),
         *[(NORM, elementwise, "rms_norm", place, "out") for place in ("last", "unwritten")],
         (SILU, elementwise, "silu_mul", "last", "out"),
     ],

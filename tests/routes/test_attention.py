@@ -10,7 +10,7 @@ from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.pool import PagePool
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.kernels.reference import paged_attention
-from pkv_hf.routes.sdpa import LONG_ON_CPU, over_pages, prefill, sdpa
+from pkv_hf.routes.sdpa import LONG_ON_CPU, over_pages, over_prompt, sdpa
 
 
 def filled(length: int, pads: tuple[int, ...], window: int = 0, reserve: int = 0) -> tuple[PagedLayer, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_prefill(pads, window):
     for states in (k, v):  # what padding holds must not matter
         for row, pad in enumerate(pads):
             states[row, :, :pad] = float("nan")
-    out = prefill(q, k, v, 0.3, np.array(pads), window)
+    out = over_prompt(q, k, v, 0.3, np.array(pads), window)
     table, _ = layer.table.on(torch.device("cpu"))
     starts, ends = torch.tensor(pads, dtype=torch.int32), torch.full((len(pads),), 300, dtype=torch.int32)
     expected = paged_attention(q.double(), *layer.pages, table, starts, ends, scale=0.3, window=window)

@@ -147,8 +147,8 @@ def test_a_cache_is_copied_without_its_static_steps():
     with pkv_hf.patched(model, route="split"):
         first = generate(model, inputs, return_dict_in_generate=True)
         twin = copy.deepcopy(first[CACHE])
-        assert first[CACHE].decode_steps
-        assert not twin.decode_steps
+        assert first[CACHE].static_steps
+        assert not twin.static_steps
         ids = torch.cat([first.sequences, torch.tensor([[7, 8]])], dim=1)
         one = model.generate(ids, **{CACHE: twin}, max_new_tokens=4, do_sample=False)
         other = model.generate(ids, **{CACHE: first[CACHE]}, max_new_tokens=4, do_sample=False)
@@ -187,17 +187,18 @@ def test_a_step_without_position_ids_counts_from_the_past():
 
 
 def test_a_capture_that_fails_is_said_and_steps_run_without(monkeypatch):
-    from pkv_hf.runtime import serving
+    from pkv_hf.runtime import choice, forward
     from pkv_hf.runtime.graphs import CaptureError
-    from pkv_hf.runtime.static import DecodeStep
+    from pkv_hf.runtime.static import StaticStep
 
     def fails(*_):
         raise CaptureError("out of memory")
 
     model, inputs = tiny("llama"), left_padded(20, 9)
     expected = generate(model, inputs)
-    monkeypatch.setattr(serving, "captures", lambda state, _: state.cuda_graphs)
-    monkeypatch.setattr(DecodeStep, "_capture", fails)
+    for module in (choice, forward):
+        monkeypatch.setattr(module, "captures", lambda state, _: state.cuda_graphs)
+    monkeypatch.setattr(StaticStep, "_replay", fails)
     for run_ahead in (True, False):
         with pkv_hf.patched(model, route="split", run_ahead=run_ahead):
             assert torch.equal(generate(model, inputs), expected)
@@ -237,7 +238,7 @@ class HalvedWeight(torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
-    from pkv_hf.patches.fused import gemv_takes
+    from pkv_hf.patches.fused import kernel_takes
 
     model, inputs = tiny("llama").to(dtype), left_padded(9)
     for module in model.modules():
@@ -246,7 +247,7 @@ def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
             module.weight = torch.nn.Parameter(HalvedWeight(stored, dtype), requires_grad=False)
     linear = model.model.layers[0].mlp.gate_proj
     assert type(linear) is torch.nn.Linear
-    assert not gemv_takes([linear], torch.zeros(1, 64, dtype=dtype))
+    assert not kernel_takes([linear], torch.zeros(1, 64, dtype=dtype))
     expected = decode_logits(model, inputs)
     with pkv_hf.patched(model, route="split"):
         torch.testing.assert_close(

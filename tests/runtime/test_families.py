@@ -19,9 +19,9 @@ from pkv_hf.errors import RouteError
 from pkv_hf.report import state_of
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.routes.sdpa import over_pages, prefill
-from pkv_hf.runtime import serving
-from pkv_hf.runtime.serving import transformers_forward
+from pkv_hf.routes.sdpa import over_pages, over_prompt
+from pkv_hf.runtime import choice, forward
+from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.state import STATE
 from pkv_hf.runtime.step import Step
 from tiny import COMMON, assert_on_pages, left_padded, randomized
@@ -149,11 +149,12 @@ def test_steps_on_static_buffers_give_the_same_tokens(name, monkeypatch):
 
     model, inputs = build(*SERVED[name]), left_padded(20, 9)
     expected = generate(model, inputs, 3)
-    monkeypatch.setattr(serving, "captures", lambda *_: True)
+    for module in (choice, forward):
+        monkeypatch.setattr(module, "captures", lambda *_: True)
     with pkv_hf.patched(model, route="split"):
         getattr(model, STATE).compiled = Never()
         output = generate(model, inputs, 3)
-        assert output[CACHE].decode_steps
+        assert output[CACHE].static_steps
         assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
 
@@ -169,11 +170,11 @@ def test_a_captured_step_depends_on_no_length_of_the_host(name):
     call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
     if name == "opt":
         with pytest.raises(RuntimeError, match="length of its cache"), step:
-            transformers_forward(*call)
+            transformers_layers(*call)
         assert cache.get_seq_length() == 3
     else:
         with step:
-            hidden = transformers_forward(*call)
+            hidden = transformers_layers(*call)
         expected = pkv_hf.unpatch(model).get_decoder()(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
         torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-4, rtol=1e-4)
 
@@ -305,7 +306,7 @@ def test_capped_scores(pads, window):
         expected[row, :, pad:] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
     starts = np.array(pads)
     torch.testing.assert_close(
-        prefill(q, k, v, scale, starts, window, softcap).double(), expected, atol=2e-6, rtol=1e-5
+        over_prompt(q, k, v, scale, starts, window, softcap).double(), expected, atol=2e-6, rtol=1e-5
     )
     for count in (1, 20):
         out = over_pages(layer, q[:, :, -count:], scale, starts, 90 - count, softcap)

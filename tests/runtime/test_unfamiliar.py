@@ -209,9 +209,9 @@ def test_a_pickled_cache_holds_no_model():
     model = pkv_hf.patch(tiny("llama"), route="split")
     cache = PagedCache(model.config)
     generate(model, **{CACHE: cache})
-    assert cache.decode_steps
+    assert cache.static_steps
     twin = pickle.loads(pickle.dumps(cache))
-    assert not twin.decode_steps
+    assert not twin.static_steps
     for ours, theirs in zip(twin.layers, cache.layers):
         assert torch.equal(ours.keys, theirs.keys)
 

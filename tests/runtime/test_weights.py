@@ -80,7 +80,7 @@ def test_quantised_layers_are_served_as_they_are(name):
             output = model.generate(**PROMPT, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
             assert torch.equal(output.sequences, expected)
             assert isinstance(output[CACHE], PagedCache)
-            assert bool(output[CACHE].decode_steps) == (route == "split")  # through the fused layers
+            assert bool(output[CACHE].static_steps) == (route == "split")  # through the fused layers
             assert_on_pages(model)
         assert [layer.self_attn.q_proj, layer.mlp.down_proj] == kept
 

@@ -214,7 +214,7 @@ def test_weights_trained_in_place_are_what_the_next_call_reads():
     optimizer.step()
     tokens = generate(model.eval())
     assert watch.unchanged()  # a graph reads the addresses, which stay
-    assert cache.decode_steps
+    assert cache.static_steps
     assert torch.equal(tokens, generate(pkv_hf.unpatch(model)))
 
 
@@ -268,8 +268,8 @@ def test_a_copy_of_a_patched_model_is_patched_and_stands_alone(way):
     state = getattr(model.get_base_model(), STATE)
     twin = COPIES[way](model)
     copied = getattr(twin.get_base_model(), STATE)
-    assert state.decode_steps
-    assert not copied.decode_steps
+    assert state.static_steps
+    assert not copied.static_steps
     assert copied.watch is None
     with torch.no_grad():
         for parameter in model.parameters():
@@ -328,5 +328,5 @@ def test_a_wrapper_that_mixed_precision_leaves_is_named_and_comes_off(tmp_path):
         generate(model)
     del model.forward  # the class's own again
     cache = generate(model, return_dict_in_generate=True)[CACHE]
-    assert cache.decode_steps  # fused steps
+    assert cache.static_steps  # fused steps
     assert torch.equal(generate(model), generate(pkv_hf.unpatch(model)))

@@ -20,6 +20,12 @@ from pkv_hf.arguments import writable
 from pkv_hf.errors import UsageError
 from pkv_hf.version import __version__
 
+OUT_FOLDER = "results"
+"""Where scripts append records unless --out names a file; of the current folder, and ignored by git.
+
+Their defaults are texts, since argparse checks those as it checks what is given.
+"""
+
 
 def environment() -> dict[str, Any]:
     """GPU (or processor), library versions, commit and UTC date, for a record."""

@@ -1,0 +1,144 @@
+"""The gate: every reason not to serve a call on pages that can be known before it runs, in one pass.
+
+What follows (`choice`, `forward`) takes the answer and does not look back. What only a forward itself can show is
+raised out of it as LayerNotServed, by `interface` and `step`.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import ref
+
+import numpy as np
+import torch
+
+from pkv_hf import compat
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.errors import NotServed
+from pkv_hf.runtime.state import NAME, PatchState, original_implementation
+
+PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", compat.CACHE}) | {
+    "use_cache",
+    "return_dict",
+    "cache_position",
+}
+"""Arguments of a decoder that a step accounts for; whatever else is given is for transformers' layers to see."""
+
+last_made: ContextVar[ref[PagedCache] | None] = ContextVar("pkv_hf_last_made", default=None)
+"""The cache that generate() of a patched model made last in this thread."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """A call that pages serve: `q_len` tokens a row after the `begin` positions that its cache holds."""
+
+    cache: PagedCache
+    starts: np.ndarray
+    """The first real position of every row, int64 `[rows]`."""
+    begin: int
+    q_len: int
+    device: torch.device
+    dtype: torch.dtype
+    """Of the weights."""
+    hidden_alone: bool
+    """The call asks for the last hidden states and nothing else."""
+
+
+def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
+    """What of a decoder's call pages serve. Raises NotServed with the reason why they do not serve it."""
+    cache = call.get(compat.CACHE)
+    if decoder.training:
+        raise NotServed("the model is in training mode")
+    if cache is None:
+        raise NotServed(_lost_cache(decoder))
+    if state.known.refused:
+        raise NotServed(state.known.refused)
+    _check_cache(cache, state)
+    if torch.compiler.is_compiling():
+        raise NotServed("the model is being compiled")
+    config = decoder.config
+    if config._attn_implementation != NAME or original_implementation(config) != state.implementation:
+        raise NotServed("the attention implementation was set after patch(): patch again")
+    if call.get("output_attentions", getattr(config, "output_attentions", False)):
+        raise NotServed("output_attentions=True needs the attention weights")
+    tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    if tokens is None:
+        raise NotServed("there are neither input_ids nor inputs_embeds")
+    weight = next(decoder.parameters())
+    if torch.is_grad_enabled() and (weight.requires_grad or tokens.requires_grad):
+        raise NotServed("gradients are being computed: use torch.no_grad() or torch.inference_mode()")
+    rows, q_len = tokens.shape[:2]
+    if not rows * q_len:
+        raise NotServed(f"the call is of {rows} x {q_len} tokens")
+    starts = _row_starts(call.get("attention_mask"), cache, rows, q_len, state)
+    alone = _hidden_alone(config, call)
+    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, alone)
+
+
+def _lost_cache(decoder: Any) -> str:
+    """Why a call that has no cache should have had one; empty where nobody made one for it."""
+    made = last_made.get()
+    waiting = made() if made else None
+    if waiting is None or waiting.rows:
+        return ""
+    return f"generate() made a PagedCache, and {type(decoder).__name__} was called without it"
+
+
+def _check_cache(cache: Any, state: PatchState) -> None:
+    """Raises NotServed for a cache that is not of pages, or not of this model's layers."""
+    if not isinstance(cache, PagedCache):
+        raise NotServed(f"the cache is a {type(cache).__name__}, not a PagedCache")
+    if cache.windows != state.known.windows[: len(cache.layers)]:
+        raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
+    if len({layer.length for layer in cache.layers}) > 1:
+        raise NotServed("the PagedCache holds more tokens of some layers than of others")
+
+
+def _row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: PatchState) -> np.ndarray:
+    """The first real position of every row (int64 `[rows]`), by the attention mask and by what the cache holds.
+
+    Raises NotServed for masks that are more than left padding.
+    """
+    past = cache.get_seq_length()
+    pads = cache.pads if cache.rows else np.zeros(rows, dtype=np.int64)
+    if len(pads) != rows:
+        raise NotServed(f"the batch is {rows}, but the PagedCache holds {len(pads)} rows")
+    if mask is None:
+        if pads.any():
+            state.say("no attention_mask, but the cache holds left padding: it was not stored and stays masked")
+        return pads
+    if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+        raise NotServed("attention_mask is not a [batch, length] tensor")
+    if mask.shape != (rows, past + q_len):
+        raise NotServed(f"attention_mask is {list(mask.shape)}, not {[rows, past + q_len]}")
+    real = mask != 0
+    ascends = (real[:, 1:] >= real[:, :-1]).all(dim=1)
+    counts, ascends = torch.stack([real.sum(dim=1), ascends.long()]).cpu().numpy()  # one transfer for both
+    if not ascends.all():
+        raise NotServed("attention_mask has holes or right padding")
+    if not counts.all():
+        raise NotServed("attention_mask has a row without a real token")
+    starts = past + q_len - counts
+    if past and (starts < pads).any():
+        state.say("attention_mask unmasks padding of an earlier call: it was not stored and stays masked")
+    return np.maximum(starts, pads)
+
+
+def extra_arguments(call: dict[str, Any]) -> list[str]:
+    """The arguments of a call that say more than which tokens there are and where they go."""
+    given = [name for name, value in call.items() if value is not None and name not in PLAIN_ARGUMENTS]
+    return [name for name in given if not name.startswith("output_") or call[name]]
+
+
+def _hidden_alone(config: Any, call: dict[str, Any]) -> bool:
+    """Whether a call asks for the last hidden states and nothing else."""
+    positions = call.get("position_ids")
+    return (
+        not extra_arguments(call)
+        and not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
+        and call.get("return_dict", getattr(config, "return_dict", True)) is not False
+        and call.get("use_cache") is not False
+        and (positions is None or positions.ndim == 2)
+    )

@@ -1,0 +1,145 @@
+"""One forward of a patched decoder: through the gate, by what was chosen for it, or by transformers' own path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from pkv_hf import compat
+from pkv_hf.cache.packing import Packing
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.errors import LayerNotServed, NotServed, RouteError
+from pkv_hf.routes.base import Bounds
+from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
+from pkv_hf.runtime.choice import captures, choose_route, static_step
+from pkv_hf.runtime.graphs import CaptureError
+from pkv_hf.runtime.state import STATE, PatchState, original_forward
+from pkv_hf.runtime.static import StaticStep
+from pkv_hf.runtime.step import Step
+
+
+def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a decoder's `forward`: with a `PagedCache`, its layers append to pages and read them there."""
+    state: PatchState = getattr(self, STATE)
+    state.follow(self.config)
+    call = compat.call_arguments(self, args, kwargs)
+    try:
+        output = _on_pages(self, state, admit(self, state, call), call)
+        state.counts.add("pages")
+        return output
+    except NotServed as error:
+        reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
+    except (RouteError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not state.known.generic:
+            raise
+        # Layers that are not known may compute with the mask, which is empty here, and fail.
+        reason = LayerNotServed(f"{type(self).__name__} fails on pages with {type(error).__name__}: {error}")
+    return _by_transformers(self, state, call, reason)
+
+
+def _by_transformers(decoder: Any, state: PatchState, call: dict[str, Any], reason: NotServed) -> Any:
+    """A call by transformers' own path; all to come, too, where a plain call showed that layers cannot be served."""
+    if str(reason):
+        state.say(str(reason))
+    output = original_forward(decoder)(**call)
+    if not torch.compiler.is_compiling():  # a number that changes would have the model compiled at every call
+        state.counts.add("transformers")
+    if isinstance(reason, LayerNotServed) and not extra_arguments(call):
+        state.known.refused = str(reason)
+    return output
+
+
+def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[str, Any]) -> Any:
+    """An admitted call, by its route. Raises NotServed, with the cache as it was, where a layer cannot be served."""
+    cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
+    route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
+    step = Step(cache, Bounds(starts, admitted.begin, q_len), route)
+    if not admitted.hidden_alone:
+        return _by_layers(decoder, state, step, call)
+    if step.decodes and call.get("input_ids") is not None and state.known.output_type is not None:
+        static = static_step(decoder, state, cache, route, q_len, transformers_layers)
+        if static is not None:
+            return _by_static_step(state, static, admitted, call)
+    if not admitted.begin and starts.any() and state.known.packs(decoder):
+        return _packed_prompt(decoder, step, call)
+    output = _by_layers(decoder, state, step, call)
+    state.known.learn_output(output)
+    return output
+
+
+def _by_layers(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> Any:
+    """A step through transformers' layers, attention on pages."""
+    with step:
+        output = original_forward(decoder)(**call)
+    if step.decodes:
+        state.counts.add("eager")
+    return output
+
+
+def _packed_prompt(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelOutputWithPast:
+    """The first forward of left-padded rows, over their real tokens alone."""
+    packing = Packing(step.bounds.starts, step.bounds.q_len)
+    given = {name: call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None}
+    positions = call.get("position_ids")
+    if positions is None:
+        positions = torch.arange(packing.length, device=next(iter(given.values())).device)[None]
+    positions = positions.expand(len(packing.starts), -1)
+    packed: dict[str, Any] = {name: packing.pack(tensor) for name, tensor in given.items()}
+    packed.update(position_ids=packing.pack(positions), attention_mask=None)
+    with Step(step.cache, step.bounds, step.route, packing):
+        output = original_forward(decoder)(**{**call, **packed})
+    output.last_hidden_state = packing.unpack(output.last_hidden_state)
+    return output
+
+
+def _by_static_step(state: PatchState, static: StaticStep, admitted: Admitted, call: dict[str, Any]) -> Any:
+    """A decode step over static buffers, answered as the decoder answers."""
+    assert state.known.output_type is not None
+    positions = call.get("position_ids")
+    if positions is None:
+        end = admitted.begin + admitted.q_len
+        positions = torch.arange(admitted.begin, end, device=static.device)[None]
+    hidden = run_static(state, static, admitted.cache, call["input_ids"], positions, admitted.starts)
+    fields: dict[str, Any] = {"last_hidden_state": hidden.clone(), compat.CACHE: admitted.cache}
+    return state.known.output_type(**fields)
+
+
+def run_static(
+    state: PatchState,
+    step: StaticStep,
+    cache: PagedCache,
+    tokens: torch.Tensor,
+    positions: torch.Tensor | None,
+    starts: np.ndarray,
+) -> torch.Tensor:
+    """Runs a static step on tokens `[B, q_len]`, by its graph from the second run of its shape on.
+
+    `positions` are `[1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
+    The first run compiles and loads what a capture may not. The result is overwritten by the next run.
+    """
+    shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
+    memories = state.graph_memories if captures(state, step.device) and shape in state.compiled else None
+    try:
+        output = step.run(cache, tokens, positions, starts, memories)
+    except CaptureError as error:
+        state.cuda_graphs = False
+        state.say(f"CUDA graphs, decode steps run without: {error}")
+        output = step.run(cache, tokens, positions, starts, None)
+    state.compiled.add(shape)
+    state.counts.add("captured" if step.captured else "static")
+    return output
+
+
+def transformers_layers(
+    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+) -> torch.Tensor:
+    """A static step's forward through transformers' own layers."""
+    call: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "use_cache": True}
+    output = original_forward(decoder)(**call, **{compat.CACHE: step.cache})
+    return output.last_hidden_state if head is None else head(output.last_hidden_state)
