@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pkv_hf.kernels import elementwise
-from pkv_hf.kernels import linear
+from pkv_hf.kernels import elementwise, linear
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
 from pkv_hf.kernels.reference import normed
 

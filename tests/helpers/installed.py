@@ -7,8 +7,7 @@ import transformers
 import triton
 
 import pkv_hf
-from pkv_hf.kernels import append, elementwise
-from pkv_hf.kernels import linear
+from pkv_hf.kernels import append, elementwise, linear
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.report import state_of
 

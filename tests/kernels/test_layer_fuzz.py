@@ -11,8 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from pkv_hf.kernels import append, elementwise
-from pkv_hf.kernels import linear
+from pkv_hf.kernels import append, elementwise, linear
 from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase
 from pkv_hf.kernels.checks.fuzz import BOUND
