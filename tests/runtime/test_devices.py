@@ -98,7 +98,7 @@ def test_processes_that_have_a_whole_model_each_run_ahead(monkeypatch):
 def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypatch):
     """All that a step runs by a route is inside the device of its layer; a static step is inside its own too."""
     pytest.importorskip("triton")
-    from pkv_hf.routes import base as routes
+    from pkv_hf.routes import triton as routes
     from pkv_hf.runtime import static as decode
     from pkv_hf.runtime import step
 

@@ -270,7 +270,7 @@ def test_a_copy_of_a_patched_model_is_patched_and_stands_alone(way):
     copied = getattr(twin.get_base_model(), STATE)
     assert state.static_steps
     assert not copied.static_steps
-    assert copied.watch is None
+    assert copied.known.watch is None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
