@@ -23,7 +23,7 @@ from pkv_hf.bench import compare
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs import models, texts, workload
 from pkv_hf.bench.inputs.traces import load
-from pkv_hf.bench.measure import generate
+from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, check_out, environment
 from pkv_hf.bench.results.resume import Store, digest
 from pkv_hf.errors import UsageError, status
@@ -61,7 +61,7 @@ def prompts_of(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> tup
 
 def generate_batch(model: Any, batch: list[workload.Prompt], pad: int) -> dict[str, Any]:
     inputs = workload.padded(batch, pad, model.device)
-    run = generate(model, inputs, max(2, *(prompt.new_tokens for prompt in batch)))
+    run = run_generate(model, inputs, max(2, *(prompt.new_tokens for prompt in batch)))
     return {
         "first_token_s": run.first_token_s, "step_s": list(run.step_s), "latencies_s": workload.latencies(run, batch),
         "peak_bytes": run.peak_bytes, "kv_bytes": run.kv_bytes, "answers": workload.answers(run, batch),

@@ -30,7 +30,7 @@ from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs.models import DTYPES
-from pkv_hf.bench.measure import generate
+from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import status
 from pkv_hf.memory.weights import step_weight_bytes
@@ -45,7 +45,7 @@ def measure(
     if engine != COLD:
         return benchmark.measure(model, inputs, new_tokens, engine, **mode)
     started = time.perf_counter()
-    run = generate(model, inputs, new_tokens, **mode)
+    run = run_generate(model, inputs, new_tokens, **mode)
     return benchmark.Summary(run, time.perf_counter() - started, None)
 
 

@@ -20,7 +20,7 @@ from pkv_hf.bench import compare
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs import models
 from pkv_hf.bench.inputs.passkey import answer_tokens, key_of, prompt
-from pkv_hf.bench.measure import generate
+from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.charts import passkey_chart
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, check_out, environment
 from pkv_hf.bench.results.resume import Store
@@ -32,7 +32,7 @@ def ask(model: Any, tokenizer: Any, ids: torch.Tensor, key: str) -> dict[str, An
     """The model's greedy answer to a prompt."""
     inputs = {"input_ids": ids[None].to(model.device)}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    run = generate(model, inputs, answer_tokens(tokenizer, key))
+    run = run_generate(model, inputs, answer_tokens(tokenizer, key))
     tokens = run.sequences[0, len(ids) :].tolist()
     return {"tokens": tokens, "found": key in tokenizer.decode(tokens)}
 

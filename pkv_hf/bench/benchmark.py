@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from pkv_hf.arguments import needs
 from pkv_hf.bench.inputs.models import check_positions, in_4bit, loading
 from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
-from pkv_hf.bench.measure import Run, generate
+from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.patch import patched
@@ -163,9 +163,9 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine
         model._previous_max_cache_length = -1  # generate() makes a static cache as long as that of an earlier case
         torch.compiler.reset()
         started = time.perf_counter()
-        generate(model, inputs, new_tokens, **settings.generate, **mode)
+        run_generate(model, inputs, new_tokens, **settings.generate, **mode)
         setup = time.perf_counter() - started
-        run = generate(model, inputs, new_tokens, **settings.generate, **mode)
+        run = run_generate(model, inputs, new_tokens, **settings.generate, **mode)
         return Summary(run, setup, None if settings.patch is None else state_of(model).route)
 
 

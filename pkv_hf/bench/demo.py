@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pkv_hf.bench.inputs import models
 from pkv_hf.bench.inputs.smollm2 import pydoc_text
 from pkv_hf.bench.inputs.texts import read_text
-from pkv_hf.bench.measure import Run, generate
+from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.report import report
@@ -98,9 +98,9 @@ def _result(arguments: argparse.Namespace, model: Any, unpatched: Run, run: Run,
 
 def _measured(name: str, model: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> Run:
     short = {key: tensor[:, :64] for key, tensor in inputs.items()}
-    generate(model, short, 3)  # what a first call compiles and allocates stays out of the figures
+    run_generate(model, short, 3)  # what a first call compiles and allocates stays out of the figures
     with tqdm(total=new_tokens, desc=name, unit="token", file=sys.stderr) as bar:
-        return generate(model, inputs, new_tokens, on_token=bar.update)
+        return run_generate(model, inputs, new_tokens, on_token=bar.update)
 
 
 def _text(arguments: argparse.Namespace) -> str:

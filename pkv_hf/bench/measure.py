@@ -45,7 +45,7 @@ class Run:
         return len(self.sequences) * self.tokens_per_step / statistics.median(self.step_s)
 
 
-def generate(
+def run_generate(
     model: Any,
     inputs: dict[str, torch.Tensor],
     new_tokens: int,

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
-from pkv_hf.bench.measure import PeakMemory, generate
+from pkv_hf.bench.measure import PeakMemory, run_generate
 from pkv_hf.compat import unwrap
 
 MODES = ("chunk", "decode")
@@ -86,7 +86,7 @@ def by_generate(model: Any, ids: torch.Tensor, new_tokens: int) -> Scores:
     try:
         inputs = {"input_ids": forced.ids[None, :-new_tokens]}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        run = generate(model, inputs, new_tokens, logits_processor=[forced])
+        run = run_generate(model, inputs, new_tokens, logits_processor=[forced])
     finally:
         inner.generation_config = settings
     return {

@@ -297,7 +297,7 @@ def test_a_limit_that_no_memory_holds_is_out_of_memory(model):
 
 
 def test_a_plan_for_more_memory_than_there_is_ends(model):
-    assert pkv_hf.plan(model, prompt_tokens=5, gpu_memory="1024000GiB").max_batch >= 1 << 19
+    assert pkv_hf.plan(model, prompt_tokens=5, gpu_memory="64000GiB").max_batch >= 1 << 15
 
 
 def test_a_cache_that_changes_under_a_call_is_named():

@@ -49,7 +49,7 @@ def test_passkey_counts_what_is_found_and_what_differs(run, model, out, tmp_path
     from pkv_hf.bench.inputs import passkey
     from pkv_hf.runtime.state import STATE
 
-    generate = measure.generate
+    generate = measure.run_generate
     asked = {False: 0, True: 0}
 
     def answer(loaded, inputs, new_tokens):
@@ -60,7 +60,7 @@ def test_passkey_counts_what_is_found_and_what_differs(run, model, out, tmp_path
         done.sequences[0, -len(text) :] = byte_tokenizer()(text, return_tensors="pt").input_ids[0]
         return done
 
-    monkeypatch.setattr(measure, "generate", answer)
+    monkeypatch.setattr(measure, "run_generate", answer)
     monkeypatch.setattr(passkey, "key_of", lambda trial: "25248")
     arguments = ("--model", model, "--lengths", 300, "--depths", 0.5, "--trials", 2, "--device", "cpu")
     status, lines = run("passkey", *arguments, "--out", out, "--plots", tmp_path)
@@ -171,7 +171,7 @@ def test_generation_refuses_bad_input(run, dataset_speed, out, tmp_path, argumen
 def test_a_killed_run_over_a_dataset_goes_on_with_the_next_batch(dataset_speed, out, tmp_path, monkeypatch):
     path = write_dataset(tmp_path / "data.csv", TEXTS)
     arguments = ("--dataset", path, "--split", "train", "--requests", 4, "--max-active", 2, "--new-tokens", 4)
-    generate, calls, stop = measure.generate, [], 6  # two warm-ups, then the last batch on pages
+    generate, calls, stop = measure.run_generate, [], 6  # two warm-ups, then the last batch on pages
 
     def counted(model, inputs, *rest):
         calls.append(inputs["input_ids"].shape)
@@ -179,7 +179,7 @@ def test_a_killed_run_over_a_dataset_goes_on_with_the_next_batch(dataset_speed, 
             raise KeyboardInterrupt
         return generate(model, inputs, *rest)
 
-    monkeypatch.setattr(measure, "generate", counted)
+    monkeypatch.setattr(measure, "run_generate", counted)
     with pytest.raises(KeyboardInterrupt):
         dataset_speed(*arguments)
     assert not out.exists()
