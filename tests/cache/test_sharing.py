@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BatchEncoding,
+    LlamaConfig,
+    LlamaForCausalLM,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
+)
 
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
-from tiny import assert_on_pages, left_padded, tiny
+from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract
 
@@ -209,3 +215,50 @@ def test_what_is_no_prefix_is_named():
         prefix.inputs([[1], []])
     with pytest.raises(ValueError, match="rows=0"):
         prefix.cache(0)
+
+
+@pytest.mark.parametrize("as_tensors", [True, False])
+def test_what_a_chat_template_returns_is_a_prefix(as_tensors):
+    model, ids = pkv_hf.patch(tiny("llama")), left_padded(40)["input_ids"]
+    rows = ids if as_tensors else ids[0].tolist()
+    mask = torch.ones_like(ids) if as_tensors else [1] * 40
+    shared = pkv_hf.prefix(model, BatchEncoding({"input_ids": rows, "attention_mask": mask}))
+    assert torch.equal(shared.ids, ids)
+    inputs = shared.inputs(BatchEncoding({"input_ids": [[7, 8, 9]], "attention_mask": [[1, 1, 1]]}))
+    tokens = generate(model, inputs).sequences
+    whole = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    assert torch.equal(tokens, generate(pkv_hf.unpatch(model), whole).sequences)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "reason"),
+    [
+        ({"input_ids": [5, 6], "attention_mask": [0, 1]}, "text_or_ids is padded"),
+        ({"input_ids": [[5], [6, 7]], "attention_mask": [[1], [1, 0]]}, "text_or_ids is padded"),
+        ({"pixel_values": [1]}, r"text_or_ids has \['pixel_values'\] and no input_ids"),
+    ],
+)
+def test_what_a_tokenizer_returns_may_not_be_padded(encoding, reason):
+    with pytest.raises(ValueError, match=reason):
+        pkv_hf.prefix(tiny("llama"), BatchEncoding(encoding))
+
+
+@pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+def test_prompts_with_images_go_through_the_model_as_transformers_repeats_them(settings):
+    """generate() hands encoded images on, repeated, beside the prompts: which of them is whose, nothing says."""
+    text = {**COMMON, "model_type": "llama", "vocab_size": 256, "num_hidden_layers": 2}
+    vision = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {"image_size": 56, "patch_size": 14}
+    config = SmolVLMConfig(image_token_id=255, pad_token_id=0, text_config=text, vision_config={**vision, **sizes})
+    model = randomized(SmolVLMForConditionalGeneration, config)
+    ids = torch.tensor([[5, 9, *[255] * 4, 21, 33]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 1, 3, 56, 56)}
+
+    def call():
+        torch.manual_seed(1)
+        return generate(model, inputs, 6, pad_token_id=0, **settings).sequences
+
+    expected = call()
+    with pkv_hf.patched(model):
+        assert torch.equal(call(), expected)
+        assert_on_pages(model)
