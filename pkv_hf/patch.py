@@ -118,9 +118,7 @@ def patch(
         _replace(state, module, "forward", functools.partial(forward, module))
     _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
     _replace(state, inner, "_prefill", functools.partial(prefill, inner))
-    # The loop runs the decoder and the output embeddings: what else a model does with logits only its class says. A
-    # checkpoint may bring a generate() of its own.
-    if run_ahead and prefix and compat.known_loop(inner, prefix) and "generate" not in inner.__dict__:
+    if run_ahead and state.known.loops_as_known(inner):
         _replace(state, inner, "generate", functools.partial(generate, inner))
     _replace(state, inner, STATE, state)
     return model

@@ -84,6 +84,14 @@ class Evidence:
         """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
         return not self.generic and not hooked(decoder) and not compat.unfamiliar(decoder, self.prefix)
 
+    def loops_as_known(self, model: Any) -> bool:
+        """Whether a causal LM's generation is transformers' own, whose loop ours may take the place of.
+
+        The loop runs the decoder and the output embeddings: what else a model does with logits only its class says. A
+        checkpoint may bring a generate() of its own.
+        """
+        return not self.generic and compat.known_loop(model, self.prefix) and "generate" not in vars(model)
+
     def not_static(self, model: nn.Module, decoder: Any) -> str:
         """Why decode steps do not run on static buffers, by the modules as they are now; empty where they do.
 
