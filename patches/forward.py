@@ -23,8 +23,7 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
     call = compat.call_arguments(self, args, kwargs)
     cache, position_embeddings = call.get(compat.CACHE), call.get("position_embeddings")
     step: Any = cache.step if isinstance(cache, PagedCache) else None
-    others = {name: value for name, value in call.items() if name not in OWN_ARGUMENTS}
-    if step is None or position_embeddings is None or not step.fuses_rope or not changes_nothing(others):
+    if step is None or position_embeddings is None or not step.fuses_rope or not _understood(call):
         return original_forward(self)(**call)
     hidden_states = call["hidden_states"]
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
@@ -36,3 +35,8 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
     cos, sin = position_embeddings
     out = step.rope_attend(q, k, v, cos, sin, self.layer_idx, self.scaling)
     return self.o_proj(out.flatten(2)), None
+
+
+def _understood(call: dict[str, Any]) -> bool:
+    """Whether what a call has beyond our own arguments leaves attention as it is."""
+    return changes_nothing({name: value for name, value in call.items() if name not in OWN_ARGUMENTS})
