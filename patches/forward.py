@@ -8,8 +8,8 @@ import torch
 
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.replaced import original
 from pkv_hf.runtime.interface import changes_nothing
-from pkv_hf.runtime.state import original_forward
 
 OWN_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "attention_mask", compat.CACHE})
 
@@ -24,7 +24,7 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
     cache, position_embeddings = call.get(compat.CACHE), call.get("position_embeddings")
     step: Any = cache.step if isinstance(cache, PagedCache) else None
     if step is None or position_embeddings is None or not step.fuses_rope or not _understood(call):
-        return original_forward(self)(**call)
+        return original(self, "forward")(**call)
     hidden_states = call["hidden_states"]
     shape = (*hidden_states.shape[:-1], -1, self.head_dim)
     q, k = self.q_proj(hidden_states).view(shape), self.k_proj(hidden_states).view(shape)

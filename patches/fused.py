@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from pkv_hf.runtime.step import Step
 
@@ -30,6 +31,10 @@ def decode_forward(
         return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
     normed = stream.norm(decoder.norm).view(shape)
     return normed if head is None else head(normed)
+
+
+SILU = (nn.SiLU, SiLUActivation)
+"""The activations that our kernels compute."""
 
 
 class Stream:
@@ -103,7 +108,11 @@ def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor,
     q, k, v = (state.view(*shape, -1, attention.head_dim).transpose(1, 2) for state in states)
     norms = None
     if hasattr(attention, "q_norm"):
-        norms = attention.q_norm.weight, attention.k_norm.weight, attention.q_norm.variance_epsilon
+        q_norm, k_norm = attention.q_norm, attention.k_norm
+        if q_norm.variance_epsilon == k_norm.variance_epsilon:  # the kernel takes one
+            norms = q_norm.weight, k_norm.weight, q_norm.variance_epsilon
+        else:
+            q, k = q_norm(q), k_norm(k)
     out = step.rope_attend(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
     stream.add(attention.o_proj, out.view(len(stream.hidden), -1))
 
@@ -113,7 +122,7 @@ def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
     from pkv_hf.kernels.linear import swiglu
 
     gate, up = mlp.gate_proj, mlp.up_proj
-    if type(mlp.act_fn).__name__ not in ("SiLUActivation", "SiLU"):
+    if type(mlp.act_fn) not in SILU:
         normed = stream.norm(norm)
         stream.pending = mlp(normed)
         return

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import os
 import sys
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, NoReturn
 
@@ -16,12 +18,17 @@ from packaging.version import Version
 from torch import nn
 
 from pkv_hf.errors import UnsupportedVersionError
+from pkv_hf.origins import is_own, of_a_library
 
 logger = logging.getLogger("pkv_hf")
 
 OLDEST_TRANSFORMERS = "5.17.0"
 NEWEST_TRANSFORMERS = "5.24.0"
 """The newest release that all tests have passed with."""
+
+CAPTURING = os.path.join("utils", "output_capturing.py")
+CAPTURED_BY = "install_output_capuring_hook.<locals>"
+"""Where transformers makes the hooks by which it keeps hidden states."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What releases have called the cache of a call, the newest name first. A release takes older ones and warns."""
@@ -42,6 +49,9 @@ if Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS):  # or the 
     CACHE = next((name for name in CACHE_NAMES if name in _fields), "")
 
 SUPPORTED = bool(CACHE)
+
+NAME = "pkv_hf"
+"""The name of our attention and mask functions in transformers' registries."""
 
 
 def refuse(*_: object, **__: object) -> NoReturn:
@@ -164,52 +174,10 @@ def attention_modules(decoder: nn.Module) -> list[Any]:
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside PEFT's wrapper, or the model itself."""
+    """The transformers model inside what PEFT and `torch.compile` put around one, or the model itself."""
+    model = getattr(model, "_orig_mod", model)
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
-
-
-LOOPS_OWN = (
-    "forward",
-    "generate",
-    "prepare_inputs_for_generation",
-    "_prefill",
-    "_prepare_generation_config",
-    "_sample",
-    "_update_model_kwargs_for_generation",
-)
-"""What of a causal LM the run-ahead loop takes the place of, or calls as transformers does."""
-
-
-def known_loop(model: Any, prefix: str) -> bool:
-    """Whether a causal LM generates as transformers' class of its family does; `prefix` is that of its class names."""
-    own = own_class(model, prefix, "ForCausalLM")
-    return all(getattr(type(model), name) is getattr(own, name, None) for name in LOOPS_OWN)
-
-
-def unfamiliar(decoder: Any, prefix: str) -> str:
-    """Which module of a family's decoder is of a class of its own, and may compute something else; empty for none."""
-    places = {
-        "Model": [decoder],
-        "RMSNorm": [getattr(decoder, "norm", None)],
-        "DecoderLayer": decoder.layers,
-        "Attention": [getattr(layer, "self_attn", None) for layer in decoder.layers],
-        "MLP": [getattr(layer, "mlp", None) for layer in decoder.layers],
-    }
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        places["RMSNorm"] += [getattr(layer, name, None) for layer in decoder.layers]
-    for kind, modules in places.items():
-        own = own_class(decoder, prefix, kind)
-        for module in modules:
-            if type(module) is not own:
-                return f"a {type(module).__name__} is in the place of transformers' {prefix}{kind}"
-    return ""
-
-
-def own_class(model: Any, prefix: str, kind: str) -> type | None:
-    """transformers' class of a model's family; what was put there in the place of it counts as it."""
-    family = model.config.model_type
-    return getattr(sys.modules.get(f"transformers.models.{family}.modeling_{family}"), prefix + kind, None)
 
 
 def _names(function: Callable) -> tuple[str, ...]:
@@ -228,13 +196,17 @@ def mask_window(mask_arguments: dict[str, Any]) -> int:
     return mask_arguments.get("local_size") or 0
 
 
-def only_asks_for_gradients(hook: Callable) -> bool:
-    """Whether a forward hook is the one that fine-tuning by adapters leaves on the embeddings.
+def is_inert(hook: Callable) -> bool:
+    """Whether a forward hook does nothing in a forward that keeps neither gradients nor intermediate results.
 
-    transformers' `enable_input_require_grads` puts it there; PEFT, TRL and many a notebook bring copies of it.
+    One is what fine-tuning by adapters leaves on the embeddings: transformers' `enable_input_require_grads` puts it
+    there; PEFT, TRL and many a notebook bring copies of it. Others are what transformers leaves on all layers once it
+    was asked for hidden states, and only looks at while it is asked again.
     """
-    named = getattr(hook, "__name__", "") in ("make_inputs_require_grads", "make_inputs_require_grad")
-    return named and _names(hook) == ("requires_grad_",)
+    name = getattr(hook, "__name__", "")
+    if name in ("make_inputs_require_grads", "make_inputs_require_grad"):
+        return _names(hook) == ("requires_grad_",)
+    return name == "output_capturing_hook" and is_own(hook, CAPTURING, f"{CAPTURED_BY}.{name}")
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -259,3 +231,58 @@ def attention_function(name: str, module: nn.Module) -> Callable:
 
 def mask_function(name: str) -> Callable:
     return AttentionMaskInterface()[name]
+
+
+def unfamiliar_implementation(name: str, module: nn.Module) -> str:
+    """Why pages cannot stand for an attention implementation: it is not transformers' own. Empty where it is."""
+    functions = {"attention": attention_function(name, module)}
+    if name in AttentionMaskInterface():
+        functions["mask"] = mask_function(name)
+    for kind, function in functions.items():
+        if not of_a_library(function):
+            return f"the {kind} function of attn_implementation={name!r} is not transformers' own"
+    return ""
+
+
+serving: ContextVar[Any] = ContextVar("pkv_hf_serving", default=None)
+"""The configuration of the decoder whose forward on pages runs in this thread."""
+
+
+@functools.cache
+def _serving_class(of_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """A configuration's class whose instances name our attention while their decoder is served on pages."""
+
+    def implementation(self: Any) -> Any:
+        if torch.compiler.is_compiling() or serving.get() is not self:
+            return vars(self)["_attn_implementation_internal"]
+        return NAME
+
+    def set_implementation(self: Any, name: Any) -> None:
+        vars(self)["_attn_implementation_internal"] = name
+
+    body = {
+        "__module__": of_class.__module__,
+        "__qualname__": of_class.__qualname__,
+        "__slots__": ("_of",),
+        "_attn_implementation_internal": property(implementation, set_implementation),
+        "__reduce_ex__": lambda self, _: (serving_configuration, (self._of,)),
+    }
+    return type(of_class.__name__, (of_class,), body)
+
+
+def serving_configuration(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A second configuration of the same settings, also of those that are set later on either.
+
+    Outside of a forward on pages it says what the first does. In one it names our attention: models can share a
+    configuration, and modules can branch on the name of their attention implementation.
+    """
+    of_class: Any = type(config)
+    twin = object.__new__(_serving_class(of_class))
+    object.__setattr__(twin, "__dict__", vars(config))
+    object.__setattr__(twin, "_of", config)
+    return twin
+
+
+def configured_implementation(config: PreTrainedConfig) -> str:
+    """The attention implementation that a configuration's user has set."""
+    return vars(config)["_attn_implementation_internal"]

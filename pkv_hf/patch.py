@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
-from weakref import ref
 
 import torch
 from torch import nn
@@ -15,23 +12,22 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.arguments import flags
-from pkv_hf.cache.paged import KV_DTYPES, PagedCache, check_kv_dtype, check_page_size
+from pkv_hf.cache.paged import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.patches.families import served_by_us
 from pkv_hf.patches.forward import attention_forward
 from pkv_hf.patches.fused import decode_forward
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.admission import last_made
-from pkv_hf.runtime.evidence import ORIGINAL, Evidence, LayerShape
+from pkv_hf.runtime.evidence import Evidence, LayerShape
 from pkv_hf.runtime.forward import decoder_forward
+from pkv_hf.runtime.generation import prefill, prepare_cache, prepare_inputs
 from pkv_hf.runtime.interface import attention, mask
-from pkv_hf.runtime.loop import generate
-from pkv_hf.runtime.prompts import prefill
-from pkv_hf.runtime.state import NAME, STATE, PatchState
-from pkv_hf.runtime.watch import FORWARD
+from pkv_hf.runtime.loop import generate, mode_arguments
+from pkv_hf.runtime.state import PatchState
 
-compat.register(NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
+compat.register(compat.NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -66,7 +62,8 @@ def patch(
 
     Raises:
         ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
-        UnsupportedModelError: (a ValueError) no layer of the model can be served; says why.
+        UnsupportedModelError: (a ValueError) no layer of the model can be served; says why. It is as it was then, also
+            where it was patched before.
         UnsupportedVersionError: (an ImportError) the installed transformers is too old.
     """
     if not isinstance(route, str) or route not in ("auto", *ROUTES):
@@ -74,54 +71,77 @@ def patch(
     check_page_size(page_size)
     flags(cuda_graphs=cuda_graphs, run_ahead=run_ahead, fuse=fuse)
     check_kv_dtype(kv_dtype)
-    unpatch(model)
     inner = unwrap(model)
-    decoder, prefix, attentions = served_by_us(inner)
-    compat.warn_of_untested()
-    _check_fp8(kv_dtype, attentions[0])
-    state = PatchState(
-        route=route,
-        page_size=page_size,
-        kv_dtype=kv_dtype,
-        family=decoder.config.model_type,
-        known=Evidence(
-            prefix=prefix,
-            windows=tuple(compat.layer_windows(decoder.config)),
-            shapes={_shape(decoder.config, module) for module in attentions} if prefix else set(),
-            output_type=BaseModelOutputWithPast if prefix else None,
-        ),
-        original=dict(vars(decoder.config)),
-        implementation=decoder.config._attn_implementation,
-        model=inner,
-        fused_forward=decode_forward if fuse and prefix else None,
-        cuda_graphs=cuda_graphs,
-        settings={
-            "route": route,
-            "page_size": page_size,
-            "kv_dtype": kv_dtype,
-            "cuda_graphs": cuda_graphs,
-            "run_ahead": run_ahead,
-            "fuse": fuse,
-        },
-    )
-    config = copy.copy(decoder.config)  # models can share a configuration: ours names our attention, theirs does not
-    config._attn_implementation_internal = NAME
-    setattr(config, ORIGINAL, decoder.config)
-    config.to_dict = functools.partial(_without_ours, config)  # as it is saved
-    for module in [decoder, *attentions]:
-        _replace(state, module, "config", config)
-        _replace(state, module, STATE, state)
-    # partials: pickle would look a bound method up by its name on the module
-    fused = [(module, attention_forward) for module in attentions] if prefix else []
-    for module, forward in [(decoder, decoder_forward), *fused]:
-        _replace(state, module, FORWARD, module.__dict__.get("forward"))
-        _replace(state, module, "forward", functools.partial(forward, module))
-    _replace(state, inner, "_prepare_cache_for_generation", functools.partial(_prepare_cache_for_generation, inner))
-    _replace(state, inner, "_prefill", functools.partial(prefill, inner))
-    if run_ahead and state.known.loops_as_known(inner):
-        _replace(state, inner, "generate", functools.partial(generate, inner))
-    _replace(state, inner, STATE, state)
+    settings = {
+        "route": route,
+        "page_size": page_size,
+        "kv_dtype": kv_dtype,
+        "cuda_graphs": cuda_graphs,
+        "run_ahead": run_ahead,
+        "fuse": fuse,
+    }
+    before = _states(inner)
+    _remove(before)
+    try:
+        _patch(inner, settings)
+    except BaseException:
+        for state in before:
+            state.replaced.restore()
+        raise
     return model
+
+
+def _patch(model: Any, settings: dict[str, Any]) -> None:
+    """Patches a transformers model that is not patched. Where it raises, it has changed nothing."""
+    decoder, prefix, attentions = served_by_us(model)
+    compat.warn_of_untested()
+    _check_fp8(settings["kv_dtype"], attentions[0])
+    known = Evidence(
+        prefix=prefix,
+        windows=tuple(compat.layer_windows(decoder.config)),
+        model=model,
+        decoder=decoder,
+        attentions=attentions,
+        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if prefix else {},
+        output_type=BaseModelOutputWithPast if prefix else None,
+    )
+    state = PatchState(
+        route=settings["route"],
+        page_size=settings["page_size"],
+        kv_dtype=settings["kv_dtype"],
+        family=decoder.config.model_type,
+        known=known,
+        fused_forward=decode_forward if settings["fuse"] and prefix else None,
+        cuda_graphs=settings["cuda_graphs"],
+        settings=settings,
+    )
+    try:
+        _replace(state, decoder, model, attentions)
+    except BaseException:
+        state.replaced.remove()
+        raise
+
+
+def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any]) -> None:
+    """Puts ours in the place of what the modules have."""
+    config = compat.serving_configuration(decoder.config)
+    for module in [decoder, *attentions]:
+        state.replaced.set(module, "config", config)
+    for module in {id(module): module for module in [model, decoder, *attentions]}.values():
+        state.replaced.set(module, STATE, state)
+    methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
+    if not state.known.generic:
+        methods += [(module, "forward", attention_forward) for module in attentions]
+    if decoder is not model:
+        methods += [
+            (model, "_prepare_cache_for_generation", prepare_cache),
+            (model, "prepare_inputs_for_generation", prepare_inputs),
+            (model, "_prefill", prefill),
+        ]
+        if state.settings["run_ahead"] and not state.known.generic:
+            methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
+    for module, name, function in methods:
+        state.replaced.method(module, name, function, state)
 
 
 def unpatch(model: Model) -> Model:
@@ -129,15 +149,22 @@ def unpatch(model: Model) -> Model:
 
     A model that is not patched stays as it is. Neither this nor `patch` may come while a call of the model runs.
     """
-    modules = unwrap(model).modules() if isinstance(model, nn.Module) else ()
-    held = [module.__dict__[STATE] for module in modules if STATE in module.__dict__]
-    states: dict[int, PatchState] = {id(state): state for state in held}
-    for state in states.values():
-        while state.undo:
-            state.undo.pop()()
+    if isinstance(model, nn.Module):
+        _remove(_states(unwrap(model)))
+    return model
+
+
+def _states(model: nn.Module) -> list[PatchState]:
+    """What a model and its parts are patched with: several, where they were patched one by one."""
+    held = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
+    return list({id(state): state for state in held}.values())
+
+
+def _remove(states: list[PatchState]) -> None:
+    for state in states:
+        state.replaced.remove()
         for step in state.static_steps:
             step.drop()
-    return model
 
 
 @contextmanager
@@ -152,11 +179,6 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
             unpatch(model)
         else:
             patch(model, **before.settings)
-
-
-def _without_ours(config: Any) -> dict[str, Any]:
-    """A patched decoder's configuration as a dictionary that tells nothing of the patch."""
-    return {name: value for name, value in type(config).to_dict(config).items() if name not in (ORIGINAL, "to_dict")}
 
 
 def _shape(config: Any, attention: Any) -> LayerShape:
@@ -174,39 +196,3 @@ def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None
     if not has_dtypes(device, torch.float8_e4m3fn):
         major, minor = capability(device)
         raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")
-
-
-def _replace(state: PatchState, module: nn.Module, name: str, value: Any) -> None:
-    """Sets an instance attribute, and notes how to take it back."""
-    if name in module.__dict__:
-        state.undo.append(functools.partial(setattr, module, name, module.__dict__[name]))
-    else:
-        state.undo.append(functools.partial(delattr, module, name))
-    setattr(module, name, value)
-
-
-def _prepare_cache_for_generation(
-    self: Any,
-    generation_config: Any,
-    model_kwargs: dict[str, Any],
-    generation_mode: Any,
-    batch_size: int,
-    max_cache_length: int,
-) -> Any:
-    """transformers' method of this name, on the instance: a `PagedCache` where it would make a `DynamicCache`."""
-    prepare: Callable[..., Any] = type(self)._prepare_cache_for_generation
-    state: PatchState = getattr(self, STATE)
-    asked = generation_config.cache_implementation
-    served = not state.known.refused and model_kwargs.get("encoder_outputs") is None
-    if served and model_kwargs.get(compat.CACHE) is None and generation_config.use_cache is not False:
-        if asked in (None, "dynamic"):
-            cache = PagedCache(self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype)
-            model_kwargs[compat.CACHE] = cache
-            last_made.set(ref(cache))
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
-                depth = getattr(self.base_model.config, "num_hidden_layers", len(cache.layers))
-                del cache.layers[depth:]  # a draft that exits early never comes to the rest
-            return None
-        state.say(f"cache_implementation={asked!r} was asked for")
-    return prepare(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length)

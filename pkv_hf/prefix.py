@@ -15,7 +15,8 @@ from pkv_hf.arguments import token_ids, whole
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import unwrap
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.runtime.state import STATE, PatchState
+from pkv_hf.replaced import STATE
+from pkv_hf.runtime.state import PatchState
 
 
 class Prefix:

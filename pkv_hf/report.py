@@ -12,9 +12,10 @@ from pkv_hf.cache.paged import KV_DTYPES, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.policy.choose import Decision, choose
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import StepShape
 from pkv_hf.runtime.counts import Calls, Steps
-from pkv_hf.runtime.state import STATE, PatchState
+from pkv_hf.runtime.state import PatchState
 from pkv_hf.tables import mebibytes
 
 
@@ -134,10 +135,10 @@ def state_of(model: nn.Module) -> Report:
         generic=state.known.generic,
         layers=len(state.known.windows),
         page_size=state.page_size,
-        kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.model.dtype).removeprefix("torch."),
+        kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,
         route=state.decision.route.name if state.decision else None,
-        weight_bytes=step_weight_bytes(state.model),
+        weight_bytes=step_weight_bytes(state.known.model),
         kv_bytes=step.tokens * step.kv_heads * step.token_bytes * step.layers if step else None,
         rejected=state.decision.rejected if state.decision else {},
         graphs=sum(step.captured for step in state.static_steps),

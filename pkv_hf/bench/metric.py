@@ -23,8 +23,8 @@ from pkv_hf.bench.results.resume import Store, digest
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import unwrap
 from pkv_hf.errors import UsageError
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import MAX_DECODE_QUERIES
-from pkv_hf.runtime.state import STATE
 
 BUCKETS = 16
 """Spans of positions, of equal length, that perplexity is given for."""

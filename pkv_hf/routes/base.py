@@ -124,6 +124,11 @@ class Bounds:
     def end(self) -> int:
         return self.begin + self.q_len
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a route attends, unless scores are capped; to prompts and longer blocks torch does."""
+        return self.begin > 0 and self.q_len <= MAX_DECODE_QUERIES
+
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """starts and ends, int32 `[rows]`, on a device; made once a step for all layers there."""
         if device not in self.mirrors:

@@ -17,12 +17,14 @@ import torch
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import NotServed
-from pkv_hf.runtime.state import NAME, PatchState, original_implementation
+from pkv_hf.runtime.evidence import drops_out
+from pkv_hf.runtime.state import PatchState
 
 PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", compat.CACHE}) | {
     "use_cache",
     "return_dict",
     "cache_position",
+    "tokenizer",
 }
 """Arguments of a decoder that a step accounts for; whatever else is given is for transformers' layers to see."""
 
@@ -49,18 +51,17 @@ class Admitted:
 def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     """What of a decoder's call pages serve. Raises NotServed with the reason why they do not serve it."""
     cache = call.get(compat.CACHE)
-    if decoder.training:
-        raise NotServed("the model is in training mode")
     if cache is None:
         raise NotServed(_lost_cache(decoder))
-    if state.known.refused:
-        raise NotServed(state.known.refused)
+    if decoder.training and (reason := drops_out(decoder)):
+        raise NotServed(reason)
+    if reason := state.known.refused:
+        raise NotServed(reason)
     _check_cache(cache, state)
-    if torch.compiler.is_compiling():
-        raise NotServed("the model is being compiled")
     config = decoder.config
-    if config._attn_implementation != NAME or original_implementation(config) != state.implementation:
-        raise NotServed("the attention implementation was set after patch(): patch again")
+    implementation = compat.configured_implementation(config)
+    if reason := compat.unfamiliar_implementation(implementation, state.known.attentions[0]):
+        raise NotServed(reason)
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise NotServed("output_attentions=True needs the attention weights")
     tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")

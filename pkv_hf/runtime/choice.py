@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import nn
@@ -38,7 +36,7 @@ def decide(
     """
     if not state.known.shapes:
         return None
-    layer = next(iter(state.known.shapes))
+    layer = next(iter(state.known.shapes.values()))
     begin, windows = cache.get_seq_length(), list(cache.tables)
     lengths = begin + q_len - starts
     if not begin or q_len > MAX_DECODE_QUERIES:
@@ -70,17 +68,11 @@ def decide(
 
 def captures(state: PatchState, device: torch.device) -> bool:
     """Whether decode steps on a device are captured in CUDA graphs."""
-    return state.cuda_graphs and device.type == "cuda"
+    return state.cuda_graphs and device.type == "cuda" and not state.known.not_captured
 
 
 def static_step(
-    decoder: Any,
-    state: PatchState,
-    cache: PagedCache,
-    route: Route,
-    q_len: int,
-    layers: Forward,
-    head: nn.Module | None = None,
+    state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: nn.Module | None = None
 ) -> StaticStep | None:
     """The cache's step of a shape over static buffers, None where transformers' layers have to run.
 
@@ -88,18 +80,18 @@ def static_step(
     """
     if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
         return None
-    before = state.known.watch
-    reason = state.known.not_static(state.model, decoder)
-    if state.known.watch is not before:
+    look = state.known.look()
+    if state.looked is not look.token:
+        state.looked = look.token
         for step in state.static_steps:
             step.drop()
-    if reason:
-        state.say(f"the decoder's layers, attention stays on pages: {reason}")
+    if look.not_static:
+        state.say(f"the decoder's layers, attention stays on pages: {look.not_static}")
         return None
-    held, key = cache.static_steps, (state.known.watch, cache.rows, q_len, route.name, head is not None)
+    held, key = cache.static_steps, (look.token, cache.rows, q_len, route.name, head is not None)
     if key not in held:
-        for stale in [other for other in held if other[0] is not state.known.watch]:
+        for stale in [other for other in held if other[0] is not look.token]:
             del held[stale]
-        held[key] = StaticStep(decoder, state.fused_forward or layers, head, route, q_len)
+        held[key] = StaticStep(state.known.decoder, state.fused_forward or layers, head, route, q_len)
         state.static_steps.add(held[key])
     return held[key]

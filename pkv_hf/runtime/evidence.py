@@ -1,25 +1,24 @@
 """What is known of a model, and by what evidence: the one place that the gate and all that follows it ask.
 
 Some of it is read from the modules when the model is patched (`served_layers`), some seen in its first forward
-(`Evidence.learn`), some looked at again before every step that rests on it (`Evidence.not_static`).
+(`Evidence.learn`). What rests on code, settings or hooks is looked at again whenever one of them has changed
+(`Evidence.look`): fused steps, packed and shared prompts, static steps and the run-ahead loop ask for it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import transformers
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from pkv_hf import compat
+from pkv_hf import compat, origins
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.runtime.watch import Watch, hooked
-
-ORIGINAL = "pkv_hf_original"
-"""The attribute of a patched decoder's own configuration that holds the one it was made from."""
+from pkv_hf.runtime.watch import Watch
 
 
 class LayerShape(NamedTuple):
@@ -35,6 +34,48 @@ class LayerShape(NamedTuple):
 
 
 @dataclass
+class Look:
+    """What a model's modules showed when they were last looked at: it holds until one of them changes.
+
+    Reasons are empty where there is none.
+    """
+
+    watch: Watch
+    """The modules as they were. It holds addresses of one process."""
+    foreign: str
+    """Which module's code is of no known library."""
+    layers: str
+    """Why the layers are not those of a family, all that a fused step takes the place of."""
+    attention: str
+    """Of these, why attention is not."""
+    loop: str
+    """Why the causal LM and its generation are not as the run-ahead loop takes them."""
+    not_static: str
+    """Why decode steps do not run on static buffers."""
+    refused: str = ""
+    """Why no call can be served, as the layers turned out."""
+    not_captured: str = ""
+    """Why no step is captured in a CUDA graph, by a capture that failed."""
+    token: object = field(default_factory=object)
+    """Of this look alone, for those that may not hold the modules."""
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anybody's hooks look on, to which every row and its place in the batch may matter."""
+        return self.watch.hooked
+
+    @property
+    def packs(self) -> bool:
+        """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
+        return not (self.layers or self.foreign or self.hooked)
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether equal rows may go through the model as one: nobody's code sees which row is which."""
+        return not (self.foreign or self.hooked)
+
+
+@dataclass
 class Evidence:
     """What is known of one patched model."""
 
@@ -42,18 +83,21 @@ class Evidence:
     """What the names of the family's classes begin with; empty for a model of no known family."""
     windows: tuple[int, ...]
     """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
-    shapes: set[LayerShape]
-    """Of the attention layers; those of a generic model are seen in its first forward."""
+    model: Any
+    """The causal LM."""
+    decoder: Any
+    attentions: list[Any]
+    """The decoder's attention modules."""
+    shapes: dict[int, LayerShape]
+    """Of the attention layers, by layer; those of a generic model are seen in its forwards."""
     output_type: type[ModelOutput] | None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
-    refused: str = ""
-    """Why no call can be served, as the model's layers turned out; empty where calls can."""
-    watch: Watch | None = None
-    """The modules as they were when they were last looked at. It holds addresses of one process."""
-    _not_static: str = ""
+    served: set[bool] = field(default_factory=set)
+    """Whether a prompt (False) and a later step (True) of a generic model have been served."""
+    _last: Look | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "watch": None}
+        return {**vars(self), "_last": None}
 
     @property
     def generic(self) -> bool:
@@ -63,16 +107,18 @@ class Evidence:
     @property
     def torch_alone(self) -> str:
         """Why the layers are left to torch on any device, empty where kernels may serve them."""
-        if len(self.shapes) > 1:
+        shapes = set(self.shapes.values())
+        if len(shapes) > 1:
             return "layers differ in their heads, head_dim or scale"
-        return "attention scores are capped" if any(shape.softcap for shape in self.shapes) else ""
+        return "attention scores are capped" if any(shape.softcap for shape in shapes) else ""
 
-    def learn(self, shape: LayerShape) -> bool:
-        """Notes the shape of a layer that asked for attention. Returns whether a generic model has a new one."""
-        if not self.generic or shape in self.shapes:
+    def learn(self, layer_idx: int, shape: LayerShape) -> bool:
+        """Notes the shape of a layer that asked for attention. Returns whether that tells more of a generic model."""
+        if not self.generic or self.shapes.get(layer_idx) == shape:
             return False
-        self.shapes.add(shape)
-        return True
+        known = set(self.shapes.values())
+        self.shapes[layer_idx] = shape
+        return set(self.shapes.values()) != known
 
     def learn_output(self, output: Any) -> None:
         """Notes what a generic decoder returned when it was asked for hidden states alone."""
@@ -80,33 +126,51 @@ class Evidence:
             plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", compat.CACHE}
             self.output_type = type(output) if plain else None
 
-    def packs(self, decoder: Any) -> bool:
-        """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
-        return not self.generic and not hooked(decoder) and not compat.unfamiliar(decoder, self.prefix)
+    def look(self) -> Look:
+        """What is known of the code and the settings that a call would run by now."""
+        last = self._last
+        if last is None or not last.watch.unchanged():
+            last = self._last = self._new_look()
+        return last
 
-    def loops_as_known(self, model: Any) -> bool:
-        """Whether a causal LM's generation is transformers' own, whose loop ours may take the place of.
+    def _new_look(self) -> Look:
+        watch = Watch(self.model, self.decoder.config)
+        foreign = origins.foreign(watch.modules)
+        if self.generic:
+            layers = attention = loop = "it is of no family whose layers are known"
+            static = compat.not_captured(self.decoder)
+        else:
+            static = layers = origins.unfamiliar(self.decoder, self.prefix)
+            attention = origins.unfamiliar_attention(self.decoder, self.attentions, self.prefix)
+            loop = "its decoder is another than was patched"
+            if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
+                loop = origins.unfamiliar_loop(self.model, self.prefix)
+        not_static = static or foreign or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
+        return Look(watch, foreign, layers, attention, loop, not_static)
 
-        The loop runs the decoder and the output embeddings: what else a model does with logits only its class says. A
-        checkpoint may bring a generate() of its own.
-        """
-        return not self.generic and compat.known_loop(model, self.prefix) and "generate" not in vars(model)
+    @property
+    def not_captured(self) -> str:
+        """Why no step is captured, as the last capture ended; empty where steps may be."""
+        return self._last.not_captured if self._last is not None else ""
 
-    def not_static(self, model: nn.Module, decoder: Any) -> str:
-        """Why decode steps do not run on static buffers, by the modules as they are now; empty where they do.
-
-        `watch` is another object after this wherever a module has changed: what was captured before is void then.
-        """
-        if self.watch is None or not self.watch.unchanged():
-            self.watch = Watch([model])
-            unknown = compat.not_captured(decoder) if self.generic else compat.unfamiliar(decoder, self.prefix)
-            self._not_static = self.watch.reason or compat.dynamic_rope(decoder) or unknown
-        return self._not_static
+    @property
+    def refused(self) -> str:
+        """Why no call can be served; empty where calls can."""
+        return self.look().refused if self._last is not None and self._last.refused else ""
 
 
-def shares_prompts(model: nn.Module) -> bool:
-    """Whether equal rows may go through the model as one: nobody's hook sees which row is which."""
-    return not hooked(model)
+def drops_out(decoder: Any) -> str:
+    """What of a decoder's layers, in training mode, is left out or forgotten by chance or to save memory."""
+    for module in decoder.modules():
+        if not module.training:
+            continue
+        rates = (getattr(module, name, 0) for name in ("attention_dropout", "layerdrop"))
+        dropout = module.p if isinstance(module, _DropoutNd) else 0
+        if dropout or any(isinstance(rate, float) and rate > 0 for rate in rates):
+            return f"a {type(module).__name__} drops out in training mode"
+        if getattr(module, "gradient_checkpointing", False) is True:
+            return "layers in training mode are checkpointed, for which transformers gives their cache up"
+    return ""
 
 
 class ServedLayers(NamedTuple):
@@ -133,7 +197,8 @@ def served_layers(model: nn.Module, prefixes: dict[str, str]) -> ServedLayers:
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
     prefix = prefixes.get(decoder.config.model_type, "")
-    if prefix and {type(module) for module in attentions} != {compat.own_class(decoder, prefix, "Attention")}:
+    own = origins.own_class_name(decoder, prefix, "Attention")
+    if prefix and {origins.class_name(type(module)) for module in attentions} != {own}:
         prefix = ""
     if reason := _not_served(model, decoder, prefix, attentions):
         raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")
@@ -153,9 +218,12 @@ def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) ->
         )
     if not attentions:
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
+    implementation = compat.configured_implementation(decoder.config)
+    if reason := compat.unfamiliar_implementation(implementation, attentions[0]):
+        return f"{reason}: model.set_attn_implementation('sdpa') before patch"
     if prefix:
         return ""
-    if getattr(decoder.config, ORIGINAL, decoder.config) is not model.config:
+    if vars(decoder.config) is not vars(model.config):
         return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"

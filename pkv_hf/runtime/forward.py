@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from typing import Any
 
 import numpy as np
@@ -9,49 +10,63 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pkv_hf import compat
+from pkv_hf import compat, origins
 from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import LayerNotServed, NotServed, RouteError
-from pkv_hf.routes.base import Bounds
+from pkv_hf.replaced import STATE, original
+from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
 from pkv_hf.runtime.choice import captures, choose_route, static_step
 from pkv_hf.runtime.graphs import CaptureError
-from pkv_hf.runtime.state import STATE, PatchState, original_forward
+from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.static import StaticStep
-from pkv_hf.runtime.step import Step
+from pkv_hf.runtime.step import Step, outside_of_steps
+from pkv_hf.runtime.watch import hooks_of
 
 
-def decoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a decoder's `forward`: with a `PagedCache`, its layers append to pages and read them there."""
+    if torch.compiler.is_compiling():
+        return original(self, "forward")(*args, **kwargs)
     state: PatchState = getattr(self, STATE)
-    state.follow(self.config)
     call = compat.call_arguments(self, args, kwargs)
+    admitted = None
     try:
-        output = _on_pages(self, state, admit(self, state, call), call)
+        admitted = admit(self, state, call)
+        output = _on_pages(self, state, admitted, call)
         state.counts.add("pages")
+        state.known.served.add(admitted.begin > 0)
         return output
     except NotServed as error:
         reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
     except (RouteError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        if not state.known.generic:
+        if admitted is None or not _may_be_ours(state, admitted, error):
             raise
         # Layers that are not known may compute with the mask, which is empty here, and fail.
         reason = LayerNotServed(f"{type(self).__name__} fails on pages with {type(error).__name__}: {error}")
     return _by_transformers(self, state, call, reason)
 
 
+def _may_be_ours(state: PatchState, admitted: Admitted, error: Exception) -> bool:
+    """Whether an error can be for what layers get on pages: before such a call was ever served, and not of a hook."""
+    if not state.known.look().layers or (admitted.begin > 0) in state.known.served:
+        return False
+    codes = {getattr(each, "__code__", None) for hook in hooks_of(state.known.decoder) for each in origins.chain(hook)}
+    return not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
+
+
 def _by_transformers(decoder: Any, state: PatchState, call: dict[str, Any], reason: NotServed) -> Any:
     """A call by transformers' own path; all to come, too, where a plain call showed that layers cannot be served."""
     if str(reason):
         state.say(str(reason))
-    output = original_forward(decoder)(**call)
-    if not torch.compiler.is_compiling():  # a number that changes would have the model compiled at every call
-        state.counts.add("transformers")
+    with outside_of_steps():
+        output = original(decoder, "forward")(**call)
+    state.counts.add("transformers")
     if isinstance(reason, LayerNotServed) and not extra_arguments(call):
-        state.known.refused = str(reason)
+        state.known.look().refused = str(reason)
     return output
 
 
@@ -59,32 +74,29 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     """An admitted call, by its route. Raises NotServed, with the cache as it was, where a layer cannot be served."""
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
-    step = Step(cache, Bounds(starts, admitted.begin, q_len), route)
-    if not admitted.hidden_alone:
-        return _by_layers(decoder, state, step, call)
-    if step.decodes and call.get("input_ids") is not None and state.known.output_type is not None:
-        static = static_step(decoder, state, cache, route, q_len, transformers_layers)
+    bounds = Bounds(starts, admitted.begin, q_len)
+    if admitted.hidden_alone and bounds.decodes and call.get("input_ids") is not None and state.known.output_type:
+        static = static_step(state, cache, route, q_len, transformers_layers)
         if static is not None:
             return _by_static_step(state, static, admitted, call)
-    if not admitted.begin and starts.any() and state.known.packs(decoder):
-        return _packed_prompt(decoder, step, call)
-    output = _by_layers(decoder, state, step, call)
-    state.known.learn_output(output)
-    return output
-
-
-def _by_layers(decoder: Any, state: PatchState, step: Step, call: dict[str, Any]) -> Any:
-    """A step through transformers' layers, attention on pages."""
-    with step:
-        output = original_forward(decoder)(**call)
-    if step.decodes:
+    known = state.known.look()
+    if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
+        return _packed_prompt(decoder, cache, bounds, route, call)
+    fuses = state.settings["fuse"] and not known.attention
+    with Step(cache, bounds, route, decoder.config, fuses_rope=fuses, shows_masks=known.hooked):
+        output = original(decoder, "forward")(**call)
+    if bounds.decodes:
         state.counts.add("eager")
+    if admitted.hidden_alone:
+        state.known.learn_output(output)
     return output
 
 
-def _packed_prompt(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelOutputWithPast:
+def _packed_prompt(
+    decoder: Any, cache: PagedCache, bounds: Bounds, route: Route, call: dict[str, Any]
+) -> BaseModelOutputWithPast:
     """The first forward of left-padded rows, over their real tokens alone."""
-    packing = Packing(step.bounds.starts, step.bounds.q_len)
+    packing = Packing(bounds.starts, bounds.q_len)
     given = {name: call[name] for name in ("input_ids", "inputs_embeds") if call.get(name) is not None}
     positions = call.get("position_ids")
     if positions is None:
@@ -92,8 +104,8 @@ def _packed_prompt(decoder: Any, step: Step, call: dict[str, Any]) -> BaseModelO
     positions = positions.expand(len(packing.starts), -1)
     packed: dict[str, Any] = {name: packing.pack(tensor) for name, tensor in given.items()}
     packed.update(position_ids=packing.pack(positions), attention_mask=None)
-    with Step(step.cache, step.bounds, step.route, packing):
-        output = original_forward(decoder)(**{**call, **packed})
+    with Step(cache, bounds, route, decoder.config, packing):
+        output = original(decoder, "forward")(**{**call, **packed})
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
 
@@ -124,11 +136,14 @@ def run_static(
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
-    memories = state.graph_memories if captures(state, step.device) and shape in state.compiled else None
+    captured = captures(state, step.device) and shape in state.compiled and not step.lacks_memory
     try:
-        output = step.run(cache, tokens, positions, starts, memories)
+        output = step.run(cache, tokens, positions, starts, state.graph_memories if captured else None)
     except CaptureError as error:
-        state.cuda_graphs = False
+        if error.for_memory:
+            step.lacks_memory = True
+        else:
+            state.known.look().not_captured = str(error)
         state.say(f"CUDA graphs, decode steps run without: {error}")
         output = step.run(cache, tokens, positions, starts, None)
     state.compiled.add(shape)
@@ -141,5 +156,5 @@ def transformers_layers(
 ) -> torch.Tensor:
     """A static step's forward through transformers' own layers."""
     call: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "use_cache": True}
-    output = original_forward(decoder)(**call, **{compat.CACHE: step.cache})
+    output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
     return output.last_hidden_state if head is None else head(output.last_hidden_state)

@@ -13,6 +13,11 @@ import torch
 class CaptureError(RuntimeError):
     """A forward cannot be captured in a CUDA graph."""
 
+    @property
+    def for_memory(self) -> bool:
+        """Whether memory ran out, which another call may have."""
+        return isinstance(self.__cause__, torch.OutOfMemoryError) or "out of memory" in str(self)
+
 
 _streams: dict[tuple[int, int, torch.device], torch.cuda.Stream] = {}
 

@@ -13,9 +13,10 @@ import torch
 
 from pkv_hf import compat
 from pkv_hf.errors import LayerNotServed, NotServed
+from pkv_hf.replaced import STATE
 from pkv_hf.runtime.evidence import LayerShape
-from pkv_hf.runtime.state import STATE, PatchState, original_implementation
-from pkv_hf.runtime.step import Step, current_step, handle_of
+from pkv_hf.runtime.state import PatchState
+from pkv_hf.runtime.step import ShownMask, Step, current_step, handle_of
 
 HARMLESS = frozenset(
     {
@@ -38,10 +39,18 @@ def changes_nothing(arguments: dict[str, Any]) -> bool:
 
 
 def mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Our mask function: empty for the causal masks of a step, transformers' own for any other."""
-    if current_step() is not None and compat.plainly_causal(kwargs):
-        return torch.empty((1, 1 + compat.mask_window(kwargs), 0, 0), dtype=torch.bool)
-    return compat.mask_function(original_implementation(config))(*args, config=config, **kwargs)
+    """Our mask function, of a decoder that is served on pages: empty for causal masks, transformers' own for others.
+
+    Where hooks look on, causal masks are transformers' own too, and the step remembers them.
+    """
+    step = current_step()
+    causal = step is not None and compat.plainly_causal(kwargs)
+    if step is not None and causal and not step.shows_masks:
+        return torch.empty((1, 1 + compat.mask_window(kwargs), 0, 0), dtype=torch.bool, device="cpu")
+    made = compat.mask_function(compat.configured_implementation(config))(*args, config=config, **kwargs)
+    if step is not None and causal:
+        step.masks.append(ShownMask(made, compat.mask_window(kwargs)))
+    return made
 
 
 def window_of(attention_mask: torch.Tensor | None) -> int | None:
@@ -49,6 +58,12 @@ def window_of(attention_mask: torch.Tensor | None) -> int | None:
     if attention_mask is None or attention_mask.ndim != 4 or attention_mask.shape[2:] != (0, 0):
         return None
     return attention_mask.shape[1] - 1
+
+
+def _windows_of(step: Step, attention_mask: torch.Tensor | None) -> set[int]:
+    """The windows that a mask of a step can stand for."""
+    window = window_of(attention_mask)
+    return {window} if window is not None else {shown.window for shown in step.masks if shown.is_given(attention_mask)}
 
 
 def attention(
@@ -67,26 +82,33 @@ def attention(
 
     Raises LayerNotServed, for `decoder_forward`, where a step's layer asks for what pages do not give.
     """
-    handle, window = handle_of(key), window_of(attention_mask)
-    if handle is None and window is None:
-        function = compat.attention_function(original_implementation(module.config), module)
+    handle = handle_of(key)
+    if handle is None and window_of(attention_mask) is None:
+        function = compat.attention_function(compat.configured_implementation(module.config), module)
         if softcap is not None:
             kwargs["softcap"] = softcap
         return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     name = type(module).__name__
     if handle is None or handle_of(value) is not handle:
         raise LayerNotServed(f"{name} attends to other keys and values than its cache update returned")
-    if window is None:
-        raise LayerNotServed(f"{name} has a mask that is more than causal")
     step, layer_idx = handle
-    held = step.cache.layers[layer_idx].table.window
-    if window != held:
-        raise LayerNotServed(f"{name} attends to a window of {window or 'all'} tokens, the cache holds {held or 'all'}")
+    windows, held = _windows_of(step, attention_mask), step.cache.layers[layer_idx].table.window
+    if not windows:
+        raise LayerNotServed(f"{name} has a mask that is more than causal")
+    if held not in windows:
+        raise LayerNotServed(
+            f"{name} attends to a window of {min(windows) or 'all'} tokens, the cache holds {held or 'all'}"
+        )
     if not _fits(query, key, value):
         raise LayerNotServed(f"{name} has queries {list(query.shape)} for keys {list(key.shape)}")
     _check_keywords(module, held, scaling, softcap, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    _learn(module, step, LayerShape(query.shape[1] // key.shape[1], key.shape[1], query.shape[3], scale, softcap or 0))
+    _learn(
+        module,
+        step,
+        layer_idx,
+        LayerShape(query.shape[1] // key.shape[1], key.shape[1], query.shape[3], scale, softcap or 0),
+    )
     return step.attend(query, key, value, layer_idx, scale, softcap or 0).contiguous(), None
 
 
@@ -113,7 +135,9 @@ def _understood(module: Any, window: int, name: str, value: Any) -> bool:
     if name == "scaling":
         return isinstance(value, (int, float))
     if name == "softcap":  # transformers' sdpa attention does not cap scores: what it does instead is left to it
-        return isinstance(value, (int, float)) and value > 0 and original_implementation(module.config) != "sdpa"
+        return (
+            isinstance(value, (int, float)) and value > 0 and compat.configured_implementation(module.config) != "sdpa"
+        )
     if name == "sliding_window":
         return not value or value == window
     if name == "dropout":
@@ -121,8 +145,8 @@ def _understood(module: Any, window: int, name: str, value: Any) -> bool:
     return name == "is_causal" and bool(value)
 
 
-def _learn(module: Any, step: Step, shape: LayerShape) -> None:
+def _learn(module: Any, step: Step, layer_idx: int, shape: LayerShape) -> None:
     """Notes the shape of a generic model's layer, on which the routes of later steps depend."""
     state: PatchState = getattr(module, STATE)
-    if state.known.learn(shape) and step.decodes and step.route.fuses_rope:  # its kernels were chosen without it
+    if state.known.learn(layer_idx, shape) and step.bounds.decodes and step.route.fuses_rope:  # chosen without it
         raise NotServed(f"{type(module).__name__} has other heads, scale or softcap than before")

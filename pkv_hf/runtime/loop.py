@@ -1,13 +1,13 @@
 """The run-ahead loop: greedy decoding and sampling that queue a step before the tokens of the last one are read.
 
 It takes the place of transformers' `_sample` through `generate(custom_generate=...)`, with the same processors,
-criteria, selection and results. The next token, the flags of finished rows and the stop decision stay on the device;
-the host reads them one step late, and takes back the step that ran too far.
+criteria, selection and results. The next token, the flags of finished rows and the stop decision stay on the device.
+The host reads them once the next step's forward is queued, and takes that back where it ran too far: processors,
+generators of random numbers and all else that a caller may see are asked as often as transformers asks them.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -15,35 +15,59 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig, GenerationMixin, GenerationMode
 
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import NotServed
 from pkv_hf.policy.choose import CHOOSE_EVERY
+from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Route
 from pkv_hf.runtime.admission import admit
 from pkv_hf.runtime.choice import choose_route, decide, static_step
 from pkv_hf.runtime.forward import run_static, transformers_layers
-from pkv_hf.runtime.state import STATE, PatchState
+from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.static import StaticStep
+
+NEED_TRANSFORMERS_LOOP = frozenset({"assistant_model", "synced_gpus", "stopping_criteria", "custom_generate"})
+"""Arguments of generate() that only transformers' own loop serves, where they are given."""
+
+ARGUMENTS = NEED_TRANSFORMERS_LOOP | {
+    "self", "inputs", "generation_config", "logits_processor", "prefix_allowed_tokens_fn", "streamer", "kwargs",
+    "negative_prompt_ids", "negative_prompt_attention_mask",
+}  # fmt: skip
+"""Arguments of generate() that are known: the others here are seen to before its loop begins, or by this one."""
+
+OPTIONS = frozenset({
+    "output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate",
+    "do_sample", "is_assistant", "compile_config", "max_length",
+})  # fmt: skip
+"""Options that transformers' loop reads in the releases that this one was written after."""
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a patched model's `generate`: transformers' own, with the run-ahead loop where that serves."""
-    original = type(self).generate
-    call = inspect.signature(original).bind_partial(self, *args, **kwargs).arguments
-    if "custom_generate" not in call and _runs_ahead(self, call):
-        kwargs["custom_generate"] = functools.partial(run_ahead, streamer=call.get("streamer"))
-    return original(self, *args, **kwargs)
+    run = original(self, "generate")
+    call = inspect.signature(type(self).generate).bind_partial(self, *args, **kwargs).arguments
+    if _runs_ahead(self, call):
+        kwargs["custom_generate"] = run_ahead
+    return run(*args, **kwargs)
+
+
+def mode_arguments(self: Any, custom_generate: Any, kwargs: dict[str, Any], *args: Any) -> dict[str, Any]:
+    """transformers' `_extract_generation_mode_kwargs`, which takes arguments away where a loop is not its own."""
+    extract = original(self, "_extract_generation_mode_kwargs")
+    return extract(None if custom_generate is run_ahead else custom_generate, kwargs, *args)
 
 
 def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
     """Whether a call of generate() is greedy decoding or sampling that needs nothing of the host at each step."""
-    if any(call.get(name) for name in ("assistant_model", "synced_gpus", "stopping_criteria")):
+    if any(call.get(name) for name in NEED_TRANSFORMERS_LOOP):
         return False
-    if compat.is_sharded(model):
-        return False  # its processes take their steps together: transformers' loop waits for the slowest
+    if any(value is not None for name, value in call.items() if name not in ARGUMENTS):
+        return False
+    if getattr(model, STATE).known.look().loop or compat.is_sharded(model):
+        return False  # the processes of a sharded model take their steps together: transformers' loop waits for them
     config, _ = model._prepare_generation_config(call.get("generation_config"), **call.get("kwargs", {}))
     return (
         config.get_generation_mode() in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
@@ -51,7 +75,14 @@ def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
         and not (config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
         and config.cache_implementation in (None, "dynamic")
         and not config.is_assistant
+        and not any(getattr(config, name) for name in _unknown_options())
     )
+
+
+def _unknown_options() -> list[str]:
+    """Options of a GenerationConfig that the installed release's loop reads and this one does not know."""
+    read = set(GenerationMixin._sample.__code__.co_names)
+    return [name for name in vars(GenerationConfig()) if name in read - OPTIONS]
 
 
 def run_ahead(
@@ -60,36 +91,38 @@ def run_ahead(
     logits_processor: Any,
     stopping_criteria: Any,
     generation_config: Any,
-    *,
+    synced_gpus: bool = False,
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> Any:
     """transformers' `_sample`, for `custom_generate`: same arguments, same result."""
     state: PatchState = getattr(model, STATE)
     cache = model_kwargs.get(compat.CACHE)
-    if not isinstance(cache, PagedCache) or model.training or not _accelerated(model, state, cache):
-        return type(model)._sample(
-            model, input_ids, logits_processor, stopping_criteria, generation_config, streamer=streamer, **model_kwargs
-        )
+    if not isinstance(cache, PagedCache) or not _accelerated(model, state, cache):
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
+        return type(model)._sample(model, *arguments, **model_kwargs)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits
     del outputs
     forward = _Forward(model, state, cache, model_kwargs)
     sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
-    reader = _LateReader(input_ids.device, streamer)
+    reader = _Reader(input_ids.device, streamer)
+    reads_first = True  # the first token is not to wait for the launches of a step
     while True:
         sequences.extend(logits)
         del logits
-        if reader.stops(sequences.unfinished, sequences.last):
-            if reader.late:
-                sequences.take_back()
+        reader.copy(sequences.unfinished, sequences.last)
+        if reads_first or sequences.full or forward.static is None:  # what is not static runs the caller's code
+            if reader.stops() or sequences.full:
+                break
+            logits = forward(sequences.ids, sequences.last)
+        else:
+            logits = forward(sequences.ids, sequences.last)
+            if reader.stops():
                 cache.crop(-1)
-            break
-        if sequences.full:
-            reader.flush()
-            break
-        logits = forward(sequences.ids, sequences.last)
+                break
+        reads_first = False
     if streamer is not None:
         streamer.end()
     return sequences.result(cache)
@@ -110,7 +143,6 @@ class _Sequences:
         returns = config.return_dict_in_generate
         self._scores: tuple[torch.Tensor, ...] | None = () if returns and config.output_scores else None
         self._logits: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
-        self._rng: Any = None
 
     @property
     def full(self) -> bool:
@@ -134,16 +166,7 @@ class _Sequences:
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         if not self._config.do_sample:
             return torch.argmax(scores, dim=-1)
-        self._rng = _rng_offset(self.ids.device)
         return torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-
-    def take_back(self) -> None:
-        """Undoes the last `extend`, but for what logits processors keep."""
-        self.ids = self.ids[:, :-1]
-        self._scores = self._scores and self._scores[:-1]
-        self._logits = self._logits and self._logits[:-1]
-        if self._config.do_sample:
-            _rewind_rng(self.ids.device, self._rng)
 
     def result(self, cache: PagedCache) -> Any:
         """What generate() returns."""
@@ -167,7 +190,7 @@ class _Forward:
     def __init__(self, model: Any, state: PatchState, cache: PagedCache, model_kwargs: dict[str, Any]) -> None:
         self.model, self.state, self.cache, self.model_kwargs = model, state, cache, model_kwargs
         self.static: StaticStep | None = None
-        decoder = model.base_model
+        decoder = state.known.decoder
         next_tokens = torch.empty((cache.rows, 1), dtype=torch.long, device=model.device)
         try:
             step = admit(decoder, state, {**model_kwargs, "input_ids": next_tokens})
@@ -175,21 +198,21 @@ class _Forward:
             return
         self.starts = step.starts
         route = choose_route(state, cache, step.starts, 1, step.device, step.dtype)
-        self.static = self._static(decoder, route, model.get_output_embeddings())
+        self.static = self._static(route)
         position_ids = model_kwargs.get("position_ids")
         if position_ids is None:  # a forward of the caller's own may not take them
             position_ids = torch.tensor([[step.begin]], device=model.device)
         self.positions: torch.Tensor | None = position_ids[:, -1:]
 
-    def _static(self, decoder: Any, route: Route, head: nn.Module | None) -> StaticStep | None:
-        return static_step(decoder, self.state, self.cache, route, 1, transformers_layers, head)
+    def _static(self, route: Route) -> StaticStep | None:
+        return static_step(self.state, self.cache, route, 1, transformers_layers, self.model.lm_head)
 
     def _choose_again(self) -> None:
         """Takes another route's step where rows have grown into another route's lengths."""
         assert self.static is not None
         route = choose_route(self.state, self.cache, self.starts, 1, self.static.device, self.static.dtype)
         if route.name != self.static.route.name:
-            other = self._static(self.static.decoder, route, self.static.head)
+            other = self._static(route)
             if other is not None:
                 self.positions = self.static.positions.clone()
                 self.static = other
@@ -209,42 +232,20 @@ class _Forward:
         return outputs.logits
 
 
-class _LateReader:
-    """Reads a step's stop decision and tokens once the next step is queued; those of the first step at once."""
+class _Reader:
+    """Reads a step's stop decision and tokens: they are copied at once, and waited for when they are asked for."""
 
     def __init__(self, device: torch.device, streamer: Any) -> None:
         self.streamer = streamer
-        self.late = False
-        """Whether the stop was read after another step had been taken."""
-        self._pending: Callable[[], tuple[bool, torch.Tensor]] | None = None
-        self._first = True
         self._on_gpu = device.type == "cuda"
+        self._wait: Callable[[], tuple[bool, torch.Tensor]]
 
-    def stops(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> bool:
-        before, self._pending = self._pending, self._read(unfinished, tokens)
-        if self._first:
-            self._first, before, self._pending = False, self._pending, None
-            return self._take(before)
-        if before is not None and self._take(before):
-            self.late = True
-            return True
-        return False
-
-    def flush(self) -> None:
-        """Reads what is still to be read."""
-        if self._pending is not None:
-            self._take(self._pending)
-
-    def _take(self, pending: Callable[[], tuple[bool, torch.Tensor]]) -> bool:
-        stop, tokens = pending()
-        if self.streamer is not None:
-            self.streamer.put(tokens)
-        return stop
-
-    def _read(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> Callable[[], tuple[bool, torch.Tensor]]:
+    def copy(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Begins to copy which rows go on and their tokens, int64 `[rows]` both, from the device."""
         flag = unfinished.max() == 0
         if not self._on_gpu:
-            return lambda: (bool(flag), tokens.cpu())
+            self._wait = lambda: (bool(flag), tokens.cpu())
+            return
         # torch's allocator of pinned memory reuses a buffer only after the copies that used it
         host_flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
         host_tokens = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
@@ -255,21 +256,11 @@ class _LateReader:
             copied.synchronize()
             return bool(host_flag), host_tokens
 
-        return wait
+        self._wait = wait
 
-
-def _rng_offset(device: torch.device) -> Any:
-    """Where the default generator of a device stands."""
-    return _generator(device).get_offset() if device.type == "cuda" else torch.get_rng_state()
-
-
-def _rewind_rng(device: torch.device, offset: Any) -> None:
-    if device.type == "cuda":
-        _generator(device).set_offset(offset)
-    else:
-        torch.set_rng_state(offset)
-
-
-def _generator(device: torch.device) -> torch.Generator:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return torch.cuda.default_generators[index]
+    def stops(self) -> bool:
+        """Whether all rows are done; hands their tokens to the streamer."""
+        stop, tokens = self._wait()
+        if self.streamer is not None:
+            self.streamer.put(tokens)
+        return stop

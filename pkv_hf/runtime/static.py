@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,9 @@ from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.graphs import GraphMemories, GraphMemory
 from pkv_hf.runtime.step import Step, launching_on
 
+UNKNOWN = -1
+"""Where the ends on the device stand before a run has ended: while one is queued, or was interrupted."""
+
 Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
 """decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
 
@@ -23,25 +27,28 @@ class StaticStep:
 
     A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
     launches were sized for. Positions and ends advance on the device, at the end of every step; the host writes them
-    only where its own count differs, as after a crop. Belongs to one cache, which it does not hold.
+    only where its own count differs, as after a crop, or where a run did not end. Belongs to one cache, which it does
+    not hold, and holds no weights: caches outlive models.
     """
 
     def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int) -> None:
-        self.decoder = decoder
+        self._decoder = weakref.ref(decoder)
         self.forward = forward
-        self.head = head
+        self._head = None if head is None else weakref.ref(head)
         self.route = route
         self.q_len = q_len
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.horizon = 0
         self.captures = 0
+        self.lacks_memory = False
+        """Whether memory ran out when it was to be captured."""
         self._memory: GraphMemory | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._addresses: tuple[Any, ...] = ()
         self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
-        self._end = -1  # what `ends` and `positions` on the device stand at
+        self._end = UNKNOWN  # what `ends` on the device stand at, and `positions` with them
 
     def run(
         self,
@@ -60,22 +67,25 @@ class StaticStep:
         """
         begin = cache.get_seq_length()
         end = begin + self.q_len
+        stood_at, self._end = self._end, UNKNOWN
         # torch forbids to write outside of inference mode what was made inside
         with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
             try:
                 self._place(cache, begin, end)
-                self._fill_buffers(tokens, positions, starts, end)
+                self._fill_buffers(tokens, positions, starts, end, stood_at)
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
+                for layer in cache.layers:
+                    layer.length = end
             except BaseException:
                 cache.truncate(begin)
                 raise
-        for layer in cache.layers:
-            layer.length = end
         self._end = end + self.q_len
         return output
 
-    def _fill_buffers(self, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int) -> None:
-        """Writes what the step reads, where the device does not hold it already."""
+    def _fill_buffers(
+        self, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int, stood_at: int
+    ) -> None:
+        """Writes what the step reads, where the device does not hold it already: its ends stand at `stood_at`."""
         if self._starts is None:
             self.tokens = torch.zeros((len(starts), self.q_len), dtype=torch.int64, device=self.device)
             self.positions = torch.zeros_like(self.tokens)
@@ -85,14 +95,18 @@ class StaticStep:
             self._starts = starts
             self.starts.copy_(torch.from_numpy(starts.astype(np.int32)))
             self.drop()  # sizes of launches depend on the shortest padding
-        if end != self._end:
+        if end != stood_at:
             if positions is None:
                 raise RuntimeError(f"the cache came to hold {end - self.q_len} tokens while its next step was queued")
             self.ends.fill_(end)
-            self._end = end
         if positions is not None:
             self.positions.copy_(positions)
         self.tokens.copy_(tokens)
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The output embeddings, where the step computes logits."""
+        return None if self._head is None else self._head()
 
     @property
     def captured(self) -> bool:
@@ -117,8 +131,10 @@ class StaticStep:
         assert self._starts is not None
         mirrors = {self.device: (self.starts, self.ends)}
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
-        with Step(cache, bounds, self.route, captured=captured) as step:
-            output = self.forward(self.decoder, self.tokens, self.positions, step, self.head)
+        decoder = self._decoder()
+        assert decoder is not None
+        with Step(cache, bounds, self.route, decoder.config, captured=captured) as step:
+            output = self.forward(decoder, self.tokens, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.compat import serving
 from pkv_hf.errors import LayerNotServed
-from pkv_hf.routes.base import MAX_DECODE_QUERIES, Bounds, Norms, Route
+from pkv_hf.routes.base import Bounds, Norms, Route
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 
 _current: ContextVar[Step | None] = ContextVar("pkv_hf_step", default=None)
@@ -22,6 +25,16 @@ def current_step() -> Step | None:
     return _current.get()
 
 
+@contextmanager
+def outside_of_steps() -> Iterator[None]:
+    """Lets a call inside of another's step, by a hook say, run as if there were none."""
+    token = serving.set(None)
+    try:
+        yield
+    finally:
+        serving.reset(token)
+
+
 def launching_on(device: torch.device) -> AbstractContextManager:
     """Makes a device the current one: Triton launches there, whatever device the tensors are on."""
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
@@ -29,12 +42,31 @@ def launching_on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
+class ShownMask:
+    """A mask of transformers' own that a step gave its layers, and the window that it stands for (0: full attention).
+
+    Hooks may hand layers another, or write into this one: only a mask of the values that were given is causal alone.
+    """
+
+    def __init__(self, mask: torch.Tensor | None, window: int) -> None:
+        self.window = window
+        self._mask = mask
+        self._values = None if mask is None else mask.clone()
+
+    def is_given(self, mask: torch.Tensor | None) -> bool:
+        if mask is None or self._values is None:
+            return mask is self._mask
+        return mask.shape == self._values.shape and torch.equal(mask.to(self._values.device), self._values)
+
+
 class Step:
     """Appends each layer's new K and V to the pages and attends over them by the step's route.
 
     Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was, and so does one in
     which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
-    one row. `captured` says that a CUDA graph keeps what the forward does.
+    one row. `captured` says that a CUDA graph keeps what the forward does, `fuses_rope` that layers may call
+    `rope_attend` where the route does. `config` is the decoder's own. `shows_masks` gives layers transformers' masks
+    for their hooks to see.
     """
 
     def __init__(
@@ -42,14 +74,21 @@ class Step:
         cache: PagedCache,
         bounds: Bounds,
         route: Route,
+        config: Any,
         packing: Packing | None = None,
         captured: bool = False,
+        fuses_rope: bool = False,
+        shows_masks: bool = False,
     ) -> None:
         self.cache = cache
         self.bounds = bounds
         self.route = route
+        self.config = config
         self.packing = packing
         self.captured = captured
+        self.fuses_rope = fuses_rope and route.fuses_rope and bounds.begin > 0
+        self.shows_masks = shows_masks
+        self.masks: list[ShownMask] = []
         self._unread: set[int] = set()  # layers that have appended and not attended yet
 
     def __enter__(self) -> Step:
@@ -57,9 +96,11 @@ class Step:
             self.cache.start(len(self.bounds.starts), self.bounds.starts)
         self.cache.step = self
         self._outer = _current.set(self)
+        self._served_before = serving.set(self.config)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        serving.reset(self._served_before)
         _current.reset(self._outer)
         self.cache.step = None
         missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
@@ -106,20 +147,10 @@ class Step:
 
     def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
         bounds = self.bounds
-        if softcap or not self.decodes:
+        if softcap or not bounds.decodes:
             return over_pages(layer, q, scale, bounds.starts, bounds.begin, softcap).transpose(1, 2)
         with launching_on(q.device):
             return self.route.decode(layer, q, scale, bounds)
-
-    @property
-    def decodes(self) -> bool:
-        """Whether the route attends, unless scores are capped; to prompts and longer blocks torch does."""
-        return self.bounds.begin > 0 and self.bounds.q_len <= MAX_DECODE_QUERIES
-
-    @property
-    def fuses_rope(self) -> bool:
-        """Whether the layers of this step may call `rope_attend`."""
-        return self.bounds.begin > 0 and self.route.fuses_rope
 
     def rope_attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,

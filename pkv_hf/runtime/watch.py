@@ -3,71 +3,102 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torchs_module
+from torch.nn.modules.dropout import _DropoutNd
 
 from pkv_hf import compat
-
-FORWARD = "_pkv_hf_forward"
-"""The attribute of a module whose `forward` we replaced: the bound one that was there, None for the class's own."""
+from pkv_hf.origins import LOOPS_OWN
 
 PLAIN = (bool, int, float, str, type(None))
 TORCHS_OWN = nn.Module().__dict__.keys() - {"training"}
 """Attributes of every module that are no settings: its children, tensors and hooks."""
 
+NAMED_BY_LAYERS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
+"""Functions beside a model's classes that its layers call."""
+
 
 class Watch:
     """What a forward of some modules rests on, at the time it is made.
 
-    That is: which module is where and of what class, where every weight and buffer is stored (their values may change
-    in place), hooks, and, of modules that are not torch's, every plain setting (a layer's scaling, PEFT's active
-    adapters, whether they are disabled or merged).
+    That is: which module is where, of what class, and what code it runs; where every weight and buffer is stored (their
+    values may change in place), hooks, the plain settings of modules that are not torch's (a layer's scaling, PEFT's
+    active adapters, whether they are disabled or merged), and those of the configuration.
     """
 
-    def __init__(self, roots: list[nn.Module]) -> None:
-        modules = [module for root in roots for module in root.modules()]
-        self._structure = _Structure(modules)
-        self._tensors = _Tensors(modules)
-        self._settings = _Settings(modules)
-        self._hooks = _hooks(modules)
-        self._hooked = _any_runs(self._hooks)
+    def __init__(self, model: nn.Module, config: Any) -> None:
+        self.modules = list(model.modules())
+        self._structure = _Structure(self.modules)
+        self._code = _Code(model, self.modules)
+        self._tensors = _Tensors(self.modules)
+        self._settings = _Settings(self.modules, config)
+        self._hooks = _hooks(self.modules)
+        self._active = _active(self._hooks)
         self.reason = ""
         """Why a forward of these modules may not be captured or replaced; empty where it may."""
-        if self._hooked:
+        if self.hooked:
             self.reason = "modules have forward hooks"
-        elif any("forward" in m.__dict__ and FORWARD not in m.__dict__ for m in modules):
-            self.reason = "modules have a forward of their own (accelerate's hooks or mixed precision, say)"
         elif len(self._tensors.devices) > 1:
             self.reason = f"weights are on {len(self._tensors.devices)} devices"
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a forward runs anybody's hooks, to which every row and its place in the batch may matter."""
+        return bool(self._active)
 
     def unchanged(self) -> bool:
         return (
             self._structure.unchanged()
+            and self._code.unchanged()
             and self._tensors.unchanged()
-            and _any_runs(self._hooks) == self._hooked
+            and _active(self._hooks) == self._active
             and self._settings.unchanged()
         )
 
 
+class _Code:
+    """What the modules run: what is set on them in the place of their forwards, their classes' methods, the functions
+    beside those, and all that of the model which generates."""
+
+    def __init__(self, model: nn.Module, modules: list[nn.Module]) -> None:
+        set_on = [(m.__dict__, name) for m in modules for name in ("forward", "_compiled_call_impl")]
+        set_on += [(model.__dict__, name) for name in LOOPS_OWN]
+        self._set_on = [(now, name, now.get(name)) for now, name in set_on]
+        classes = dict.fromkeys(type(m) for m in modules)
+        methods = [(c, name) for c in classes for name in ("forward", "__call__")]
+        methods += [(type(model), name) for name in LOOPS_OWN if hasattr(model, name)]
+        self._methods = [(c, name, getattr(c, name)) for c, name in methods]
+        files = dict.fromkeys(sys.modules.get(c.__module__) for c in classes)
+        beside = [(vars(file), name) for file in files if file is not None for name in NAMED_BY_LAYERS]
+        self._functions = [(names, name, names[name]) for names, name in beside if name in names]
+
+    def unchanged(self) -> bool:
+        return (
+            all(now.get(name) is value for now, name, value in self._set_on)
+            and all(getattr(c, name) is method for c, name, method in self._methods)
+            and all(names.get(name) is function for names, name, function in self._functions)
+        )
+
+
 class _Structure:
-    """Which module is where, of what class, and whose forward it runs."""
+    """Which module is where, and of what class."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._stores = [m._modules for m in modules]
         self._held = sum(map(len, self._stores))
         self._children = [(store, name, child) for store in self._stores for name, child in store.items()]
         self._classes = [(m, type(m)) for m in modules]
-        self._forwards = [(m.__dict__, m.__dict__.get("forward")) for m in modules]
 
     def unchanged(self) -> bool:
         return (
             sum(map(len, self._stores)) == self._held
             and all(store.get(name) is child for store, name, child in self._children)
             and all(type(m) is of_class for m, of_class in self._classes)
-            and all(now.get("forward") is forward for now, forward in self._forwards)
         )
 
 
@@ -91,11 +122,12 @@ class _Tensors:
 
 
 class _Settings:
-    """The plain attributes of modules that are not torch's, as values."""
+    """The plain attributes of modules that are not torch's, of dropout and of a configuration, as values."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
-        others = [m for m in modules if not type(m).__module__.startswith("torch.")]
-        self._held = [(m.__dict__, len(m.__dict__), _plain_attributes(m)) for m in others]
+    def __init__(self, modules: list[nn.Module], config: Any) -> None:
+        others = [m for m in modules if isinstance(m, _DropoutNd) or not type(m).__module__.startswith("torch.")]
+        stores = [*(m.__dict__ for m in others), vars(config)]
+        self._held = [(store, len(store), _plain_attributes(store)) for store in stores]
 
     def unchanged(self) -> bool:
         return all(len(now) == size and _holds(settings, now) for now, size, settings in self._held)
@@ -108,26 +140,24 @@ def _address(tensor: Any) -> Any:
     return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else id(tensor)  # no tensor, or a wrapper's mesh
 
 
-def hooked(model: nn.Module) -> bool:
-    """Whether a forward of the model runs anybody's hooks, to which every row and its place in the batch may matter."""
-    return _any_runs(_hooks(model.modules()))
+def hooks_of(model: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks that a forward of the model runs."""
+    return _active(_hooks(model.modules()))
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[dict]:
-    return [hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    of_all = [torchs_module._global_forward_hooks, torchs_module._global_forward_pre_hooks]
+    return [*of_all, *(hooks for m in modules for hooks in (m._forward_hooks, m._forward_pre_hooks))]
 
 
-def _any_runs(hooks: list[dict]) -> bool:
-    """Whether there is a hook that does something in a forward without gradients."""
-    return any(
-        not compat.only_asks_for_gradients(hook) for of_module in filter(None, hooks) for hook in of_module.values()
-    )
+def _active(hooks: list[dict]) -> list[Callable[..., Any]]:
+    """The hooks that do something in a forward without gradients."""
+    return [hook for of_module in filter(None, hooks) for hook in of_module.values() if not compat.is_inert(hook)]
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    """A module's attributes that are plain values or containers of them, as they are now."""
-    attributes = module.__dict__.items()
-    return {name: copy.deepcopy(value) for name, value in attributes if name not in TORCHS_OWN and _plain(value)}
+def _plain_attributes(store: dict[str, Any]) -> dict[str, Any]:
+    """Attributes that are plain values or containers of them, as they are now."""
+    return {name: copy.deepcopy(value) for name, value in store.items() if name not in TORCHS_OWN and _plain(value)}
 
 
 def _holds(settings: dict[str, Any], now: dict[str, Any]) -> bool:

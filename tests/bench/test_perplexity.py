@@ -15,7 +15,7 @@ from pkv_hf.bench import compare, measure, metric, perplexity
 from pkv_hf.bench.inputs import texts
 from pkv_hf.bench.metric import PagedPerplexity
 from pkv_hf.bench.perplexity import by_chunks, by_forward, by_generate
-from pkv_hf.runtime.state import STATE
+from pkv_hf.replaced import STATE
 from tiny import COMMON, assert_on_pages, byte_tokenizer, tiny
 
 LENGTH = 90

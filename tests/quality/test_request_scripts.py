@@ -47,7 +47,7 @@ def test_passkey_records_every_cell_and_draws_them(run, model, out, tmp_path, mo
 
 def test_passkey_counts_what_is_found_and_what_differs(run, model, out, tmp_path, monkeypatch):
     from pkv_hf.bench.inputs import passkey
-    from pkv_hf.runtime.state import STATE
+    from pkv_hf.replaced import STATE
 
     generate = measure.run_generate
     asked = {False: 0, True: 0}

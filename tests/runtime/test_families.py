@@ -16,13 +16,13 @@ from pkv_hf.cache.pool import PagePool
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import RouteError
+from pkv_hf.replaced import STATE
 from pkv_hf.report import state_of
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.routes.sdpa import over_pages, over_prompt
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.forward import transformers_layers
-from pkv_hf.runtime.state import STATE
 from pkv_hf.runtime.step import Step
 from tiny import COMMON, assert_on_pages, left_padded, randomized
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 import transformers
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama import modeling_llama
 
 import pkv_hf
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE
+from pkv_hf.replaced import Replacement
 from tiny import assert_on_pages, left_padded, randomized, tiny
 
 INPUTS = left_padded(12, 7)
@@ -24,19 +27,45 @@ def generate(model, **settings):
 
 
 def own_class(module, change):
-    """The module, of a class whose forward returns something else."""
+    """The module, of a class whose forward returns something else. Returns how to undo it."""
+    of_class = type(module)
 
-    class Own(type(module)):
+    class Own(of_class):
         def forward(self, *args, **kwargs):
             return change(super().forward(*args, **kwargs))
 
     module.__class__ = Own
+    return lambda: setattr(module, "__class__", of_class)
+
+
+def on_instance(module, change, name="forward"):
+    """The module, with a method of its own around that of its class."""
+    run = getattr(module, name)
+    setattr(module, name, lambda *args, **kwargs: change(run(*args, **kwargs)))
+    return lambda: vars(module).update({name: run}) if isinstance(run, Replacement) else delattr(module, name)
+
+
+def everywhere(owner, name, change):
+    """A function of a class or a file, replaced for all that use it."""
+    run = getattr(owner, name)
+    setattr(owner, name, functools.wraps(run)(lambda *args, **kwargs: change(run(*args, **kwargs))))
+    return lambda: setattr(owner, name, run)
+
+
+def replaced(owner, name, value):
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    return lambda: setattr(owner, name, before)
 
 
 def halved(output):
     if isinstance(output, torch.Tensor):
         return output * -0.5
-    output.last_hidden_state = output.last_hidden_state * -0.5
+    if isinstance(output, tuple):
+        return (output[0] * -0.5, *output[1:])
+    for name in ("last_hidden_state", "logits"):
+        if name in output:
+            output[name] = output[name] * -0.5
     return output
 
 
@@ -49,31 +78,75 @@ class LlamaAttention(modeling_llama.LlamaAttention):
 
 
 CHANGES = {
-    "MLP": lambda m: own_class(m.model.layers[0].mlp, halved),
-    "norm": lambda m: own_class(m.model.layers[1].input_layernorm, halved),
-    "layer": lambda m: own_class(m.model.layers[1], halved),
-    "last norm": lambda m: own_class(m.model.norm, halved),
-    "decoder": lambda m: own_class(m.model, halved),
-    "batch": lambda m: own_class(m.model.layers[0].mlp, lambda out: out * len(out)),
-    "no MLP": lambda m: setattr(m.model.layers[1], "mlp", torch.nn.Identity()),
-    "LayerNorm": lambda m: setattr(m.model, "norm", torch.nn.LayerNorm(64)),
+    "MLP of a class": lambda m: own_class(m.model.layers[0].mlp, halved),
+    "norm of a class": lambda m: own_class(m.model.layers[0].input_layernorm, halved),
+    "layer of a class": lambda m: own_class(m.model.layers[0], halved),
+    "last norm of a class": lambda m: own_class(m.model.norm, halved),
+    "decoder of a class": lambda m: own_class(m.model, halved),
+    "rows looked at": lambda m: own_class(m.model.layers[0].mlp, lambda out: out * len(out)),
+    "projection of a class": lambda m: own_class(m.model.layers[0].self_attn.q_proj, halved),
+    "no MLP": lambda m: replaced(m.model.layers[0], "mlp", torch.nn.Identity()),
+    "LayerNorm": lambda m: replaced(m.model, "norm", torch.nn.LayerNorm(64)),
+    "other head": lambda m: replaced(m, "lm_head", torch.nn.Linear(64, 128)),
+    "attention's forward": lambda m: on_instance(m.model.layers[0].self_attn, halved),
+    "MLP's forward": lambda m: on_instance(m.model.layers[0].mlp, halved),
+    "rotary's forward": lambda m: on_instance(m.model.rotary_emb, halved),
+    "projection's forward": lambda m: on_instance(m.model.layers[0].mlp.up_proj, halved),
+    "decoder's forward": lambda m: on_instance(m.model, halved),
+    "model's forward": lambda m: on_instance(m, halved),
+    "head's forward": lambda m: on_instance(m.lm_head, halved),
+    "inputs' preparation": lambda m: on_instance(m, inputs_shifted, "prepare_inputs_for_generation"),
+    "attention's class": lambda m: everywhere(modeling_llama.LlamaAttention, "forward", halved),
+    "MLP's class": lambda m: everywhere(modeling_llama.LlamaMLP, "forward", halved),
+    "norm's class": lambda m: everywhere(modeling_llama.LlamaRMSNorm, "forward", halved),
+    "layer's class": lambda m: everywhere(modeling_llama.LlamaDecoderLayer, "forward", halved),
+    "layer's call": lambda m: everywhere(modeling_llama.LlamaDecoderLayer, "__call__", halved),
+    "decoder's class": lambda m: everywhere(modeling_llama.LlamaModel, "forward", halved),
+    "model's class": lambda m: everywhere(LlamaForCausalLM, "forward", halved),
+    "rotary's class": lambda m: everywhere(modeling_llama.LlamaRotaryEmbedding, "forward", halved),
+    "activation's class": lambda m: everywhere(type(m.model.layers[0].mlp.act_fn), "forward", halved),
+    "Linear": lambda m: everywhere(torch.nn.Linear, "forward", halved),
+    "RoPE": lambda m: everywhere(modeling_llama, "apply_rotary_pos_emb", lambda qk: (qk[0] * 0.1, qk[1])),
+    "RoPE's half": lambda m: everywhere(modeling_llama, "rotate_half", halved),
+    "scale": lambda m: replaced(m.model.layers[0].self_attn, "scaling", 1.0),
+    "epsilon": lambda m: replaced(m.model.layers[0].input_layernorm, "variance_epsilon", 10.0),
+    "hook": lambda m: m.model.layers[0].mlp.register_forward_hook(lambda _, args, out: halved(out)).remove,
+    "global hook": lambda m: (
+        register_module_forward_hook(
+            lambda module, args, out: halved(out) if module is m.model.layers[0].mlp else None
+        ).remove
+    ),
+    "loop": lambda m: everywhere(LlamaForCausalLM, "_sample", lambda out: out.flip(1)),
 }
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
+def inputs_shifted(inputs):
+    inputs["input_ids"] = (inputs["input_ids"] + 1) % 128
+    return inputs
+
+
 @pytest.mark.parametrize("change", CHANGES)
-def test_modules_of_other_classes_run_as_they_are(change, when):
-    model, other = tiny("llama"), tiny("llama")
-    CHANGES[change](other)
-    expected = generate(other)
-    assert not torch.equal(expected, generate(model))
+def test_what_is_not_transformers_own_runs_as_it_is(change):
+    model, other = (tiny("llama", num_hidden_layers=1) for _ in range(2))
+    plain = generate(other)
+    torch.manual_seed(0)
+    undo = CHANGES[change](other)
+    try:
+        expected = generate(other)
+    finally:
+        undo()
+    assert not torch.equal(expected, plain)
     pkv_hf.patch(model, route="split")
-    if when == "after":
-        generate(model)
-    CHANGES[change](model)
-    assert torch.equal(generate(model), expected)
-    (left,) = pkv_hf.report(model).left
-    assert "is in the place of transformers' Llama" in left
+    assert torch.equal(generate(model), plain)
+    torch.manual_seed(0)
+    undo = CHANGES[change](model)
+    try:
+        assert torch.equal(generate(model), expected)
+    finally:
+        undo()
+    static = pkv_hf.report(model).steps.static
+    assert torch.equal(generate(model), plain)
+    assert pkv_hf.report(model).steps.static == static + 3, "it is served again as before"
 
 
 def test_attention_of_another_class_runs_as_it_is():

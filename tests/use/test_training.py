@@ -15,7 +15,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, Trai
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
-from pkv_hf.runtime.state import STATE
+from pkv_hf.replaced import STATE
 from pkv_hf.runtime.watch import Watch
 from tiny import COMMON, left_padded, tiny
 

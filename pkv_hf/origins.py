@@ -1,0 +1,200 @@
+"""Where the code lies that a call will run. What is known of a model is judged by that, not by names and classes.
+
+A function is known where its own code, and that of all that is wrapped around it, lies in the files of a library. It is
+transformers' own for a place in a family where, beneath such wrappers, it is the very function that the family's file
+defines there. What stands on an instance is never known, unless it only moves tensors between devices.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from pkv_hf.replaced import on_instance
+
+LIBRARIES = ("transformers", "torch.nn", "torch.utils._contextlib", "peft", "bitsandbytes", "torchao", "accelerate")
+"""Packages whose modules compute by their inputs and weights, and by settings that are looked at. A module alone, where
+of a package only that is known: torch's compiler wraps anybody's code."""
+
+FROM_HUB = "kernels"
+"""Hugging Face's package that makes modules of transformers' functions, so that others can take their place."""
+
+ALIGNS = "AlignDevicesHook"
+"""accelerate's hook that moves inputs to a module's device."""
+
+
+def chain(function: Any) -> list[Callable[..., Any]]:
+    """A function and all that it wraps, from the outside in: wrapped functions, methods, partials, modules."""
+    found = []
+    while function is not None:
+        if isinstance(function, nn.Module):
+            function = on_instance(function) or type(function).forward
+        function = getattr(function, "__func__", function)
+        if not hasattr(function, "__code__") and not hasattr(function, "func"):
+            function = getattr(type(function).__call__, "__wrapped__", type(function).__call__)
+        found.append(function)
+        function = getattr(function, "func", None) or getattr(function, "__wrapped__", None) or _from_hub(function)
+    return found
+
+
+def _from_hub(function: Any) -> Any:
+    """The function that a module of Hugging Face's `kernels` calls, None for all others."""
+    code = getattr(function, "__code__", None)
+    if code is None or not code.co_filename.startswith(_folder(FROM_HUB) or "\0"):
+        return None
+    named = dict(zip(code.co_freevars, function.__closure__ or ()))
+    return named["func"].cell_contents if "func" in named else None
+
+
+def of_a_library(function: Any) -> bool:
+    """Whether a function, and all that is wrapped around it, is the code of a known library."""
+    folders = tuple(filter(None, (_folder(name) for name in (*LIBRARIES, FROM_HUB))))
+    codes = [_code(each) for each in chain(function) if not hasattr(each, "func")]
+    return bool(codes) and all(code is not None and code.co_filename.startswith(folders) for code in codes)
+
+
+def is_own(function: Any, file: str, name: str) -> bool:
+    """Whether a function is the one of this full name in a file of transformers, but for wrappers of a library's."""
+    innermost = chain(function)[-1]
+    code = _code(innermost)
+    if code is None or code.co_filename != os.path.join(_folder("transformers"), file):
+        return False
+    return getattr(code, "co_qualname", innermost.__qualname__) == name and of_a_library(function)
+
+
+def _code(function: Any) -> CodeType | None:
+    return getattr(function, "__code__", None)
+
+
+def _folder(package: str) -> str:
+    """Where the code of a package lies, or the one file of a module; empty for what has not been imported."""
+    file = getattr(sys.modules.get(package), "__file__", None) or ""
+    return os.path.dirname(file) + os.sep if os.path.basename(file) == "__init__.py" else file
+
+
+def modeling_file(model_type: str) -> str:
+    return os.path.join("models", model_type, f"modeling_{model_type}.py")
+
+
+def modeling_module(model_type: str) -> str:
+    return f"transformers.models.{model_type}.modeling_{model_type}"
+
+
+def class_name(of_class: type) -> str:
+    """The full name of a class."""
+    return f"{of_class.__module__}.{of_class.__qualname__}"
+
+
+def own_class_name(decoder: Any, prefix: str, kind: str) -> str:
+    """The full name of transformers' class of a kind ("Attention", say) in a decoder's family."""
+    return f"{modeling_module(decoder.config.model_type)}.{prefix}{kind}"
+
+
+def foreign(modules: Iterable[nn.Module]) -> str:
+    """Which module runs code of no known library, or has a forward of its own; empty for none."""
+    looked_at: set[type] = set()
+    for module in modules:
+        name = type(module).__name__
+        if (set_on := on_instance(module)) is not None:
+            why = "is compiled" if _compiled(set_on) else "has a forward of its own (accelerate's hooks, say)"
+            return f"a {name} {why}"
+        if type(module) not in looked_at:
+            looked_at.add(type(module))
+            if not all(of_a_library(getattr(type(module), method)) for method in ("forward", "__call__")):
+                return f"the forward of a {name} is in no file of a known library"
+    return ""
+
+
+def compiled(modules: Iterable[nn.Module]) -> bool:
+    """Whether torch compiles any of these modules by itself."""
+    return any(module._compiled_call_impl is not None or _compiled(on_instance(module)) for module in modules)
+
+
+def _compiled(function: Any) -> bool:
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
+def unfamiliar(decoder: Any, prefix: str) -> str:
+    """What of a family's layers is not transformers' own and may compute something else; empty for nothing.
+
+    `prefix` is what the names of the family's classes begin with.
+    """
+    layers = decoder.layers
+    attentions = [getattr(layer, "self_attn", None) for layer in layers]
+    norms = [getattr(decoder, "norm", None)]
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        norms += [getattr(layer, name, None) for layer in layers]
+    norms += [getattr(a, name) for a in attentions for name in ("q_norm", "k_norm") if hasattr(a, name)]
+    places: dict[str, list[Any]] = {
+        "Model": [decoder],
+        "RotaryEmbedding": [getattr(decoder, "rotary_emb", None)],
+        "DecoderLayer": list(layers),
+        "MLP": [getattr(layer, "mlp", None) for layer in layers],
+        "RMSNorm": norms,
+    }
+    for kind, modules in places.items():
+        if reason := _others_than(modules, decoder, prefix + kind):
+            return reason
+    return unfamiliar_attention(decoder, attentions, prefix)
+
+
+def unfamiliar_attention(decoder: Any, attentions: list[Any], prefix: str) -> str:
+    """What of a family's attention is not transformers' own; empty for nothing."""
+    if reason := _others_than(attentions, decoder, prefix + "Attention", aligned=True):
+        return reason
+    file = modeling_file(decoder.config.model_type)
+    namespace = sys.modules[modeling_module(decoder.config.model_type)]
+    for name in ("apply_rotary_pos_emb", "rotate_half"):
+        if not is_own(getattr(namespace, name, None), file, name):
+            return f"{name} is not transformers' own"
+    return ""
+
+
+def _others_than(modules: list[Any], decoder: Any, name: str, aligned: bool = False) -> str:
+    """Which module is not transformers' class of this name in the decoder's family, or does not run its forward."""
+    file = modeling_file(decoder.config.model_type)
+    for of_class in dict.fromkeys(type(module) for module in modules):
+        own = of_class.__name__ == name and is_own(getattr(of_class, "forward", None), file, f"{name}.forward")
+        if not own:
+            return f"a {of_class.__name__} is in the place of transformers' {name}"
+    for module in modules:
+        set_on = on_instance(module)
+        if set_on is not None and not (aligned and _aligns(module)):
+            return f"a {name} has a forward of its own"
+    return ""
+
+
+def _aligns(module: nn.Module) -> bool:
+    """Whether what is set on a module in the place of its forward only moves its inputs."""
+    hook: Any = vars(module).get("_hf_hook")
+    return type(hook).__name__ == ALIGNS and of_a_library(type(hook).pre_forward) and not hook.offload
+
+
+LOOPS_OWN = (
+    "generate",
+    "prepare_inputs_for_generation",
+    "_prefill",
+    "_prepare_generation_config",
+    "_sample",
+    "_update_model_kwargs_for_generation",
+)
+"""What of a causal LM's generation the run-ahead loop takes the place of, or calls as transformers does."""
+
+
+def unfamiliar_loop(model: Any, prefix: str) -> str:
+    """What of a causal LM's forward and generation is not as transformers has it for the family; empty for nothing."""
+    name = f"{prefix}ForCausalLM"
+    if reason := _others_than([model], model, name):
+        return reason
+    for method in LOOPS_OWN:
+        of_class = getattr(type(model), method)
+        if on_instance(model, method) is not None or not is_own(
+            of_class, os.path.join("generation", "utils.py"), f"GenerationMixin.{method}"
+        ):
+            return f"{method} of the {name} is not transformers' own"
+    return ""
