@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import fields
 from typing import Any, NoReturn
@@ -107,6 +107,11 @@ def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
             kwargs = dict(kwargs)
             kwargs.setdefault(CACHE, kwargs.pop(older))
     return kwargs
+
+
+def cache_of(arguments: Mapping[str, Any]) -> Any:
+    """The cache among arguments by any name that releases have had for it; None for none."""
+    return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
 def layer_windows(config: PreTrainedConfig) -> list[int]:
@@ -239,7 +244,7 @@ def unfamiliar_implementation(name: str, module: nn.Module) -> str:
     if name in AttentionMaskInterface():
         functions["mask"] = mask_function(name)
     for kind, function in functions.items():
-        if not of_a_library(function):
+        if function is not None and not of_a_library(function):  # modules need not have an eager one
             return f"the {kind} function of attn_implementation={name!r} is not transformers' own"
     return ""
 

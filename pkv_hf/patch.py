@@ -149,14 +149,14 @@ def unpatch(model: Model) -> Model:
 
     A model that is not patched stays as it is. Neither this nor `patch` may come while a call of the model runs.
     """
-    if isinstance(model, nn.Module):
-        _remove(_states(unwrap(model)))
+    _remove(_states(unwrap(model)))
     return model
 
 
 def _states(model: nn.Module) -> list[PatchState]:
     """What a model and its parts are patched with: several, where they were patched one by one."""
-    held = [vars(module)[STATE] for module in model.modules() if STATE in vars(module)]
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    held = [vars(module)[STATE] for module in modules if STATE in vars(module)]
     return list({id(state): state for state in held}.values())
 
 

@@ -94,10 +94,10 @@ class Evidence:
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
-    _last: Look | None = None
+    last: Look | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_last": None}
+        return {**vars(self), "last": None}
 
     @property
     def generic(self) -> bool:
@@ -128,9 +128,9 @@ class Evidence:
 
     def look(self) -> Look:
         """What is known of the code and the settings that a call would run by now."""
-        last = self._last
+        last = self.last
         if last is None or not last.watch.unchanged():
-            last = self._last = self._new_look()
+            last = self.last = self._new_look()
         return last
 
     def _new_look(self) -> Look:
@@ -151,12 +151,12 @@ class Evidence:
     @property
     def not_captured(self) -> str:
         """Why no step is captured, as the last capture ended; empty where steps may be."""
-        return self._last.not_captured if self._last is not None else ""
+        return self.last.not_captured if self.last is not None else ""
 
     @property
     def refused(self) -> str:
         """Why no call can be served; empty where calls can."""
-        return self.look().refused if self._last is not None and self._last.refused else ""
+        return self.look().refused if self.last is not None and self.last.refused else ""
 
 
 def drops_out(decoder: Any) -> str:

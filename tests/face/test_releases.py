@@ -191,14 +191,15 @@ def test_forwards_and_steps_are_counted_by_what_ran_them():
 def test_a_cache_that_the_decoder_never_gets_is_a_reason():
     model, inputs = tiny("llama"), left_padded(20)
     expected = model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=False)
-    plain = model.prepare_inputs_for_generation
-    model.prepare_inputs_for_generation = lambda *args, **kwargs: {**plain(*args, **kwargs), CACHE: None}
+    loses = model.model.register_forward_pre_hook(
+        lambda _, args, given: (args, {**given, CACHE: None}), with_kwargs=True
+    )
     pkv_hf.patch(model)
     model.generate(**inputs, max_new_tokens=1, do_sample=False)
     report = state_of(model)
     assert (report.calls.pages, report.calls.transformers) == (0, 1)
     assert report.left == ("generate() made a PagedCache, and LlamaModel was called without it",)
-    del model.prepare_inputs_for_generation
+    loses.remove()
     pkv_hf.patch(model)
     assert torch.equal(model.generate(**inputs, max_new_tokens=5, do_sample=False), expected)
     assert_on_pages(model)

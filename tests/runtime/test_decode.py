@@ -253,7 +253,7 @@ def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
         torch.testing.assert_close(
             decode_logits(model, inputs), expected, atol=0.1 if dtype != torch.float32 else 1e-4, rtol=1e-3
         )
-    watch = Watch([model])
+    watch = Watch(model, model.config)
     assert watch.unchanged()
     linear.weight = torch.nn.Parameter(HalvedWeight(linear.weight.stored.clone(), dtype), requires_grad=False)
     assert not watch.unchanged()
@@ -276,7 +276,7 @@ CHANGES = {
 class TestWatch:
     def test_nothing_changed(self):
         model = tiny("llama")
-        watch = Watch([model])
+        watch = Watch(model, model.config)
         model(**left_padded(9))
         with torch.no_grad():
             model.lm_head.weight.mul_(2)  # in place: a graph reads the new values
@@ -286,13 +286,13 @@ class TestWatch:
     @pytest.mark.parametrize("change", CHANGES)
     def test_changes(self, change):
         model = tiny("llama")
-        watch = Watch([model])
+        watch = Watch(model, model.config)
         CHANGES[change](model.model.layers[0])
         assert not watch.unchanged()
 
     def test_another_buffer(self):
         model = tiny("llama")
-        watch = Watch([model])
+        watch = Watch(model, model.config)
         model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq.clone()
         assert not watch.unchanged()
 
@@ -300,7 +300,7 @@ class TestWatch:
         for value in (torch.ones(2), [torch.ones(2)]):
             model = tiny("llama")
             model.model.layers[0].self_attn.some = [1.0]
-            watch = Watch([model])
+            watch = Watch(model, model.config)
             assert watch.unchanged()
             model.model.layers[0].self_attn.some = value
             assert not watch.unchanged()
@@ -308,16 +308,16 @@ class TestWatch:
     def test_adapters(self):
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]))
-        watch = Watch([model.get_base_model()])
+        watch = Watch(model.get_base_model(), model.config)
         assert watch.unchanged()
         with model.disable_adapter():
             assert not watch.unchanged()
         assert watch.unchanged()
         model.get_base_model().model.layers[0].self_attn.q_proj.scaling["default"] *= 2
         assert not watch.unchanged()
-        watch = Watch([model.get_base_model()])
+        watch = Watch(model.get_base_model(), model.config)
         model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
         assert not watch.unchanged()
-        watch = Watch([model.get_base_model()])
+        watch = Watch(model.get_base_model(), model.config)
         model.merge_adapter()
         assert not watch.unchanged()

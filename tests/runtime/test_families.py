@@ -166,7 +166,7 @@ def test_a_captured_step_depends_on_no_length_of_the_host(name):
     model = pkv_hf.patch(build(*SERVED[name]))
     decoder, cache = model.get_decoder(), PagedCache(model.config)
     decoder(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
-    step = Step(cache, Bounds(np.zeros(1, dtype=np.int64), 3, 1), ROUTES["sdpa"], captured=True)
+    step = Step(cache, Bounds(np.zeros(1, dtype=np.int64), 3, 1), ROUTES["sdpa"], decoder.config, captured=True)
     call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
     if name == "opt":
         with pytest.raises(RuntimeError, match="length of its cache"), step:

@@ -194,7 +194,7 @@ def test_adapters_changed_between_calls_give_the_right_tokens(operation):
             pkv_hf.patch(model, route="split")
         bare = model.get_base_model()
         before = generate(model, max_new_tokens=4)
-        watch = Watch([bare])
+        watch = Watch(bare, bare.config)
         OPERATIONS[operation](model)
         after = generate(bare, max_new_tokens=4)  # the same object whatever is left of the wrapper
         assert watch.unchanged() == (operation == "unmerged")  # else a graph captured before would be replayed
@@ -208,7 +208,7 @@ def test_weights_trained_in_place_are_what_the_next_call_reads():
     pytest.importorskip("triton")
     model = pkv_hf.patch(adapted(tiny("llama")), route="split").eval()
     cache = generate(model, return_dict_in_generate=True)[CACHE]  # alive, with its steps
-    watch = Watch([model.get_base_model()])
+    watch = Watch(model.get_base_model(), model.config)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     model.train()(**PROMPT, labels=PROMPT["input_ids"]).loss.backward()
     optimizer.step()
@@ -270,7 +270,7 @@ def test_a_copy_of_a_patched_model_is_patched_and_stands_alone(way):
     copied = getattr(twin.get_base_model(), STATE)
     assert state.static_steps
     assert not copied.static_steps
-    assert copied.known.watch is None
+    assert copied.known.last is None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
