@@ -19,7 +19,7 @@ def quantize(states: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
     if states.numel() <= AT_ONCE:
         return _quantize(states, dtype)
     values = torch.empty(states.shape, dtype=dtype, device=states.device)
-    scales = torch.empty(states.shape[:-1], device=states.device)
+    scales = torch.empty(states.shape[:-1], dtype=torch.float32, device=states.device)
     count = max(AT_ONCE * states.shape[-2] // states.numel(), 1)
     for some, *of_some in zip(states.split(count, dim=-2), values.split(count, dim=-2), scales.split(count, dim=-1)):
         for held, made in zip(of_some, _quantize(some, dtype)):
