@@ -8,13 +8,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from pkv_hf.arguments import whole
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.pool import PagePool
 from pkv_hf.cache.reordering import Reordering
 from pkv_hf.cache.table import BlockTable
+from pkv_hf.cache.tables import Tables
 from pkv_hf.compat import layer_windows
 from pkv_hf.kernels.quantize import LARGEST
 
@@ -75,7 +75,7 @@ class StaticSteps(dict[tuple, Any]):
         return StaticSteps, ()
 
 
-class PagedCache(Cache):
+class PagedCache(DynamicCache):
     """KV cache in pages `[num_pages, H_kv, page_size, head_dim]`, one pool for each kind of layer.
 
     A kind is full attention or one sliding window. A patched model's `generate()` makes such a cache by itself. Made by
@@ -85,8 +85,9 @@ class PagedCache(Cache):
     Args:
         config: the model's configuration; its text decoder decides the layers and their windows.
         page_size: tokens a page, a power of two from 16 to 256.
-        max_length: positions to reserve pages for when the first tokens come, at least 1. A longer sequence still
-            works. None reserves nothing; the pool then grows by a factor as tokens come.
+        max_length: positions that a row may come to, at least 1. Pages are reserved for them when the first tokens
+            come, at most for 8192 new tokens and as far as memory holds them. A longer sequence still works: beyond
+            what is reserved, and with None from the start, the pool grows by a factor as tokens come.
         kv_dtype: `torch.float16`, `torch.bfloat16` or `torch.float32` for the pages; None takes that of the states.
             "int8" and "fp8" (float8_e4m3) quantise them, with a float32 scale for each token and head: half the bytes.
 
@@ -112,33 +113,26 @@ class PagedCache(Cache):
             max_length = whole("max_length", max_length, 1, "pass a number of tokens, or None to grow")
         check_kv_dtype(kv_dtype)
         windows = layer_windows(config)
-        self.page_size = page_size
-        self.kv_dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
-        self._tables = {
-            window: BlockTable(PagePool(page_size, windows.count(window)), window, min(max_length or 0, LONGEST))
-            for window in sorted(set(windows))
-        }
-        self._reordering: Reordering | None = None
+        limit = min(max_length or 0, LONGEST)
+        self._hold(Tables(windows, page_size, limit, None if kv_dtype is None else KV_DTYPES[kv_dtype]), page_size)
+
+    def _hold(self, tables: Tables, page_size: int) -> None:
+        """Makes this the cache of some tables, which its layers share."""
+        self._tables = tables
+        self.page_size, self.kv_dtype = page_size, tables.kv_dtype
         self.step: CacheStep | None = None  # set while a patched model's forward serves this cache
         self.static_steps = StaticSteps()
         self.last_route: str | None = None  # of its last step in a patched model
-        layers = [PagedLayer(self._tables[window], i, self.kv_dtype) for i, window in enumerate(windows)]
-        super().__init__(layers=layers)  # type: ignore[arg-type]
+        layers = [PagedLayer(tables, layer_idx) for layer_idx in range(len(tables.windows))]
+        Cache.__init__(self, layers=layers)  # type: ignore[arg-type]
 
     @property
     def tables(self) -> dict[int, BlockTable]:
         """The block table of each kind of layer, by its window, 0 for full attention."""
-        self._reorder()
-        return self._tables
-
-    def _reorder(self) -> None:
-        """Does what `reorder_cache` has left to do."""
-        if self._reordering is not None:
-            reordering, self._reordering = self._reordering, None
-            self._select(reordering.rows(), reordering.length)
+        return self._tables.settled()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_tables": self.tables, "_reordering": None, "step": None}
+        return {**vars(self), "step": None}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -154,7 +148,6 @@ class PagedCache(Cache):
             raise IndexError(f"layer_idx={layer_idx!r}, but the PagedCache has {len(self.layers)} layers")
         if self.step is not None:
             return self.step.update(key_states, value_states, layer_idx)
-        self._reorder()
         return self.layers[int(layer_idx)].update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -182,8 +175,7 @@ class PagedCache(Cache):
             counts = np.zeros(0)
         if counts.shape != (rows,) or counts.dtype.kind not in "iu" or counts.min() < 0:
             raise ValueError(f"pads={pads!r} of {rows} rows: pass how many positions of each are padding, 0 or more")
-        for table in self.tables.values():
-            table.start(rows, counts)
+        self._tables.start(rows, counts)
 
     def expect_copies(self, copies: int, shared: int = 0) -> None:
         """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
@@ -201,14 +193,10 @@ class PagedCache(Cache):
         Raises ValueError for less than no token.
         """
         length = whole("length", length, 0, "pass the tokens to keep")
-        for layer in self.layers:
-            layer.length = min(layer.length, length)
-        for table in self.tables.values():
-            if length:
-                table.shrink(length)
-            else:
-                table.release()
-                table.pool.forget_unfinished()
+        self._tables.cut([min(held, length) for held in self._lengths()])
+
+    def _lengths(self) -> list[int]:
+        return [self._tables.length(layer_idx) for layer_idx in range(len(self._tables.windows))]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative count, or 0 for none) and frees their pages.
@@ -230,7 +218,7 @@ class PagedCache(Cache):
                     f"tokens_to_remove={tokens_to_remove} needs positions that the sliding window of {table.window} "
                     "has left behind: call activate_past_recording() before appending tokens that may be cropped"
                 )
-        self.truncate(length)
+        self._tables.cut([max(held + tokens_to_remove, 0) for held in self._lengths()])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
@@ -241,13 +229,14 @@ class PagedCache(Cache):
         if not isinstance(beam_idx, torch.Tensor) or not beam_idx.is_cuda or beam_idx.dtype == torch.bool:
             return self.batch_select_indices(beam_idx)
         self._check_indices(beam_idx)
-        self._reorder()
-        self._reordering = Reordering(beam_idx, self.get_seq_length())
+        self._tables.settled()
+        self._tables.reordering = Reordering(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side, on the same pages until one of them writes."""
         repeats = whole("repeats", repeats, 1, "reset() forgets all rows")
-        self._select(np.repeat(np.arange(self.rows), repeats), self.get_seq_length())
+        if self.rows:
+            self._tables.select(np.repeat(np.arange(self.rows), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (or those where a boolean mask is true), in that order.
@@ -258,7 +247,8 @@ class PagedCache(Cache):
         """
         self._check_indices(indices)
         chosen = indices.cpu().numpy()
-        self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen, self.get_seq_length())
+        if self.rows:
+            self._tables.select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
     def _check_indices(self, indices: torch.Tensor) -> None:
         wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
@@ -266,16 +256,6 @@ class PagedCache(Cache):
         if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
             given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
             raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
-
-    def _select(self, rows: np.ndarray, length: int) -> None:
-        if not self.rows:
-            return
-        if not len(rows):
-            raise ValueError(f"indices keeps none of {self.rows} rows: reset() forgets all of them")
-        if not (-self.rows <= rows.min() and rows.max() < self.rows):
-            raise IndexError(f"row indices from {rows.min()} to {rows.max()} do not fit a cache of {self.rows} rows")
-        for table in self.tables.values():
-            table.select(rows, length)
 
     def reset(self) -> None:
         """Forgets all tokens and returns their pages; the pools stay for the next ones."""
@@ -286,18 +266,10 @@ class PagedCache(Cache):
 
         Forks share one pool, so only one of them may be used at a time (threads need `copy.deepcopy`).
         """
-        length = self.get_seq_length()
         twin = object.__new__(PagedCache)
-        twin.page_size, twin.kv_dtype = self.page_size, self.kv_dtype
-        twin._tables = {window: table.fork(length) for window, table in self.tables.items()}
-        twin._reordering = None
-        twin.step = None
+        twin._hold(self._tables.fork(), self.page_size)
         twin.last_route = self.last_route
-        twin.static_steps = StaticSteps()
-        layers = [PagedLayer(twin._tables[layer.table.window], i, self.kv_dtype) for i, layer in enumerate(self.layers)]
-        for layer in layers:
-            layer.length = length
-        Cache.__init__(twin, layers=layers)  # type: ignore[arg-type]
+        del twin.layers[len(self.layers) :]
         return twin
 
     def memory(self) -> CacheMemory:
@@ -329,7 +301,7 @@ class PagedCache(Cache):
     @property
     def windows(self) -> tuple[int, ...]:
         """The sliding window of each layer in tokens, 0 for full attention."""
-        return tuple(layer.table.window for layer in self.layers)
+        return tuple(layer.window for layer in self.layers)
 
     @property
     def batch_size(self) -> int:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakSet
 
 import numpy as np
 import psutil
@@ -39,27 +40,66 @@ GROWTH = 1.25
 """A pool that is full grows to this multiple of what it needs, so that appending stays linear in the tokens."""
 
 
-class PageAllocator:
-    """Reference counts of the pages of one pool. Page 0, the null page, is never handed out.
+class Holder(Protocol):
+    """A block table, as the pages of its pool see it."""
 
+    pages: np.ndarray
+    """Those that it names, any shape."""
+
+
+class PageAllocator:
+    """How often each page of one pool is held. Page 0, the null page, is never handed out.
+
+    Counts are derived: `holders` are the truth, and whoever changes what one of them names says so by `changed`. Pages
+    that `alloc` hands out count from then on, and have to be named before anything else is `changed`.
     `alloc` prefers a run of consecutive pages, since consecutive pages of a row can be read without a copy.
     """
 
     def __init__(self) -> None:
-        self.refcounts = np.ones(1, dtype=np.int32)  # the null page is always held
+        self.holders: WeakSet[Holder] = WeakSet()
+        self._refcounts: np.ndarray
+        self._stale: bool
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy of the same capacity: the tables copied along become its holders."""
+        return {"_refcounts": self._refcounts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, holders=WeakSet(), _stale=True)
+
+    @property
+    def refcounts(self) -> np.ndarray:
+        """Of every page, int32 `[pages]`; the null page counts one holder."""
+        if self._stale:
+            counts = np.zeros(len(self._refcounts), dtype=np.int32)
+            for holder in self.holders:
+                counts += np.bincount(holder.pages.reshape(-1), minlength=len(counts)).astype(np.int32)
+            counts[NULL_PAGE] = 1
+            self._refcounts, self._stale = counts, False
+        return self._refcounts
 
     @property
     def capacity(self) -> int:
         """Pages that tokens can live in (the null page is not one of them)."""
-        return len(self.refcounts) - 1
+        return len(self._refcounts) - 1
 
     @property
     def free(self) -> int:
         return int(np.count_nonzero(self.refcounts == 0))
 
+    def changed(self) -> None:
+        """Says that a holder names other pages than before, or is gone."""
+        self._stale = True
+
+    def forget(self) -> None:
+        """Takes the capacity back to nothing."""
+        self._refcounts = np.ones(1, dtype=np.int32)
+        self._stale = False
+
     def grow(self, capacity: int) -> None:
         added = capacity - self.capacity
-        self.refcounts = np.concatenate([self.refcounts, np.zeros(added, dtype=np.int32)])
+        self._refcounts = np.concatenate([self._refcounts, np.zeros(added, dtype=np.int32)])
 
     def alloc(self, count: int, after: int = NULL_PAGE) -> np.ndarray:
         """Takes `count` free pages, as one run if there is one, the run that follows page `after` before all others.
@@ -71,7 +111,7 @@ class PageAllocator:
             pages = np.arange(after + 1, after + 1 + count)
         else:
             pages = self._first_fit(np.flatnonzero(free), count)
-        self.refcounts[pages] = 1
+        self._refcounts[pages] = 1
         return pages.astype(np.int32)
 
     @staticmethod
@@ -81,12 +121,6 @@ class PageAllocator:
         runs = np.flatnonzero(free[count - 1 :] - free[: len(free) - count + 1] == count - 1)
         first = runs[0] if len(runs) else 0
         return free[first : first + count]
-
-    def retain(self, pages: np.ndarray) -> None:
-        np.add.at(self.refcounts, pages[pages != NULL_PAGE], 1)
-
-    def release(self, pages: np.ndarray) -> None:
-        np.subtract.at(self.refcounts, pages[pages != NULL_PAGE], 1)
 
 
 class PagePool:
@@ -106,12 +140,6 @@ class PagePool:
         self.device = torch.device("cpu")
         self.state_dtype = torch.float32  # of the states that came first
         self.layer_page_nbytes = 0  # bytes of one page of one layer, K and V, once states have been seen
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy with the same contents that nobody holds a page of: the tables copied along take theirs."""
-        allocator = PageAllocator()
-        allocator.grow(self.allocator.capacity)
-        return {**vars(self), "allocator": allocator}
 
     @property
     def nbytes(self) -> int:
@@ -156,6 +184,12 @@ class PagePool:
             scales = [self._allocate(shape, torch.float32, states.device) for shape, states in zip(shapes, both)]
         self.storage[layer_idx] = LayerStorage(k, v, *scales)
 
+    def fits(self, pages: int) -> bool:
+        """Whether `pages` pages, K and V of all layers, are free or can be made in the memory that is."""
+        missing = pages - self.allocator.free
+        nbytes = (self.allocator.capacity + missing) * self.page_nbytes
+        return missing <= 0 or nbytes <= free_bytes(self.device) + self.nbytes
+
     def require(self, pages: int, exact: bool = False) -> None:
         """Makes sure that `pages` pages are free: grows every layer to just that many (`exact`) or by a factor.
 
@@ -180,7 +214,7 @@ class PagePool:
         """Drops pools that ran out of memory before all their layers were there, so that a smaller try can follow."""
         if len(self.storage) < self.num_layers and self.allocator.free == self.allocator.capacity:
             self.storage.clear()
-            self.allocator = PageAllocator()
+            self.allocator.forget()
 
     def _grown(self, old: torch.Tensor, pages: int) -> torch.Tensor:
         heads, kept, *page = old.shape
@@ -203,7 +237,7 @@ class PagePool:
         return PoolAllocationError(
             f"out of memory: {pages} KV pages of {self.page_size} tokens wanted {pages * self.page_nbytes:,} bytes on "
             f"{self.device}, where {free_bytes(self.device):,} bytes are free. Lower max_new_tokens (or max_length), "
-            "the prompt or the batch: pages are reserved for all of them."
+            "the prompt or the batch."
         )
 
     def copy_pages(self, source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray) -> None:

@@ -7,11 +7,10 @@ import torch
 
 
 class Reordering:
-    """Rows on their way from a GPU, copied without waiting for them, for a cache of `length` tokens."""
+    """Rows on their way from a GPU, copied without waiting for them."""
 
-    def __init__(self, rows: torch.Tensor, length: int) -> None:
-        self.length = length
-        self._rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
         self._rows.copy_(rows, non_blocking=True)
         self._copied = torch.cuda.current_stream(rows.device).record_event()
 

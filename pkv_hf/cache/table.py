@@ -10,6 +10,10 @@ import torch
 
 from pkv_hf.cache.mirror import Mirror
 from pkv_hf.cache.pool import GROWTH, NULL_PAGE, PagePool
+from pkv_hf.cache.reservation import affordable, pages_of_copies
+
+OF_THE_ROWS = ("pages", "pads", "live_from", "owned_from", "prepared", "expected", "reserved")
+"""What of a table begins and ends with its rows."""
 
 
 class BlockTable:
@@ -23,16 +27,19 @@ class BlockTable:
     `pads` counts its leading positions of padding, and what is before `live_from` has left the window.
 
     A page is held once for each entry that names it, in this table or in its forks, and may be written by a row that
-    alone holds it. `prepare` sees to that. Writes past the length ask for it unless they end by `prepared`; what shares
-    pages (`select`, `fork`) takes `prepared` back to the length.
+    alone holds it. `prepare` sees to that, for positions [owned_from, prepared). What shares pages (`select`, `fork`)
+    leaves nothing of these.
 
-    The first tokens reserve pages for `reserve` positions a row. Where each row is to become `copies` rows, once its
+    `limit` is the most positions that are expected of a row, 0 where nobody knows. The first tokens reserve pages for
+    `expected` positions, which are those of the likely new tokens. Where each row is to become `copies` rows, once its
     first `shared` positions are written, room is made in the pool for all of them. From then on positions
     [0, reserved) keep their pages when rows are cropped. Behind a window pages come back as others are taken: room is
     all that it needs.
+
+    `pages` is never written in place while a `state` of before may be restored.
     """
 
-    def __init__(self, pool: PagePool, window: int = 0, reserve: int = 0) -> None:
+    def __init__(self, pool: PagePool, window: int = 0, limit: int = 0) -> None:
         self.pool = pool
         self.page_size = pool.page_size
         self.window = window
@@ -40,28 +47,38 @@ class BlockTable:
         self.pads = np.zeros(0, dtype=np.int64)  # [rows]
         self.live_from = 0
         self.keep_past = False  # keep pages behind the window, so that `crop` can go back to them
-        self.prepared = 0
-        self.reserve = reserve
+        self.owned_from = self.prepared = 0
+        self.limit = limit
         self.copies, self.shared = 1, 0
-        self.reserved = 0
+        self.expected = self.reserved = 0
         self._offsets: list[int | None] | None = None
         self._first_held: list[int] | None = None
         self._version = 0
         self._mirrors: dict[torch.device, Mirror] = {}
         self.held_by_routes: dict[Hashable, Any] = {}
         """What routes keep from step to step, such as workspace."""
+        pool.allocator.holders.add(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_mirrors": {}, "held_by_routes": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a copy, over a copy of the pool: forks that are not copied along leave no page held there."""
+        """Of a copy, over a copy of the pool: forks that are not copied along hold no page there."""
         vars(self).update(state)
-        self.pool.allocator.retain(self.pages)
+        self.pool.allocator.holders.add(self)
 
     def __del__(self) -> None:  # forks outlive each other: a table that goes gives its pages back
-        if hasattr(self, "pages"):
-            self.release()
+        if "pool" in vars(self):
+            self.pool.allocator.changed()
+
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` takes."""
+        return tuple(getattr(self, name) for name in OF_THE_ROWS)
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Goes back to a `state` of before. Pages that were given back since then may have been written to."""
+        vars(self).update(zip(OF_THE_ROWS, state))
+        self._changed()
 
     @property
     def rows(self) -> int:
@@ -79,53 +96,60 @@ class BlockTable:
         """Forgets what was worked out from `pages`, `pads` and `live_from`: whatever changes one of them ends here."""
         self._offsets = self._first_held = None
         self._version += 1
+        self.pool.allocator.changed()
 
     def start(self, rows: int, pads: np.ndarray | None = None) -> None:
         """Begins `rows` empty rows with `pads` leading positions of padding. Pages come with the first tokens."""
         self.release()
         self.pages = np.zeros((rows, 0), dtype=np.int32)
-        self.pads = np.zeros(rows, dtype=np.int64) if pads is None else np.asarray(pads, dtype=np.int64)
+        self.pads = np.zeros(rows, dtype=np.int64) if pads is None else np.array(pads, dtype=np.int64)
         self._changed()
 
     def release(self) -> None:
         """Returns all pages; no row is left."""
-        self.pool.allocator.release(self.pages)
         self.pages = np.zeros((0, 0), dtype=np.int32)
         self.pads = np.zeros(0, dtype=np.int64)
-        self.prepared = self.reserved = self.live_from = 0
+        self.owned_from = self.prepared = self.expected = self.reserved = self.live_from = 0
         self._changed()
+
+    def take(self, other: BlockTable) -> None:
+        """Holds another table's rows in the place of its own; of the other none are left."""
+        self.restore(other.state())
+        other.release()
 
     def select(self, rows: np.ndarray, length: int) -> None:
-        """Keeps `rows` (repeats allowed, any order): table rows and reference counts move, K/V stay where they are.
+        """Keeps `rows` (repeats allowed, any order): table rows move, K/V stay where they are.
 
         Pages reserved beyond `length` hold nothing yet: they stay with the place in the batch, not with the row. As
-        many are reserved for the rows that there are then.
+        many are reserved for the rows that there are then, as far as memory holds them.
         """
+        before = self.fork(length)  # rows that go keep their pages until all is done
         written, same_places = self._columns(length), len(rows) == self.rows
-        if not same_places:
-            self._cut(written)
         chosen = self.pages[rows]
-        self.pool.allocator.retain(chosen[:, :written])
-        self.pool.allocator.release(self.pages[:, :written])
         if same_places:
             chosen[:, written:] = self.pages[:, written:]
-        self.pages = chosen
+        self.pages = chosen if same_places else chosen[:, :written]
         self.pads = self.pads[rows]
-        self.prepared = length
         self._changed()
         if not same_places and self.reserved > length:
-            self._fill(np.maximum(self.pads, length), self.reserved, exact=True)
+            first = np.maximum(self.pads, length)
+            self._widen(self._columns(self.reserved))
+            self.reserved = affordable(
+                length, self.reserved, lambda end: self.pool.fits(int(self._missing(first, end).sum()))
+            )
+            self._fill(first, self.reserved, exact=True)
+        before.release()
 
     def fork(self, length: int) -> BlockTable:
         """A second table over the same pages, `length` tokens long; whoever writes first into a page copies it."""
+        self.owned_from = self.prepared = length
         twin = BlockTable(self.pool, self.window)
-        twin.pages = self.pages[:, : self._columns(length)].copy()
-        twin.pads = self.pads.copy()
-        twin.live_from = self.live_from
         twin.keep_past = self.keep_past
-        self.pool.allocator.retain(twin.pages)
-        twin.prepared = length
-        self.prepared = min(self.prepared, length)
+        twin.pads = self.pads
+        twin.live_from = self.live_from
+        twin.owned_from = twin.prepared = length
+        twin.pages = self.pages[:, : self._columns(length)].copy()
+        twin._changed()
         return twin
 
     def can_shrink(self, length: int) -> bool:
@@ -137,57 +161,60 @@ class BlockTable:
 
         Padding ends there too: what comes next in such a row is a token.
         """
-        self._cut(self._columns(max(length, self.reserved)))
-        self.prepared = min(self.prepared, length)
+        self.pages = self.pages[:, : self._columns(max(length, self.reserved))].copy()
+        self.owned_from, self.prepared = min(self.owned_from, length), min(self.prepared, length)
         self.pads = np.minimum(self.pads, length)
         self._changed()
         self._drop_before(self.first_visible(length))
 
-    def _cut(self, columns: int) -> None:
-        """Frees the pages from column `columns` on."""
-        self.pool.allocator.release(self.pages[:, columns:])
-        self.pages = self.pages[:, :columns].copy()
-
     def prepare(self, begin: int, end: int) -> None:
         """Makes positions [begin, end) of every row writable: each in a page that this row alone holds.
 
-        Of a first step that is longer than the window, only what the next token attends to is kept.
+        Of a first step that is longer than the window, only what the next token attends to is kept. Raises
+        PoolAllocationError where pages do not fit, with the table as it was.
         """
-        if end <= self.prepared:
+        if self.owned_from <= begin and end <= self.prepared:
             return
-        if not begin and self.reserve:
-            self._reserve()
-        if self.window and not self.keep_past:
-            self._drop_before(self.first_visible(begin or end))
-        self._fill(np.maximum(self.pads, max(begin, self.live_from)), end)
-        self._unshare(begin // self.page_size, self._columns(end))
-        self.prepared = end
+        before = self.state()
+        try:
+            if not begin and self.limit and not self.expected:
+                self._reserve(end)
+            if self.window and not self.keep_past:
+                self._drop_before(self.first_visible(begin or end))
+                before = self.state() if begin else before  # what the window has left may be written to from here on
+            self._fill(np.maximum(self.pads, max(begin, self.live_from)), end)
+            self.unshare(begin, end)
+            apart = end < self.owned_from or self.prepared < begin
+            self.owned_from = begin if apart else min(self.owned_from, begin)
+            self.prepared = end if apart else max(self.prepared, end)
+        except BaseException:
+            self.restore(before)
+            raise
 
-    def _reserve(self) -> None:
-        """Makes room for `reserve` positions of all copies. Without copies to come, rows take their pages at once."""
-        self.reserved = 0 if self.window else self.reserve
-        self.pool.require(self._room_in_window() if self.window else self._room_for_copies(), exact=True)
+    def _reserve(self, end: int) -> None:
+        """Makes room for the positions that are expected of all copies, after a prompt that ends at `end`.
+
+        Without copies to come, rows take their pages at once.
+        """
+        self.expected = affordable(end, self.limit, lambda positions: self.pool.fits(self._room(positions)))
+        self.pool.require(self._room(self.expected), exact=True)
+        self.reserved = 0 if self.window else self.expected
         if self.reserved and self.copies == 1:
             self._fill(self.pads, self.reserved)
 
-    def _room_in_window(self) -> int:
-        """Pages that the copies hold in a step of one token: a window of tokens, which may begin inside a page."""
-        return self.copies * self.rows * min(self._columns(self.reserve), self._columns(self.window) + 1)
-
-    def _room_for_copies(self) -> int:
-        """Pages that `reserve` positions take: whole pages of what copies share once, all that follow by each."""
-        first, end = self.pads // self.page_size, self._columns(self.reserve)
-        shared_end = min(self.shared // self.page_size, end)
-        shared = np.maximum(shared_end - first, 0)
-        own = np.maximum(end - np.maximum(first, shared_end), 0)
-        return int(shared.sum() + self.copies * own.sum())
+    def _room(self, positions: int) -> int:
+        """Pages that all copies hold when rows come to `positions`."""
+        if not self.window:
+            return pages_of_copies(self.pads, self.page_size, positions, self.copies, self.shared)
+        # in a step of one token: a window of tokens, which may begin inside a page
+        return self.copies * self.rows * min(self._columns(positions), self._columns(self.window) + 1)
 
     def _drop_before(self, position: int) -> None:
         """Frees the pages that lie wholly before `position`; from then on nothing before it is held."""
         first, end = self.live_from // self.page_size, position // self.page_size
         if end <= first:
             return
-        self.pool.allocator.release(self.pages[:, first:end])
+        self.pages = self.pages.copy()
         self.pages[:, first:end] = NULL_PAGE
         self.live_from = end * self.page_size
         self._changed()
@@ -199,6 +226,7 @@ class BlockTable:
         if not missing.any():
             return
         self.pool.require(int(missing.sum()), exact)
+        self.pages = self.pages.copy()
         entered = []  # pages that a row enters inside: what is before its first position reads as zeros there too
         for row in np.flatnonzero(missing.any(axis=1)).tolist():
             columns = np.flatnonzero(missing[row])
@@ -228,26 +256,31 @@ class BlockTable:
         before = int(self.pages[row, column - 1]) if column else NULL_PAGE
         return self.pool.allocator.alloc(count, after=before)
 
-    def _unshare(self, first_column: int, end_column: int) -> None:
-        """Copy-on-write: replaces pages in columns [first_column, end_column) that someone else holds too."""
-        allocator = self.pool.allocator
-        entries = self.pages[:, first_column:end_column]
+    def unshare(self, begin: int, end: int) -> None:
+        """Copy-on-write: replaces the pages of positions [begin, end) that someone else holds too."""
+        allocator, first_column = self.pool.allocator, begin // self.page_size
+        entries = self.pages[:, first_column : self._columns(end)]
         rows, columns = np.nonzero(allocator.refcounts[entries] > 1)  # the null page counts one holder
         if not len(rows):
             return
         self.pool.require(self._copies_needed(entries[rows, columns]))
+        self.pages, counts = self.pages.copy(), allocator.refcounts.copy()
         source, target = [], []
         for row, column in zip(rows.tolist(), (columns + first_column).tolist()):
             page = int(self.pages[row, column])
-            if allocator.refcounts[page] == 1:  # the others have left it in this very loop
+            if counts[page] == 1:  # the others have left it in this very loop
                 continue
-            (new,) = self._alloc(row, column, 1)
-            allocator.release(np.array([page]))
-            self.pages[row, column] = new
+            (self.pages[row, column],) = self._alloc(row, column, 1)
+            counts[page] -= 1
             source.append(page)
-            target.append(int(new))
+            target.append(int(self.pages[row, column]))
         self.pool.copy_pages(source, target)
         self._changed()
+
+    def alone(self, begin: int, end: int) -> bool:
+        """Whether no other row and no fork holds a page of positions [begin, end)."""
+        entries = self.pages[:, begin // self.page_size : self._columns(end)]
+        return bool((self.pool.allocator.refcounts[entries] == 1).all())
 
     def _copies_needed(self, entries: np.ndarray) -> int:
         """Pages that entries take to share none: one each, but where nobody else holds a page, its last keeps it."""
@@ -269,7 +302,7 @@ class BlockTable:
         rows, columns = self.pages.shape
         if mirror is None or not mirror.fits(rows, columns):
             capacity = columns if mirror is None else int(columns * GROWTH) + 1
-            mirror = Mirror(rows, max(self._columns(self.reserve), capacity), device)
+            mirror = Mirror(rows, max(self._columns(self.expected), capacity), device)
         mirror.show(self.pages, self.first_held(), self._version)
         return mirror
 

@@ -115,7 +115,7 @@ class StaticStep:
     def _place(self, cache: PagedCache, begin: int, end: int) -> None:
         """Makes pages for positions [begin, end), and forgets a graph of addresses or sizes that have changed."""
         if end > self.horizon:
-            self.horizon = max(1 << (end - 1).bit_length(), *(table.reserve for table in cache.tables.values()))
+            self.horizon = max(1 << (end - 1).bit_length(), *(table.expected for table in cache.tables.values()))
             self.drop()
         addresses: list[Any] = []
         for table in cache.tables.values():

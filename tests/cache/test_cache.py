@@ -12,7 +12,9 @@ from transformers import DynamicCache, LlamaConfig, MistralConfig
 
 import pkv_hf
 from pkv_hf import PagedCache
-from pkv_hf.cache.pool import PageAllocator
+from pkv_hf.cache import pool
+from pkv_hf.cache.pool import PageAllocator, PagePool
+from pkv_hf.cache.table import BlockTable
 from pkv_hf.compat import CACHE
 from tiny import COMMON, tiny
 
@@ -255,19 +257,19 @@ def test_a_batch_that_does_not_fit_is_named():
     assert_consistent(paged)
 
 
-def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_behind():
+def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_behind(monkeypatch):
     model = tiny("llama")
-    paged = PagedCache(model.config, max_length=10**12)
+    paged = PagedCache(model.config, max_length=100)
     pkv_hf.patch(model)
     with (
+        monkeypatch.context() as patch,
         torch.no_grad(),
         pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"),
     ):
+        patch.setattr(pool, "free_bytes", lambda device: 1000)
         model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     memory = paged.memory()
     assert (memory.pages_in_use, memory.held_bytes, paged.get_seq_length()) == (0, 0, 0)
-    for table in paged.tables.values():
-        table.reserve = 0
     with torch.no_grad():
         model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     assert paged.get_seq_length() == 3
@@ -288,12 +290,17 @@ def test_a_table_seen_in_inference_mode_is_kept_up_to_date_outside():
 
 def test_pages_are_taken_as_one_run_where_there_is_one():
     """Which torch reads as one view, without a copy."""
-    allocator = PageAllocator()
+    allocator, holder = PageAllocator(), BlockTable(PagePool(16, 1))
     allocator.grow(9)
-    pages = allocator.alloc(9)
-    allocator.release(pages[[1, 4, 5, 6, 8]])
+    allocator.holders.add(holder)
+
+    def hold(*pages):
+        holder.pages = np.array(pages)
+        allocator.changed()
+
+    hold(1, 3, 4, 8)
     assert allocator.alloc(3).tolist() == [5, 6, 7]
-    allocator.release(pages[[4, 5, 6]])
+    hold(1, 3, 4, 8)
     assert allocator.alloc(1, after=5).tolist() == [6]
     assert allocator.alloc(4).tolist() == [2, 5, 7, 9]  # there is none of four
     assert allocator.free == 0

@@ -7,15 +7,14 @@ import pytest
 import torch
 
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.pool import PagePool
-from pkv_hf.cache.table import BlockTable
+from pkv_hf.cache.tables import Tables
 from pkv_hf.kernels.reference import paged_attention
 from pkv_hf.routes.sdpa import LONG_ON_CPU, over_pages, over_prompt, sdpa
 
 
 def filled(length: int, pads: tuple[int, ...], window: int = 0, reserve: int = 0) -> tuple[PagedLayer, torch.Tensor]:
     """A layer with `length` positions in pages, and queries for the last of them (2 KV heads, groups of 3)."""
-    layer = PagedLayer(BlockTable(PagePool(16, 1), window, reserve), 0, None)
+    layer = PagedLayer(Tables([window], 16, reserve), 0)
     layer.table.start(len(pads), np.array(pads))
     layer.table.keep_past = True
     layer.write(*(torch.randn(len(pads), 2, length, 32) for _ in range(2)))

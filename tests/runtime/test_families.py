@@ -12,8 +12,7 @@ import transformers
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.pool import PagePool
-from pkv_hf.cache.table import BlockTable
+from pkv_hf.cache.tables import Tables
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import RouteError
 from pkv_hf.replaced import STATE
@@ -290,7 +289,7 @@ def test_a_named_kernel_cannot_cap_scores():
 @pytest.mark.parametrize("pads", [(0, 0), (7, 50)])
 def test_capped_scores(pads, window):
     """Against the formula in float64, for prompts, blocks of queries and single ones."""
-    layer, softcap, scale = PagedLayer(BlockTable(PagePool(16, 1), window), 0, None), 2.0, 0.5
+    layer, softcap, scale = PagedLayer(Tables([window], 16), 0), 2.0, 0.5
     layer.table.start(len(pads), np.array(pads))
     layer.table.keep_past = True
     q, k, v = torch.randn(2, 6, 90, 32), torch.randn(2, 2, 90, 32), torch.randn(2, 2, 90, 32)
