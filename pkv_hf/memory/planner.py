@@ -32,6 +32,9 @@ CUDA = torch.device("cuda")
 PROCESSORS = 132
 """Multiprocessors where there is no GPU to ask: those of an H100. They bound the kernels' partial results."""
 
+LEAST_GPU = 64 * MIB
+"""Fewer bytes, as a number, are some other unit by mistake."""
+
 MOST_ROWS = 1 << 20
 """More are not looked for."""
 
@@ -44,7 +47,7 @@ class MemoryPlan:
     batch: int
     prompt_tokens: int
     """Of the longest row."""
-    new_tokens: int
+    max_new_tokens: int
     weights: int
     pages: int
     """K and V, as `generate()` reserves them, the null page of each layer included."""
@@ -56,7 +59,7 @@ class MemoryPlan:
     """Intermediate results of a decode step, which its CUDA graph keeps; logits included."""
     context: int = CUDA_CONTEXT
     max_prompt_tokens: int = 0
-    """The longest prompt of `batch` equal rows that fits with `new_tokens` more, by memory alone; 0 where none does."""
+    """The longest prompt of `batch` equal rows that fits, by memory alone, with the new tokens; 0 where none does."""
     max_batch: int = 0
     """The most rows of `prompt_tokens` that fit; 0 where none does."""
 
@@ -76,7 +79,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = ("weights", "pages", "prefill", "workspace", "graphs", "context", "total", "gpu_memory")
         rows = [(name.replace("gpu_memory", "GPU"), f"{getattr(self, name) / 2**30:,.2f}") for name in parts]
-        asked = f"{self.batch} x {self.prompt_tokens:,} tokens and {self.new_tokens:,} new ones"
+        asked = f"{self.batch} x {self.prompt_tokens:,} tokens and {self.max_new_tokens:,} new ones"
         return "\n".join([
             f"{asked} {'fit' if self.fits else 'do not fit'}",
             table(("", "GiB"), rows),
@@ -89,7 +92,7 @@ def plan(
     model_or_config: nn.Module | PreTrainedConfig,
     *,
     prompt_tokens: int | Sequence[int],
-    new_tokens: int = 256,
+    max_new_tokens: int = 256,
     batch: int = 1,
     gpu_memory: int | str | None = None,
     dtype: torch.dtype | None = None,
@@ -107,9 +110,9 @@ def plan(
     Args:
         model_or_config: a causal LM, patched or not, whose weights count as they are; or a configuration.
         prompt_tokens: tokens of each of `batch` prompts, or the lengths of left-padded prompts one by one.
-        new_tokens: `max_new_tokens`, for which pages are reserved from the start.
+        max_new_tokens: as for `generate`, which reserves pages for them from the start.
         batch: rows, where `prompt_tokens` is one number.
-        gpu_memory: bytes, or a string such as "15GiB"; None for the present GPU's.
+        gpu_memory: bytes, 64 MiB or more, or a string such as "15GiB"; None for the present GPU's.
         dtype: of a configuration's weights, and of activations; None for the configuration's own.
         weight_bits: 4 or 8 where a configuration's linear layers are to be loaded quantised; None for `dtype`.
         kv_dtype, page_size: as for `patch`.
@@ -120,7 +123,8 @@ def plan(
     several = isinstance(prompt_tokens, Sequence) and not isinstance(prompt_tokens, (str, bytes))
     lengths: list[Any] = list(prompt_tokens) if several else [prompt_tokens]  # type: ignore[arg-type]
     lengths = [whole("prompt_tokens", length, 1, "pass tokens") for length in lengths or [0]]
-    batch, new_tokens = whole("batch", batch, 1, "pass rows"), whole("new_tokens", new_tokens, 1, "pass tokens")
+    batch = whole("batch", batch, 1, "pass rows")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, "pass tokens")
     if prefill_chunk_size is not None:
         prefill_chunk_size = whole("prefill_chunk_size", prefill_chunk_size, 1, "pass tokens, or None")
     if not several:
@@ -135,7 +139,7 @@ def plan(
     check_kv_dtype(kv_dtype)
     memory = _gpu_bytes(gpu_memory)
     sizes = ModelSizes.of(model_or_config, dtype, weight_bits)
-    settings = (new_tokens, kv_dtype, page_size, prefill_chunk_size)
+    settings = (max_new_tokens, kv_dtype, page_size, prefill_chunk_size)
 
     def planned(rows: list[int]) -> MemoryPlan:
         return _planned(sizes, memory, rows, *settings)
@@ -153,13 +157,15 @@ def _gpu_bytes(gpu_memory: int | str | None) -> int:
         if not torch.cuda.is_available():
             raise ValueError("gpu_memory=None asks for this GPU's, and there is none: pass bytes, or '15GiB' say")
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    text = isinstance(gpu_memory, str)
     try:
-        text = isinstance(gpu_memory, str)
         nbytes = convert_file_size_to_int(gpu_memory) if text else whole("gpu_memory", gpu_memory, 1, "")
     except (ValueError, OverflowError):
         nbytes = 0
     if nbytes < 1:
         raise ValueError(f"gpu_memory={gpu_memory!r} is no size: pass bytes, or '15GiB' say")
+    if not text and nbytes < LEAST_GPU:
+        raise ValueError(f"gpu_memory={nbytes} is {nbytes:,} bytes: pass '16GiB' say")
     return nbytes
 
 
@@ -178,7 +184,7 @@ def _planned(
     sizes: ModelSizes,
     memory: int,
     lengths: list[int],
-    new_tokens: int,
+    max_new_tokens: int,
     kv_dtype: Any,
     page_size: int,
     chunk: int | None,
@@ -190,9 +196,9 @@ def _planned(
         gpu_memory=memory,
         batch=len(lengths),
         prompt_tokens=longest,
-        new_tokens=new_tokens,
+        max_new_tokens=max_new_tokens,
         weights=sizes.weights,
-        pages=_pages(sizes, lengths, new_tokens, kv_dtype, page_size),
+        pages=_pages(sizes, lengths, max_new_tokens, kv_dtype, page_size),
         prefill=tokens * _token_elements(sizes) * width,
         workspace=2 * CUBLAS_WORKSPACE + _partials(sizes) + (0 if whole else _over_pages(sizes, longest)),
         graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
@@ -200,12 +206,12 @@ def _planned(
     )
 
 
-def _pages(sizes: ModelSizes, lengths: list[int], new_tokens: int, kv_dtype: Any, page_size: int) -> int:
+def _pages(sizes: ModelSizes, lengths: list[int], max_new_tokens: int, kv_dtype: Any, page_size: int) -> int:
     """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
     dtype = sizes.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
     token = 2 * sizes.kv_heads * (sizes.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
     longest = max(lengths)
-    reserved = math.ceil((longest + new_tokens - 1) / page_size)
+    reserved = math.ceil((longest + max_new_tokens - 1) / page_size)
     pages = 0
     for window in sizes.windows:
         if window:

@@ -47,6 +47,7 @@ PATCH = [
     *[({name: "no"}, f"{name}='no' is neither True nor False") for name in ("cuda_graphs", "run_ahead", "fuse")],
 ]
 PLAN = {"prompt_tokens": 5, "gpu_memory": "1GiB"}
+PLAN_COUNTS = ("batch", "max_new_tokens", "prefill_chunk_size")
 NO_MODEL = (None, 3, "llama", torch.nn.Linear(2, 2))
 CALLS = [
     *[("patch", lambda m, s=s: pkv_hf.patch(m, **s), ValueError, says) for s, says in PATCH],
@@ -162,8 +163,8 @@ CALLS = [
         for s, says in (
             *PATCH[4:15],
             *[({"prompt_tokens": x}, "prompt_tokens=") for x in (0, [], 1.5, "12", None, True, b"ab")],
-            *[({name: x}, f"{name}=") for name in ("batch", "new_tokens", "prefill_chunk_size") for x in (0, 2.5, "1")],
-            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", "infGiB", -1, [], 0, True)],
+            *[({name: x}, f"{name}=") for name in PLAN_COUNTS for x in (0, 2.5, "1")],
+            *[({"gpu_memory": x}, "gpu_memory=") for x in ("much", "infGiB", -1, [], 0, True, 16)],
             *[({"dtype": x}, "dtype=") for x in ("float16", torch.int8)],
             *[({"weight_bits": x}, re.escape(f"weight_bits={x!r}")) for x in (16, "4", [4], 4.0, True)],
         )

@@ -55,7 +55,7 @@ def test_the_longest_prompt_planned_runs_under_a_cap_and_takes_what_was_planned(
         pytest.importorskip("bitsandbytes")
     others = release()
     model = pkv_hf.patch(load("llama-3.2-1b", torch.bfloat16, "cuda", four_bits), **patch)
-    settings = {"gpu_memory": "6GiB", "new_tokens": NEW_TOKENS, **generate, **patch}
+    settings = {"gpu_memory": "6GiB", "max_new_tokens": NEW_TOKENS, **generate, **patch}
     longest = pkv_hf.plan(model, prompt_tokens=1, **settings).max_prompt_tokens
     assert longest > 10_000
     planned = pkv_hf.plan(model, prompt_tokens=longest, **settings)

@@ -37,7 +37,7 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
         plan = pkv_hf.plan(
             LlamaConfig(**{"smollm2": SMOLLM2, **SHAPES}[r["model"]]),
             prompt_tokens=r["lengths"],
-            new_tokens=r["new_tokens"],
+            max_new_tokens=r["new_tokens"],
             gpu_memory="80GiB",
             dtype=getattr(torch, r["dtype"]),
             weight_bits=r.get("weight_bits"),
@@ -51,10 +51,11 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_pages_and_weights_are_what_a_model_holds(family, lengths, kv_dtype):
     model = tiny(family)
-    plan = pkv_hf.plan(model, prompt_tokens=lengths, new_tokens=6, gpu_memory="1GiB", kv_dtype=kv_dtype, page_size=32)
+    settings = {"kv_dtype": kv_dtype, "page_size": 32}
+    plan = pkv_hf.plan(model, prompt_tokens=lengths, max_new_tokens=6, gpu_memory="1GiB", **settings)
     assert plan.weights == model.num_parameters() * 4  # a tied head once
     assert pkv_hf.plan(model.config, prompt_tokens=lengths, gpu_memory="1GiB").weights == plan.weights
-    with pkv_hf.patched(model, page_size=32, kv_dtype=kv_dtype):
+    with pkv_hf.patched(model, **settings):
         output = model.generate(**left_padded(*lengths), max_new_tokens=6, return_dict_in_generate=True)
     assert output[CACHE].memory().held_bytes == plan.pages
 
@@ -107,7 +108,7 @@ def test_bad_input_is_named(monkeypatch):
         ({"prompt_tokens": 1.5}, "prompt_tokens=1.5"),
         ({"prompt_tokens": [3, -1]}, "prompt_tokens=-1"),
         ({"prompt_tokens": [3, 4], "batch": 3}, "batch=3"),
-        ({"new_tokens": 0}, "new_tokens=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"batch": 0}, "batch=0"),
         ({"prefill_chunk_size": 0}, "prefill_chunk_size=0"),
         ({"page_size": 17}, "page_size=17"),
@@ -115,6 +116,8 @@ def test_bad_input_is_named(monkeypatch):
         ({"weight_bits": 3}, "weight_bits=3"),
         ({"gpu_memory": "much"}, "gpu_memory='much'"),
         ({"gpu_memory": -1}, "gpu_memory=-1"),
+        ({"gpu_memory": 16}, "gpu_memory=16 is 16 bytes: pass '16GiB' say"),
+        ({"gpu_memory": (1 << 26) - 1}, "gpu_memory=67108863 is 67,108,863 bytes"),
     ):
         with pytest.raises(ValueError, match=says):
             pkv_hf.plan(tiny("llama").config, **{**good, **settings})

@@ -188,7 +188,7 @@ OTHER_NAMES = {  # configurations without num_key_value_heads or intermediate_si
 @pytest.mark.parametrize("name", [*SERVED, *OTHER_NAMES])
 def test_a_plan_counts_the_pages_that_a_model_holds(name):
     model, inputs = build(*{**SERVED, **OTHER_NAMES}[name]), left_padded(30, 30)
-    settings = {"prompt_tokens": 30, "batch": 2, "new_tokens": 5, "gpu_memory": "1GiB"}
+    settings = {"prompt_tokens": 30, "batch": 2, "max_new_tokens": 5, "gpu_memory": "1GiB"}
     planned = pkv_hf.plan(model.config, **settings)
     pkv_hf.patch(model)
     assert pkv_hf.plan(model, **settings) == planned
