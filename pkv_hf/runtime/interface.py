@@ -72,6 +72,7 @@ def attention(
     key: torch.Tensor,
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
@@ -79,6 +80,7 @@ def attention(
     """Our attention function: pages for what a step appended, transformers' own for any other keys.
 
     query is `[B, H_q, q_len, D]`, key and value `[B, H_kv, S, D]`; returns `[B, q_len, H_q, D]` and the weights if any.
+    Arguments have the places that transformers' sdpa and flash attention give them.
 
     Raises LayerNotServed, for `decoder_forward`, where a step's layer asks for what pages do not give.
     """
@@ -87,7 +89,7 @@ def attention(
         function = compat.attention_function(compat.configured_implementation(module.config), module)
         if softcap is not None:
             kwargs["softcap"] = softcap
-        return function(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     name = type(module).__name__
     if handle is None or handle_of(value) is not handle:
         raise LayerNotServed(f"{name} attends to other keys and values than its cache update returned")
@@ -101,7 +103,7 @@ def attention(
         )
     if not _fits(query, key, value):
         raise LayerNotServed(f"{name} has queries {list(query.shape)} for keys {list(key.shape)}")
-    _check_keywords(module, held, scaling, softcap, kwargs)
+    _check_asked(module, held, {**kwargs, "dropout": dropout, "scaling": scaling, "softcap": softcap})
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     _learn(
         module,
@@ -118,20 +120,18 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return key.shape == value.shape == (rows, key.shape[1], q_len, head_dim) and heads % key.shape[1] == 0
 
 
-def _check_keywords(
-    module: Any, window: int, scaling: float | None, softcap: float | None, kwargs: dict[str, Any]
-) -> None:
-    """Raises LayerNotServed for a keyword argument that may change the result in a way that pages do not know."""
-    for name, value in {**kwargs, "scaling": scaling, "softcap": softcap}.items():
+def _check_asked(module: Any, window: int, asked: dict[str, Any]) -> None:
+    """Raises LayerNotServed for an argument that may change the result in a way that pages do not know."""
+    for name, value in asked.items():
         if value is not None and name not in HARMLESS and not _understood(module, window, name, value):
             shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
             raise LayerNotServed(f"{type(module).__name__} asks attention for {name}={shown}")
-    if kwargs.get("is_causal") is None and not getattr(module, "is_causal", True):
+    if asked.get("is_causal") is None and not getattr(module, "is_causal", True):
         raise LayerNotServed(f"{type(module).__name__} is not causal")
 
 
 def _understood(module: Any, window: int, name: str, value: Any) -> bool:
-    """Whether pages give what a layer over `window` tokens asks of attention by a keyword argument."""
+    """Whether pages give what a layer over `window` tokens asks of attention by an argument."""
     if name == "scaling":
         return isinstance(value, (int, float))
     if name == "softcap":  # transformers' sdpa attention does not cap scores: what it does instead is left to it

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,6 +161,35 @@ def test_attention_of_another_class_runs_as_it_is():
     output = generate(other, return_dict_in_generate=True)
     assert torch.equal(output.sequences, expected)
     assert type(output[CACHE]) is PagedCache
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_arguments_by_position_are_those_of_transformers_attention(dropout, monkeypatch):
+    plain = modeling_llama.ALL_ATTENTION_FUNCTIONS.get_interface
+
+    def get_interface(*args):
+        function = plain(*args)
+        return lambda *states, scaling, **kwargs: function(*states, dropout, scaling, **without(kwargs, "dropout"))
+
+    def call():
+        torch.manual_seed(0)
+        return generate(model, max_new_tokens=6)
+
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.4  # not what a missing one stands for
+    monkeypatch.setattr(modeling_llama, "ALL_ATTENTION_FUNCTIONS", SimpleNamespace(get_interface=get_interface))
+    expected = call()
+    pkv_hf.patch(model)
+    assert torch.equal(call(), expected)
+    if dropout:
+        assert pkv_hf.report(model).left == ("LlamaAttention asks attention for dropout=0.5",)
+    else:
+        assert_on_pages(model)
+
+
+def without(settings, name):
+    return {key: value for key, value in settings.items() if key != name}
 
 
 class Scaled(LlamaForCausalLM):
