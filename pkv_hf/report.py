@@ -21,7 +21,7 @@ from pkv_hf.tables import mebibytes
 
 @dataclass(frozen=True)
 class Report:
-    """The state of a patched model, as `str(report)` prints it."""
+    """The state of a patched model. `print()`, a REPL and a notebook show it as text."""
 
     family: str
     """The model_type."""
@@ -60,7 +60,7 @@ class Report:
             return None
         return "projections" if self.weight_bytes >= self.kv_bytes else "attention"
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [
             f"family    {self.family}, {self.layers} attention layers patched"
             + (", transformers' own layers run" if self.generic else ""),
@@ -84,50 +84,7 @@ class Report:
 
 
 def report(model: nn.Module) -> Report:
-    """Prints what a patched model does, and returns it as a `Report`. Raises ValueError for a model not patched."""
-    result = state_of(model)
-    print(result)
-    return result
-
-
-def explain(model_or_step: nn.Module | StepShape) -> Decision:
-    """Prints every route with its predicted time, or why it is not taken, and returns that as a `Decision`.
-
-    For a patched model that is its last step, for a `StepShape` what "auto" would take.
-
-    Raises ValueError for a model that is not patched or has not run a step, and for a step that cannot be.
-    """
-    if isinstance(model_or_step, StepShape):
-        _check(model_or_step)
-        decision = choose("auto", model_or_step)
-    else:
-        last = _state_of(model_or_step).decision
-        if last is None:
-            raise ValueError(f"{type(model_or_step).__name__} has run no step yet: call generate() first")
-        decision = last
-    print(decision)
-    return decision
-
-
-def _check(step: StepShape) -> None:
-    """Raises ValueError for a step that no model takes."""
-    for name, kind in (("device", torch.device), ("dtype", torch.dtype), ("kv_dtype", torch.dtype)):
-        if not isinstance(getattr(step, name), kind):
-            raise ValueError(f"{name}={getattr(step, name)!r} is no torch.{kind.__name__}: pass one")
-    index = step.device.index or 0
-    if step.device.type == "cuda" and index >= torch.cuda.device_count():
-        raise ValueError(f"device={step.device} is not on this machine, which has {torch.cuda.device_count()} GPUs")
-    if not step.dtype.is_floating_point or step.kv_dtype not in KV_DTYPES:
-        raise ValueError(f"dtype={step.dtype}, kv_dtype={step.kv_dtype}: pass a floating one, and one that pages hold")
-    check_page_size(step.page_size)
-    for name in ("q_len", "group", "kv_heads", "head_dim", "layers", "rows", "longest"):
-        whole(name, getattr(step, name), 1, "pass the step's")
-    if not step.longest <= whole("tokens", step.tokens, 1, "pass the step's") <= step.rows * step.longest:
-        raise ValueError(f"tokens={step.tokens} of {step.rows} rows, the longest of {step.longest}: pass their sum")
-
-
-def state_of(model: nn.Module) -> Report:
-    """`report` without printing."""
+    """What a patched model does; `print()` shows it as text. Raises ValueError for a model that is not patched."""
     state = _state_of(model)
     step = state.decision.shape if state.decision else None
     return Report(
@@ -147,6 +104,39 @@ def state_of(model: nn.Module) -> Report:
         steps=state.counts.steps,
         left=tuple(state.said.values()),
     )
+
+
+def explain(model_or_step: nn.Module | StepShape) -> Decision:
+    """Every route with its predicted time, or why it is not taken; `print()` shows the table.
+
+    For a patched model that is its last step, for a `StepShape` what "auto" would take.
+
+    Raises ValueError for a model that is not patched or has not run a step, and for a step that cannot be.
+    """
+    if isinstance(model_or_step, StepShape):
+        _check(model_or_step)
+        return choose("auto", model_or_step)
+    last = _state_of(model_or_step).decision
+    if last is None:
+        raise ValueError(f"{type(model_or_step).__name__} has run no step yet: call generate() first")
+    return last
+
+
+def _check(step: StepShape) -> None:
+    """Raises ValueError for a step that no model takes."""
+    for name, kind in (("device", torch.device), ("dtype", torch.dtype), ("kv_dtype", torch.dtype)):
+        if not isinstance(getattr(step, name), kind):
+            raise ValueError(f"{name}={getattr(step, name)!r} is no torch.{kind.__name__}: pass one")
+    index = step.device.index or 0
+    if step.device.type == "cuda" and index >= torch.cuda.device_count():
+        raise ValueError(f"device={step.device} is not on this machine, which has {torch.cuda.device_count()} GPUs")
+    if not step.dtype.is_floating_point or step.kv_dtype not in KV_DTYPES:
+        raise ValueError(f"dtype={step.dtype}, kv_dtype={step.kv_dtype}: pass a floating one, and one that pages hold")
+    check_page_size(step.page_size)
+    for name in ("q_len", "group", "kv_heads", "head_dim", "layers", "rows", "longest"):
+        whole(name, getattr(step, name), 1, "pass the step's")
+    if not step.longest <= whole("tokens", step.tokens, 1, "pass the step's") <= step.rows * step.longest:
+        raise ValueError(f"tokens={step.tokens} of {step.rows} rows, the longest of {step.longest}: pass their sum")
 
 
 def _state_of(model: nn.Module) -> PatchState:

@@ -158,6 +158,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     reloaded = sample(model, prompts, arguments.new_tokens)
     patched = measure.run_generate(model, prompts, arguments.new_tokens)
     report = pkv_hf.report(model)
+    print(report)
     unpatched = measure.run_generate(pkv_hf.unpatch(model), prompts, arguments.new_tokens)
     for name, rows in (("before", before), ("after", after)):
         print(f"{name:8} {tokenizer.decode(rows[-1])!r}")

@@ -18,7 +18,7 @@ from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.patch import patched
-from pkv_hf.report import state_of
+from pkv_hf.report import report
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -166,7 +166,7 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine
         run_generate(model, inputs, new_tokens, **settings.generate, **mode)
         setup = time.perf_counter() - started
         run = run_generate(model, inputs, new_tokens, **settings.generate, **mode)
-        return Summary(run, setup, None if settings.patch is None else state_of(model).route)
+        return Summary(run, setup, None if settings.patch is None else report(model).route)
 
 
 def read_bandwidth(device: str) -> float:

@@ -14,7 +14,7 @@ from pkv_hf.bench.results.resume import Store
 from pkv_hf.compat import unwrap
 from pkv_hf.patch import patch, patched, unpatch
 from pkv_hf.replaced import STATE
-from pkv_hf.report import state_of
+from pkv_hf.report import report
 
 Part = tuple[str, Callable[[], dict[str, Any]]]
 """A name that no other part of the run has, and what computes it: a dict of JSON types."""
@@ -48,7 +48,7 @@ def run(
                 warm.add(name)
             result = compute()
             if engine.on_pages:
-                ran = state_of(model)
+                ran = report(model)
                 result = {**result, "route": ran.route, "left": list(ran.left)}
         return result
 

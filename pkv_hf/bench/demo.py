@@ -51,7 +51,8 @@ def main(arguments: argparse.Namespace) -> None:
     unpatched = _measured("transformers alone", model, inputs, new_tokens)
     with patched(model):
         run = _measured("patched", model, inputs, new_tokens)
-        route = report(model).route
+        ran = report(model)
+        print(ran)
     for name, sequences in (("transformers", unpatched.sequences), ("patched", run.sequences)):
         shown = tokenizer.decode(sequences[0, arguments.prompt_tokens :])[:SHOWN_CHARACTERS]
         print(f"{name:13} {shown!r}")
@@ -61,10 +62,10 @@ def main(arguments: argparse.Namespace) -> None:
         ("first token, s", f"{unpatched.first_token_s:.2f}", f"{run.first_token_s:.2f}"),
         ("KV cache", mebibytes(unpatched.kv_bytes), mebibytes(run.kv_bytes)),
         ("peak memory", mebibytes(unpatched.peak_bytes), mebibytes(run.peak_bytes)),
-        ("route", "-", route),
+        ("route", "-", ran.route),
     ]
     print(table(("", "transformers", "patched"), rows), end="\n\n")
-    result = json.dumps(_result(arguments, model, unpatched, run, route))
+    result = json.dumps(_result(arguments, model, unpatched, run, ran.route))
     if arguments.json:
         arguments.json.write_text(result + "\n")
     print(result)

@@ -41,7 +41,7 @@ MOST_ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes on one GPU, by what they are for. `str()` is a table."""
+    """Bytes on one GPU, by what they are for. `print()`, a REPL and a notebook show the table."""
 
     gpu_memory: int
     batch: int
@@ -76,7 +76,7 @@ class MemoryPlan:
     def fits(self) -> bool:
         return self.total <= self.gpu_memory
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         parts = ("weights", "pages", "prefill", "workspace", "graphs", "context", "total", "gpu_memory")
         rows = [(name.replace("gpu_memory", "GPU"), f"{getattr(self, name) / 2**30:,.2f}") for name in parts]
         asked = f"{self.batch} x {self.prompt_tokens:,} tokens and {self.max_new_tokens:,} new ones"

@@ -31,7 +31,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision:
-    """The route of a step, among all."""
+    """The route of a step, among all. `print()`, a REPL and a notebook show the table."""
 
     route: Route
     shape: StepShape
@@ -63,7 +63,7 @@ class Decision:
         """Why routes were refused, by name."""
         return {other.route: other.rejected for other in self.candidates if other.rejected is not None}
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         shape = self.shape
         lines = [
             f"step       {shape.rows} x {shape.q_len} queries over {shape.tokens:,} tokens, {shape.longest:,} at most; "

@@ -40,7 +40,7 @@ def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
     per_token = 30 * 2 * 3 * 64 * 4
     assert result["kv_bytes_unpatched"] == 307 * per_token
     assert result["kv_bytes_patched"] == (20 + 1) * 16 * per_token
-    for words in ("transformers", "patched", "decoding, tokens/s", "KV cache", "peak memory", "route"):
+    for words in ("last step: ", "transformers", "patched", "decoding, tokens/s", "KV cache", "peak memory", "route"):
         assert words in printed.out
 
 

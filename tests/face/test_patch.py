@@ -280,10 +280,11 @@ def test_the_report_reads_as_text(capsys):
     model = pkv_hf.patch(tiny("qwen3"))
     model.generate(**left_padded(9), max_new_tokens=3)
     report = pkv_hf.report(model)
-    printed = capsys.readouterr().out
+    assert not capsys.readouterr().out  # or a notebook would show it twice
+    assert repr(report) == str(report)
     assert (report.family, report.layers, report.route) == ("qwen3", COMMON["num_hidden_layers"], "sdpa")
     for words in ("qwen3, 3 attention layers", "pages of 16", "last step: sdpa", "split: Triton kernels need a GPU"):
-        assert words in printed
+        assert words in repr(report)
 
 
 def test_a_peft_model_is_unwrapped():

@@ -17,7 +17,6 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 import pkv_hf
 from pkv_hf import PagedCache, compat
 from pkv_hf.compat import CACHE
-from pkv_hf.report import state_of
 from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract
@@ -178,13 +177,13 @@ def test_forwards_and_steps_are_counted_by_what_ran_them():
     ):
         model = pkv_hf.patch(tiny("llama").to(DEVICE), **settings)
         model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        report = state_of(model)
+        report = pkv_hf.report(model)
         assert (report.calls.pages, report.calls.transformers) == (6, 0)  # the prompt, and 5 tokens of 6
         assert vars(report.steps) == {"captured": 0, "static": 0, "eager": 0} | steps
         with torch.no_grad():
             model(**inputs)
-        assert (state_of(model).calls.pages, state_of(model).calls.transformers) == (6, 1)
-        assert not state_of(model).left  # it had no cache of ours
+        assert (pkv_hf.report(model).calls.pages, pkv_hf.report(model).calls.transformers) == (6, 1)
+        assert not pkv_hf.report(model).left  # it had no cache of ours
         assert "calls     6 on pages, 1 by transformers" in str(pkv_hf.report(model))
 
 
@@ -196,7 +195,7 @@ def test_a_cache_that_the_decoder_never_gets_is_a_reason():
     )
     pkv_hf.patch(model)
     model.generate(**inputs, max_new_tokens=1, do_sample=False)
-    report = state_of(model)
+    report = pkv_hf.report(model)
     assert (report.calls.pages, report.calls.transformers) == (0, 1)
     assert report.left == ("generate() made a PagedCache, and LlamaModel was called without it",)
     loses.remove()
@@ -218,6 +217,6 @@ def test_a_call_with_a_cache_that_is_not_served_has_its_reason(call, reason):
     model = pkv_hf.patch(tiny("llama"))
     with torch.no_grad(), contextlib.suppress(Exception):  # transformers' own error, in the first two
         model.model(**call, **{CACHE: PagedCache(model.config)})
-    (left,) = state_of(model).left
+    (left,) = pkv_hf.report(model).left
     assert reason in left
-    assert not state_of(model).calls.pages
+    assert not pkv_hf.report(model).calls.pages

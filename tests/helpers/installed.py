@@ -9,7 +9,6 @@ import triton
 import pkv_hf
 from pkv_hf.kernels import append, elementwise, linear
 from pkv_hf.kernels.attention import split, workqueue
-from pkv_hf.report import state_of
 
 KERNELS = (append, elementwise, linear, split, workqueue)  # importing them is part of the check
 
@@ -29,7 +28,7 @@ def main() -> None:
         with pkv_hf.patched(model):
             torch.manual_seed(1)
             assert torch.equal(model.generate(ids, **call), expected), settings
-            report = state_of(model)
+            report = pkv_hf.report(model)
             assert report.calls.pages, settings
             assert not report.calls.transformers, settings
             assert not report.left, settings

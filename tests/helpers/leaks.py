@@ -14,7 +14,6 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.report import state_of
 from tiny import COMMON, tiny
 
 MIB = 1 << 20
@@ -121,7 +120,7 @@ class Calls:
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.synchronize()
-        process, reports = psutil.Process(), [state_of(model) for model in self.models]
+        process, reports = psutil.Process(), [pkv_hf.report(model) for model in self.models]
         return Held(
             rss=process.memory_info().rss,
             allocated=torch.cuda.memory_allocated() if on_gpu else 0,

@@ -9,7 +9,6 @@ from tokenizers import decoders, pre_tokenizers, processors
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.report import state_of
 
 COMMON = {
     "vocab_size": 128,
@@ -56,7 +55,7 @@ def randomized(
 
 def assert_on_pages(model: torch.nn.Module) -> None:
     """A patched model's decoder has run, on pages every time."""
-    report = state_of(model)
+    report = pkv_hf.report(model)
     assert report.calls.pages, report
     assert not report.calls.transformers, report
     assert not report.left

@@ -71,7 +71,7 @@ def test_the_largest_prompt_and_batch_fit_and_one_more_does_not():
     assert plan.total == sum(
         (plan.weights, plan.pages, plan.prefill, plan.workspace, plan.graphs, plan.context)
     )  # fmt: skip
-    assert "2 x 4,096 tokens and 256 new ones fit" in str(plan)
+    assert "2 x 4,096 tokens and 256 new ones fit" in repr(plan) == str(plan)
     small = pkv_hf.plan(EIGHT_B, prompt_tokens=10, gpu_memory="15GiB", dtype=torch.float16)
     assert (small.fits, small.max_prompt_tokens, small.max_batch) == (False, 0, 0)
     assert "do not fit" in str(small)

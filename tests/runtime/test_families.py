@@ -16,7 +16,6 @@ from pkv_hf.cache.tables import Tables
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import RouteError
 from pkv_hf.replaced import STATE
-from pkv_hf.report import state_of
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.routes.sdpa import over_pages, over_prompt
@@ -116,7 +115,7 @@ def test_tokens_are_identical_and_pages_are_read(name, mode, attended):
     assert len(set(expected.sequences[0, -40:].tolist())) > 3  # tokens wander, so that a wrong one shows
     with pkv_hf.patched(model):
         output = generate(model, inputs, **settings)
-        report = state_of(model)
+        report = pkv_hf.report(model)
         assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
     assert isinstance(output[CACHE], PagedCache)
@@ -132,7 +131,7 @@ def test_the_triton_routes_give_the_same_tokens(name, route, attended):
     expected = generate(model, inputs, 3)
     with pkv_hf.patched(model, route=route):
         output = generate(model, inputs, 3)
-        assert state_of(model).route == route
+        assert pkv_hf.report(model).route == route
         assert_on_pages(model)
     assert torch.equal(output.sequences, expected.sequences)
 
@@ -206,7 +205,7 @@ def test_layers_that_want_more_are_left_to_transformers(name, attended):
         output = generate(model, inputs)
         assert torch.equal(output.sequences, expected)
         assert type(output[CACHE]) is cache  # once it is known, transformers' own cache is the faster
-    (left,) = state_of(model).left
+    (left,) = pkv_hf.report(model).left
     assert reason in left
     assert list(attended) == ["dense"]
 
@@ -225,7 +224,7 @@ def test_what_a_caller_asks_of_attention_is_not_ignored(model_name, asked, atten
     assert not torch.allclose(plain, expected, atol=1e-2)
     pkv_hf.patch(model)
     torch.testing.assert_close(model(ids, **{CACHE: PagedCache(model.config)}, **asked).logits, expected)
-    (reason,) = state_of(model).left
+    (reason,) = pkv_hf.report(model).left
     assert reason.endswith(("asks attention for position_bias=a Tensor", "has a mask that is more than causal"))
     attended.clear()
     cache = PagedCache(model.config)
@@ -257,7 +256,7 @@ def test_layers_of_different_shapes_are_served_by_torch(attended):
     with pkv_hf.patched(model):
         assert torch.equal(generate(model, inputs).sequences, expected)
         assert_on_pages(model)
-        assert state_of(model).rejected["split"] == "layers differ in their heads, head_dim or scale"
+        assert pkv_hf.report(model).rejected["split"] == "layers differ in their heads, head_dim or scale"
 
 
 @torch.no_grad()
