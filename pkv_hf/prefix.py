@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from pkv_hf import compat
 from pkv_hf.arguments import token_ids, whole
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.cache.shifting import shifted
 from pkv_hf.compat import unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.replaced import STATE
@@ -22,16 +23,18 @@ from pkv_hf.runtime.state import PatchState
 class Prefix:
     """Tokens and their pages, as `prefix` makes them; all that `cache` and `inputs` return shares those pages.
 
-    A continuation copies the last page, where the prefix does not fill it, and no other. All caches of a prefix are on
-    one pool, so only one of them may be used at a time (threads need a prefix each).
+    A continuation copies the last page, where the prefix does not fill it, and no other; what continuations of unequal
+    length copy beside, `inputs` says. All caches of a prefix are on one pool, so only one of them may be used at a time
+    (threads need a prefix each).
     """
 
-    def __init__(self, ids: torch.Tensor, cache: PagedCache, tokenizer: Any, vocabulary: int) -> None:
+    def __init__(self, ids: torch.Tensor, cache: PagedCache, tokenizer: Any, vocabulary: int, padding: int) -> None:
         self.ids = ids
         """The tokens, int64 `[1, length]`, on the model's device."""
         self.tokenizer = tokenizer
         self._cache = cache
         self._vocabulary = vocabulary
+        self._padding = padding
 
     def __len__(self) -> int:
         return self.ids.shape[1]
@@ -39,32 +42,45 @@ class Prefix:
     def cache(self, rows: int = 1) -> PagedCache:
         """A cache of `rows` rows, 1 or more, that hold the prefix each, for `generate()` and forwards."""
         rows = whole("rows", rows, 1, "pass the number of continuations")
-        fork = self._cache.fork()
-        fork.batch_repeat_interleave(rows)
-        return fork
+        return shifted(self._cache, np.zeros(rows, dtype=np.int64))
 
     def inputs(self, continuations: str | list[str] | Sequence[int] | torch.Tensor | Mapping) -> dict[str, Any]:
         """What `model.generate(**prefix.inputs(...))` takes to go on from the prefix, in one way or in several.
 
+        Continuations of unequal length come as a left-padded batch. The cache is as long as the prefix, so a row that
+        is `n` tokens shorter than the longest runs the prefix's last `n` tokens again, or all where there are no more.
+        It shares the prefix's pages where `n` is a whole number of them. All whose `n` leaves the same rest share one
+        copy: there are fewer copies than a page has tokens.
+
         Args:
             continuations: a text or a list of texts, tokenised without special tokens; or token ids, `[length]` or
-                `[rows, length]`, or what a tokenizer returns that holds them.
+                `[rows, length]`, or a list of rows, or what a tokenizer returns that holds them.
 
         Returns:
-            `input_ids` and `attention_mask`, int64 `[rows, prefix and continuation]`, and the cache, by the name that
-            the installed transformers gives it.
+            `input_ids` and `attention_mask`, int64 `[rows, length]`, of padding, prefix and continuation, and the
+            cache, by the name that the installed transformers gives it. Padding is the model's `pad_token_id`, or else
+            0; under the mask its value does not matter.
 
         Raises:
-            ValueError: texts without a tokenizer, a continuation without a token, rows of unequal length or with
-                padding, or what are no token ids of the model.
+            ValueError: texts without a tokenizer, a continuation without a token or with padding, or what are no token
+                ids of the model.
+            PoolAllocationError: the copies do not fit.
         """
         settings = {"add_special_tokens": False}
-        ids = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings).to(self.ids.device)
-        whole = torch.cat([self.ids.expand(len(ids), -1), ids], dim=1)
+        rows = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings)
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        pads = lengths.max() - lengths
+        ids = torch.full((len(rows), len(self) + int(lengths.max())), self._padding)
+        mask = torch.zeros_like(ids)
+        for i, (row, pad) in enumerate(zip(rows, pads.tolist())):
+            ids[i, pad : pad + len(self)] = self.ids[0]
+            ids[i, pad + len(self) :] = row
+            mask[i, pad:] = 1
+        device = self.ids.device
         return {
-            "input_ids": whole,
-            "attention_mask": torch.ones_like(whole),
-            compat.CACHE: self.cache(len(ids)),
+            "input_ids": ids.to(device),
+            "attention_mask": mask.to(device),
+            compat.CACHE: shifted(self._cache, pads),
         }
 
 
@@ -96,16 +112,20 @@ def prefix(
         raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which is no causal LM")
     embedding: Any = inner.get_input_embeddings()
     vocabulary = len(embedding.weight)
-    ids = _tokens("text_or_ids", text_or_ids, vocabulary, tokenizer)
-    if len(ids) != 1:
-        raise ValueError(f"text_or_ids has {len(ids)} rows: a prefix is one row, make one prefix for each")
-    ids = ids.to(inner.device)
+    rows = _tokens("text_or_ids", text_or_ids, vocabulary, tokenizer)
+    if len(rows) != 1:
+        raise ValueError(f"text_or_ids has {len(rows)} rows: a prefix is one row, make one prefix for each")
+    ids = rows[0][None].to(inner.device)
     state: PatchState | None = getattr(inner, STATE, None)
     settings = {} if state is None else {"page_size": state.page_size, "kv_dtype": state.kv_dtype}
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
+    cache.activate_past_recording()  # shorter continuations move what lies behind a window back into it
     with torch.no_grad():
         model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
-    return Prefix(ids, cache, tokenizer, vocabulary)
+    padding: Any = getattr(inner.config.get_text_config(decoder=True), "pad_token_id", None)
+    if not isinstance(padding, int) or not 0 <= padding < vocabulary:
+        padding = 0
+    return Prefix(ids, cache, tokenizer, vocabulary, padding)
 
 
 def _only_ones(mask: Any) -> bool:
@@ -115,8 +135,8 @@ def _only_ones(mask: Any) -> bool:
     return bool(torch.as_tensor(mask).ne(0).all())
 
 
-def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: Any) -> torch.Tensor:
-    """Texts or ids, or what a tokenizer makes of texts, as ids, int64 `[rows, length]`."""
+def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: Any) -> list[torch.Tensor]:
+    """Texts or ids, or what a tokenizer makes of texts, as ids of each row, int64 `[length]`."""
     if isinstance(given, Mapping):
         if "input_ids" not in given:
             raise ValueError(f"{name} has {sorted(given)} and no input_ids: pass what a tokenizer returns, or ids")
@@ -135,16 +155,10 @@ def _tokens(name: str, given: Any, vocabulary: int, tokenizer: Any, **settings: 
             rows = [tokenizer(text, **settings)["input_ids"] for text in rows]
         except Exception as error:
             raise ValueError(f"{name} is no text that the {type(tokenizer).__name__} takes: {error}") from error
-    rows = [token_ids(name, row) for row in rows]
-    lengths = [len(row) for row in rows]
-    if not min(lengths):
+    rows = [token_ids(name, row).cpu() for row in rows]
+    if not all(map(len, rows)):
         raise ValueError(f"{name} has a row without a token: there is nothing to go on from")
-    if min(lengths) < max(lengths):
-        raise ValueError(
-            f"{name} have {min(lengths)} to {max(lengths)} tokens, and rows that share pages end together: call "
-            "generate() once for each length"
-        )
-    ids = torch.stack(rows)
-    if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:  # on a GPU that would end the process's CUDA context
-        raise ValueError(f"{name} has ids from {int(ids.min())} to {int(ids.max())}: the model has {vocabulary} tokens")
-    return ids
+    least, most = min(int(row.min()) for row in rows), max(int(row.max()) for row in rows)
+    if not 0 <= least <= most < vocabulary:  # on a GPU that would end the process's CUDA context
+        raise ValueError(f"{name} has ids from {least} to {most}: the model has {vocabulary} tokens")
+    return rows

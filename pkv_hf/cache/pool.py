@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakSet
 
@@ -242,10 +242,23 @@ class PagePool:
 
     def copy_pages(self, source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray) -> None:
         """Copies whole pages, in every layer (copy-on-write)."""
+        self._copy(source, target, lambda tensor: tensor)
+
+    def copy_tokens(self, source: np.ndarray, target: np.ndarray) -> None:
+        """Copies slots, in every layer; slots count the pool's tokens, page by page."""
+        self._copy(source, target, lambda tensor: tensor.view(len(tensor), -1, *tensor.shape[3:]))
+
+    def _copy(
+        self,
+        source: Sequence[int] | np.ndarray,
+        target: Sequence[int] | np.ndarray,
+        seen_as: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """Copies along dimension 1 of all tensors, seen as they are counted there."""
         both = torch.from_numpy(np.array([source, target], dtype=np.int64))
         on_device: dict[torch.device, torch.Tensor] = {}  # one upload for all layers there
         for storage in self.storage.values():
-            for tensor in map(movable, storage.tensors):
+            for tensor in map(seen_as, map(movable, storage.tensors)):
                 if tensor.device not in on_device:
                     host = both.pin_memory() if tensor.is_cuda else both
                     on_device[tensor.device] = host.to(tensor.device, non_blocking=True)

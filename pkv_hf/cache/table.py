@@ -140,6 +140,11 @@ class BlockTable:
             self._fill(first, self.reserved, exact=True)
         before.release()
 
+    def place(self, pages: np.ndarray, pads: np.ndarray, live_from: int) -> None:
+        """Holds `pages` `[rows, columns]` in the place of its own, for rows that begin with `pads` of padding."""
+        self.pages, self.pads, self.live_from = pages, pads, live_from
+        self._changed()
+
     def fork(self, length: int) -> BlockTable:
         """A second table over the same pages, `length` tokens long; whoever writes first into a page copies it."""
         self.owned_from = self.prepared = length

@@ -60,7 +60,7 @@ def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     inputs: dict[str, Any] = original(self, "prepare_inputs_for_generation")(*args, **kwargs)
     cache = kwargs.get(compat.CACHE)
     if isinstance(cache, PagedCache) and compat.cache_of(inputs) is None:
-        longest = next(iter(cache.tables.values())).reserve
+        longest = next(iter(cache.tables.values())).limit
         inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
     return inputs
 

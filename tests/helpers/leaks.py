@@ -102,8 +102,8 @@ class Calls:
             model.generate(torch.cat([first, first[:, :2]], dim=1), **{CACHE: cache.fork()}, max_new_tokens=3)
         elif kind < 0.92:
             shared = pkv_hf.prefix(model, self.prompt(lengths[:1])["input_ids"])
-            for _ in range(2):
-                model.generate(**shared.inputs([[5, 6]]), max_new_tokens=2)
+            for turns in ([[5, 6]], [[5, 6], [7], [8] * 18]):
+                model.generate(**shared.inputs(turns), max_new_tokens=2)
         else:
             with contextlib.suppress(Stop):
                 model.generate(**self.prompt(lengths), **settings, stopping_criteria=StoppingCriteriaList([Raises()]))
