@@ -140,7 +140,7 @@ CALLS = [
     ],
     *[
         ("Prefix.inputs", lambda m, x=x: pkv_hf.prefix(m, [3]).inputs(x), ValueError, "continuations ")
-        for x in ("text", None, 5, [], [[1], [2, 3]], [-1], [128], torch.zeros(1, 1, 1, dtype=torch.long))
+        for x in ("text", None, 5, [], [[1], []], [-1], [128], [[1], [2, 128]], torch.zeros(1, 1, 1, dtype=torch.long))
     ],
     *[
         ("Prefix.cache", lambda m, x=x: pkv_hf.prefix(m, [3]).cache(x), ValueError, f"rows={x!r}")
