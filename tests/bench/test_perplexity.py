@@ -16,7 +16,7 @@ from pkv_hf.bench.inputs import texts
 from pkv_hf.bench.metric import PagedPerplexity
 from pkv_hf.bench.perplexity import by_chunks, by_forward, by_generate
 from pkv_hf.replaced import STATE
-from tiny import COMMON, assert_on_pages, byte_tokenizer, tiny
+from tiny import COMMON, assert_on_pages, byte_tokenizer, randomized, tiny
 
 LENGTH = 90
 
@@ -40,10 +40,8 @@ def expected(model, ids):
 def capped():
     sizes = {key: COMMON[key] for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    torch.manual_seed(0)
-    return transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**sizes, **heads, final_logit_softcapping=2.0, pad_token_id=0)
-    ).eval()
+    config = transformers.Gemma2Config(**sizes, **heads, final_logit_softcapping=2.0, pad_token_id=0)
+    return randomized(transformers.Gemma2ForCausalLM, config)
 
 
 @pytest.mark.parametrize("make", [lambda: tiny("llama"), lambda: tiny("qwen2-windows"), capped])

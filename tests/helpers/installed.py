@@ -20,6 +20,9 @@ def main() -> None:
         num_key_value_heads=2, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
     ids = torch.randint(1, 128, (2, 40))
     for settings in ({}, {"num_beams": 2}, {"do_sample": True}):
         call = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 12, "do_sample": False, **settings}

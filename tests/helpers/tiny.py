@@ -43,13 +43,15 @@ def tiny(name: str, seed: int = 0, **overrides: object) -> transformers.PreTrain
 def randomized(
     model_class: type[transformers.PreTrainedModel], config: transformers.PreTrainedConfig, seed: int = 0
 ) -> transformers.PreTrainedModel:
-    """A model with weights large enough for sharp attention, fp32, in eval mode."""
+    """A model with weights large enough for sharp attention, norms and biases that show, fp32, in eval mode."""
     torch.manual_seed(seed)
     model = model_class(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 or name.endswith("bias"):
                 parameter.normal_(0, 0.2)
+            else:  # a norm's weight, around 1 or, where the norm adds 1, around 0
+                parameter.add_(0.3 * torch.randn_like(parameter))
     return model
 
 

@@ -89,7 +89,7 @@ def test_rope_append(dtype, kv_dtype):
     q, k, v = (torch.randn(3, heads, 2, 80).to(dtype) for heads in (6, HEADS, HEADS))
     cos, sin = (torch.randn(3, 2, 80).to(dtype) for _ in range(2))
     ends, zeros = (torch.tensor(bounds, dtype=torch.int32).to(DEVICE) for bounds in (LENGTHS, (0, 0, 0)))
-    norms = tuple(torch.ones(80, dtype=dtype).to(DEVICE) for _ in range(2))
+    norms = tuple(torch.randn(80).to(dtype).to(DEVICE) for _ in range(2))
     on_device = [tensor.to(DEVICE) for tensor in (q, k, v, cos, sin)]
     for normed in (None, (*norms, 1e-6)):
         rotated = rope_append(*pools, *on_device, table, zeros, ends, norms=normed, scales=scales)

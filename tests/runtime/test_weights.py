@@ -116,7 +116,7 @@ def write_gguf(path) -> None:
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(weight, kind), raw_dtype=kind)
     for name in ("output_norm", *(f"blk.{i}.{norm}_norm" for i in range(2) for norm in ("attn", "ffn"))):
-        writer.add_tensor(f"{name}.weight", np.ones(64, dtype=np.float32))
+        writer.add_tensor(f"{name}.weight", random.normal(1, 0.3, 64).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
