@@ -105,6 +105,23 @@ def test_just_the_pages_of_the_prompt_and_of_each_rows_own_tokens_are_reserved(l
     assert memory.pages_in_use + memory.pages_free == length // 16 + 4 * own
 
 
+@pytest.mark.parametrize("fails", [False, True], ids=["", "that fail"])
+def test_a_cache_expects_no_copies_after_beams(fails, monkeypatch):
+    """It is the caller's own: the next prompt may be of other rows."""
+    model, cache = tiny("llama"), PagedCache(tiny("llama").config, max_length=75)
+    with pkv_hf.patched(model):
+        if fails:
+            monkeypatch.setattr(model.lm_head, "forward", lambda _: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                generate(model, left_padded(40), num_beams=4, **{CACHE: cache})
+            monkeypatch.undo()
+        else:
+            generate(model, left_padded(40), num_beams=4, **{CACHE: cache})
+        cache.reset()
+        memory = generate(model, left_padded(40), **{CACHE: cache})[CACHE].memory()
+    assert memory.pages_in_use == -(-75 // 16)
+
+
 def test_eight_beams_hold_little_more_than_one_row(smollm2, pydoc_ids):
     """Over SmolLM2's first layers: pages are counted once for all of them."""
     settings = {**smollm2.config.to_dict(), "num_hidden_layers": 3}

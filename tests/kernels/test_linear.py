@@ -57,6 +57,21 @@ def test_linear(rows, inputs, outputs, bias, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sums_are_rounded_before_the_residual_is_added(rows, dtype):
+    """As transformers adds it. Sums of these numbers are exact in float32, in any order."""
+    x, weight, bias, residual = (
+        torch.randint(-64, 65, shape, device=DEVICE).to(dtype) / 8
+        for shape in ((rows, 96), (200, 96), (200,), (rows, 200))
+    )
+    residual = residual / 8
+    exact = functional.linear(x.double(), weight.double(), bias.double())
+    expected = exact.to(dtype) + residual
+    assert not torch.equal(expected, (exact + residual).to(dtype)), "rounding once was to differ"
+    assert torch.equal(linear(x, [weight], [bias], residual=residual), expected)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 16])
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 40), (640, 130), (1100, 4100)])
 def test_swiglu(rows, inputs, outputs, dtype):

@@ -16,7 +16,9 @@ from faults import At, faulty
 from pkv_hf.cache import pool
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.cache.pool import PagePool
+from pkv_hf.cache.table import BlockTable
 from pkv_hf.compat import CACHE
+from pkv_hf.routes.triton import Split
 from tiny import left_padded, tiny
 
 ROUTES = ("sdpa", "split")  # transformers' loop, and the run-ahead loop over static steps
@@ -215,6 +217,66 @@ def test_bad_calls_fail_as_unpatched_ones_do_and_leave_nothing(change, error):
     good = left_padded(9)
     found = model.generate(**good, max_new_tokens=4, do_sample=False)
     assert torch.equal(found, pkv_hf.unpatch(model).generate(**good, max_new_tokens=4, do_sample=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["layer", "pages"])
+def test_a_static_step_that_fails_leaves_the_cache_as_it_was(where, monkeypatch):
+    """In its last layer, when the others have appended, or when one of two kinds of layers has its new page."""
+
+    def step(end):
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, end - 31, dtype=torch.long)], dim=1)
+        positions = mask.sum(dim=1, keepdim=True) - 1
+        return model(ids[:, end - 32, None], attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits
+
+    def layer_fails(*args):
+        at()
+        return rope_append(*args)
+
+    def pages_fail(table, begin, end):
+        if table.window and end == 33:
+            at()
+        prepare(table, begin, end)
+
+    model, inputs = pkv_hf.patch(tiny("qwen2-windows", num_hidden_layers=2), route="split"), left_padded(31, 20)
+    ids, rope_append, prepare = torch.tensor([[5, 6, 7], [8, 9, 10]]), Split.rope_append, BlockTable.prepare
+    logits = []
+    for fails in (False, True):
+        cache = PagedCache(model.config)
+        model(**inputs, **{CACHE: cache})
+        logits.append([step(32)])
+        if fails:
+            before, at = cache.memory(), At(2 if where == "layer" else 1, RuntimeError)
+            with monkeypatch.context() as patch:
+                patch.setattr(Split, "rope_append", layer_fails if where == "layer" else rope_append)
+                patch.setattr(BlockTable, "prepare", pages_fail if where == "pages" else prepare)
+                with pytest.raises(RuntimeError, match="now"):
+                    step(33)
+            assert {layer.length for layer in cache.layers} == {32}
+            assert cache.memory().pages_in_use == before.pages_in_use
+            assert cache.step is None
+        logits[-1] += [step(33), step(34)]
+        assert cache.static_steps
+    for expected, found in zip(*logits):
+        assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_padding_of_an_earlier_call_stays_masked():
+    """Where a later mask unmasks it, and where there is none."""
+    model, inputs, token = tiny("llama"), left_padded(20, 9), torch.full((2, 1), 5)
+    whole = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+    positions = whole.sum(dim=1, keepdim=True) - 1
+    logits = []
+    with pkv_hf.patched(model):
+        for mask in (whole, torch.ones_like(whole), None):
+            cache = PagedCache(model.config)
+            model(**inputs, **{CACHE: cache})
+            logits.append(model(token, attention_mask=mask, position_ids=positions, **{CACHE: cache}).logits)
+        said = pkv_hf.report(model).left
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+    assert ["unmasks padding" in said[0], "no attention_mask" in said[1]] == [True, True]
 
 
 @torch.no_grad()

@@ -71,11 +71,13 @@ def test_rows_end_at_different_steps(model, runs, do_sample):
     torch.manual_seed(0)
     free = model.generate(**inputs, max_new_tokens=12, do_sample=do_sample)[:, 9:]
     ends = [int(free[0, 2]), int(free[1, 5]), int(free[2, 4])]
-    settings = {"do_sample": do_sample, "eos_token_id": ends, "return_dict_in_generate": True, "output_scores": True}
-    expected, ours = both(model, runs, inputs, **settings)
+    settings = {"do_sample": do_sample, "eos_token_id": ends, "pad_token_id": 7, "return_dict_in_generate": True}
+    expected, ours = both(model, runs, inputs, output_scores=True, output_logits=True, **settings)
     assert expected.sequences.shape[1] < 9 + 12, "no row was to run to the end"
+    assert (expected.sequences[:, -1] == 7).any(), "a row was to end before the others"
     assert torch.equal(ours.sequences, expected.sequences)
-    assert len(ours.scores) == len(expected.scores)
+    for name in ("scores", "logits"):
+        assert len(ours[name]) == len(expected[name]) == expected.sequences.shape[1] - 9
     assert ours[CACHE].get_seq_length() == expected[CACHE].get_seq_length()
 
 

@@ -1,0 +1,70 @@
+"""Fused layers in half precision against float64, beside transformers' own layers, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import pkv_hf
+from pkv_hf.kernels.checks.attention import rms
+from tiny import FAMILIES, decode_logits, left_padded, tiny
+
+
+@torch.no_grad()
+def judge(model, inputs):
+    """Logits of fused decode steps against float64, beside those of transformers in the same precision."""
+    exact = decode_logits(copy.deepcopy(model).double(), inputs)
+    theirs = decode_logits(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        ours = decode_logits(model, inputs)
+    assert not torch.equal(ours, theirs), "the fused layers did not run"
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "lengths"),
+    [
+        *((family, torch.bfloat16, (20, 9, 3)) for family in FAMILIES),
+        *((family, torch.float16, (20, 9, 3)) for family in ("llama-tied", "mistral", "qwen2-windows")),
+        *((family, torch.bfloat16, (20,)) for family in ("llama", "qwen3")),
+    ],
+    ids=str,
+)
+def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
+    layers = 1 if len(lengths) == 1 else 2  # the interpreter is slow at one row
+    judge(tiny(family, num_hidden_layers=layers).to(dtype), left_padded(*lengths))
+
+
+def bias_q_alone(model):
+    q_proj = model.model.layers[0].self_attn.q_proj
+    q_proj.bias = torch.nn.Parameter(torch.randn(len(q_proj.weight)))
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("settings", "change"),
+    [
+        ({"attention_bias": True, "mlp_bias": True}, None),
+        ({"hidden_act": "gelu"}, None),
+        ({}, bias_q_alone),
+    ],
+    ids=["biases", "gelu", "a bias on q alone"],
+)
+def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
+    model = tiny("llama", num_hidden_layers=1, **settings)
+    if change:
+        change(model)
+    judge(model.to(torch.bfloat16), left_padded(*lengths))
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
+def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), settings).eval().to(torch.bfloat16)
+    judge(model.get_base_model(), left_padded(*lengths))
