@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results/sanitizers.jsonl}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
-attention=tests/kernels/test_kernels.py
+attention="tests/kernels/test_kernels.py tests/kernels/test_append.py"
 layers=tests/kernels/test_linear.py
 small=tests/kernels/test_unwritten_memory.py
 ours=(--kernel-name 'regex=^[a-z_]+_kernel$')

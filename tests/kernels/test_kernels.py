@@ -11,7 +11,6 @@ import torch
 
 pytest.importorskip("triton")
 
-from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.checks.attention import (
     DTYPES,
     GROUPS,
@@ -25,7 +24,7 @@ from pkv_hf.kernels.checks.attention import (
     random_case,
     run,
 )
-from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
+from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.kernels.reference import paged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -118,46 +117,6 @@ def test_quantized_pages(kv_dtype, dtype, route):
         assert_right(case_of(dtype=dtype, kv_dtype=kv_dtype, **settings), route)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80])
-def test_appends_quantize_as_the_reference_does(head_dim, kv_dtype, dtype):
-    k_pages, _, table, first_held, ends = pools(torch.float32, head_dim)
-    states = torch.randn(2, 3, 3, 2, head_dim, device=DEVICE) * 10 ** torch.randn(2, 3, 3, 2, 1, device=DEVICE)
-    states[0, 1, 1] = 0  # a vector of zeros
-    k, v = states.to(dtype).transpose(2, 3)
-    ones, zeros = torch.ones(1, 3, head_dim, dtype=dtype, device=DEVICE), torch.zeros(1, 3, head_dim, dtype=dtype)
-    for roped in (False, True):
-        pages = [torch.full_like(k_pages, 0).to(kv_dtype) for _ in range(2)]
-        scales = tuple(torch.full(k_pages.shape[:3], float("nan"), device=DEVICE) for _ in range(2))
-        where = (table, first_held, ends)
-        if roped:  # by angles of 0
-            q = torch.zeros(3, 4, 3, head_dim, dtype=dtype, device=DEVICE)
-            rope_append(*pages, q, k, v, ones, zeros.to(DEVICE), *where, scales=scales)
-        else:
-            append(*pages, k, v, *where, scales=scales)
-        for values, of_values, exact in zip(pages, scales, (k, v)):
-            expected, expected_scales = quantize(exact, kv_dtype)
-            for row in range(3):
-                for t in range(3):
-                    position = int(ends[row]) - 3 + t
-                    at = (int(table[row, position // 16]), slice(None), position % 16)
-                    assert torch.equal(values[at].view(torch.uint8), expected[row, :, t].view(torch.uint8))
-                    assert torch.equal(of_values[at], expected_scales[row, :, t])
-            assert int(torch.isfinite(of_values).sum()) == exact[..., 0].numel()
-
-
-@pytest.mark.parametrize("kv_dtype", LARGEST, ids=str)
-def test_quantizing_errs_by_half_a_step(kv_dtype):
-    states = torch.randn(50, 7, 96) * 10 ** torch.randn(50, 7, 1)
-    states[3] = 0
-    back = dequantize(*quantize(states, kv_dtype), torch.float32)
-    largest = states.abs().amax(-1, keepdim=True)
-    half_steps = largest / 254 if kv_dtype == torch.int8 else (states.abs() / 16).maximum(largest / 448 / 1024)
-    assert ((back - states).abs() <= half_steps * 1.001).all()
-    assert not back[3].any()
-
-
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("poison", POISONS)
 def test_infinities_and_nan_in_unread_slots_reach_no_output(poison, route):
@@ -201,60 +160,6 @@ def test_the_reference_is_attention():
             torch.testing.assert_close(out[row, t], torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen]))
 
 
-def pools(dtype: torch.dtype, head_dim: int):
-    """Pages of NaN, a table of three rows, and where their last three tokens go."""
-    k_pages, v_pages = (torch.full((12, 2, 16, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
-    table = torch.tensor([[3, 5, 0], [0, 9, 2], [7, 1, 4]], dtype=torch.int32, device=DEVICE)
-    ends = torch.tensor([17, 33, 48], dtype=torch.int32, device=DEVICE)
-    first_held = torch.tensor([0, 16, 0], dtype=torch.int32, device=DEVICE)
-    return k_pages, v_pages, table, first_held, ends
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96])
-def test_append_writes_just_the_new_tokens(head_dim, dtype):
-    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
-    k, v = (torch.randn(3, 3, 2, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
-    append(k_pages, v_pages, k, v, table, first_held, ends)
-    for pages, states in ((k_pages, k), (v_pages, v)):
-        for row in range(3):
-            for t in range(3):
-                position = int(ends[row]) - 3 + t
-                assert torch.equal(pages[int(table[row, position // 16]), :, position % 16], states[row, :, t])
-        assert int(torch.isfinite(pages).sum()) == states.numel()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96])
-@pytest.mark.parametrize("rows_of_cos", [1, 3])
-def test_rope_append_rounds_as_transformers_does(rows_of_cos, head_dim, dtype):
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
-    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
-    q, k, v = (torch.randn(3, 3, heads, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for heads in (6, 2, 2))
-    angles = torch.randn(rows_of_cos, 3, head_dim // 2, device=DEVICE).repeat(1, 1, 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    expected_q, expected_k = apply_rotary_pos_emb(q, k, cos, sin)
-    rotated = rope_append(k_pages, v_pages, q, k, v, cos, sin, table, first_held, ends)
-    assert torch.equal(rotated, expected_q)
-    for pages, states in ((k_pages, expected_k), (v_pages, v)):
-        for row in range(3):
-            for t in range(3):
-                position = int(ends[row]) - 3 + t
-                written = pages[int(table[row, position // 16]), :, position % 16]
-                assert torch.equal(written, states[row, :, t])
-        assert int(torch.isfinite(pages).sum()) == states.numel()
-
-
-def test_positions_in_the_null_page_are_left_out():
-    k_pages, v_pages, table, first_held, ends = pools(torch.float32, 64)
-    ends[1] = 18  # its three tokens are at 15, 16 and 17, the first of them in the null page
-    k, v = (torch.randn(3, 2, 3, 64, device=DEVICE) for _ in range(2))
-    append(k_pages, v_pages, k, v, table, first_held, ends)
-    assert torch.isnan(k_pages[0]).all()
-    assert int(torch.isfinite(k_pages).sum()) == k.numel() - 2 * 64
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -274,32 +179,6 @@ def test_bad_arguments_are_named(route, change, named):
     inputs = {**build(case, DEVICE), **{name: torch.zeros(13, 2, 16, 64) for name in ("k_pages", "v_pages")}, **change}
     with pytest.raises(ValueError, match=named):
         run(case, route, {name: tensor.to(DEVICE) for name, tensor in inputs.items()}, torch.empty(3, 1, 8, 64))
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"k": torch.zeros(3, 1, 2, 64), "v": torch.zeros(3, 1, 2, 64)}, "want both with 2 heads"),
-        ({"v": torch.zeros(3, 2, 2, 32)}, r"v is \[3, 2, 2, 32\]"),
-        ({"k": torch.zeros(2, 2, 2, 64)}, "k is|v is"),
-        ({"k": torch.zeros(3, 2, 64, 2).transpose(2, 3)}, "contiguous head_dim"),
-        ({"first_held": torch.zeros(3)}, "first_held is torch.float32"),
-        ({"block_table": torch.zeros(3, 3, dtype=torch.int32, device="meta")}, "block_table is on meta"),
-        ({"cos": torch.zeros(2, 2, 64)}, r"cos is \[2, 2, 64\]"),
-        ({"sin": torch.zeros(1, 2, 64, dtype=torch.float16)}, "sin is torch.float16"),
-    ],
-    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
-)
-def test_bad_arguments_of_append_are_named(change, named):
-    k_pages, v_pages, table, first_held, ends = (tensor.cpu() for tensor in pools(torch.float32, 64))
-    states = {name: torch.zeros(3, 2, 2, 64) for name in ("k", "v")}
-    angles = {name: torch.zeros(1, 2, 64) for name in ("cos", "sin")}
-    where = {"block_table": table, "first_held": first_held, "ends": ends}
-    with pytest.raises(ValueError, match=named):
-        rope_append(k_pages, v_pages, **{"q": torch.zeros(3, 4, 2, 64), **states, **angles, **where, **change})
-    if not change.keys() & {"cos", "sin"}:
-        with pytest.raises(ValueError, match=named):
-            append(k_pages, v_pages, **{**states, **where, **change})
 
 
 @pytest.mark.parametrize("route", ROUTES)

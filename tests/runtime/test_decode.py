@@ -29,6 +29,8 @@ def test_blocks_longer_than_a_decode_step_are_rotated_into_the_pages(family, fus
         return torch.cat(logits, dim=1)
 
     model, inputs = tiny(family), left_padded(40, 11)
+    for layer in model.model.layers:
+        layer.self_attn.scaling *= 1.5
     turn = torch.randint(2, 128, (2, 18))
     expected = blocks(None)
     rotated = []

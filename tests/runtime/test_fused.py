@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
@@ -36,12 +37,14 @@ def judge(model, inputs):
 )
 def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
     layers = 1 if len(lengths) == 1 else 2  # the interpreter is slow at one row
-    judge(tiny(family, num_hidden_layers=layers).to(dtype), left_padded(*lengths))
+    model = tiny(family, num_hidden_layers=layers, rms_norm_eps=0.1).to(dtype)  # an epsilon that shows
+    judge(model, left_padded(*lengths))
 
 
-def bias_q_alone(model):
-    q_proj = model.model.layers[0].self_attn.q_proj
-    q_proj.bias = torch.nn.Parameter(torch.randn(len(q_proj.weight)))
+def bias_q_alone_and_scale(model):
+    attention = model.model.layers[0].self_attn
+    attention.q_proj.bias = torch.nn.Parameter(torch.randn(len(attention.q_proj.weight)))
+    attention.scaling *= 1.5
 
 
 @pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
@@ -50,7 +53,7 @@ def bias_q_alone(model):
     [
         ({"attention_bias": True, "mlp_bias": True}, None),
         ({"hidden_act": "gelu"}, None),
-        ({}, bias_q_alone),
+        ({}, bias_q_alone_and_scale),
     ],
     ids=["biases", "gelu", "a bias on q alone"],
 )
@@ -68,3 +71,22 @@ def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
     settings = peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), settings).eval().to(torch.bfloat16)
     judge(model.get_base_model(), left_padded(*lengths))
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
+def test_the_head_in_a_step_is_as_exact_as_transformers(lengths):
+    """As generate() runs it, over tokens that are given."""
+
+    def logits(model):
+        others = [token for token in range(model.config.vocab_size) if token != 5]
+        settings = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": others, "output_logits": True}
+        output = model.generate(**left_padded(*lengths), return_dict_in_generate=True, **settings)
+        return output, torch.stack(output.logits[1:]).double()
+
+    model = tiny("llama-tied", num_hidden_layers=1).to(torch.bfloat16)
+    _, exact = logits(copy.deepcopy(model).double())
+    _, theirs = logits(model)
+    with pkv_hf.patched(model, route="split"):
+        output, ours = logits(model)
+    assert [step.head for step in output[CACHE].static_steps.values()] == [model.lm_head]
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
