@@ -82,8 +82,8 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     known = state.known.look()
     if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
-    fuses = state.settings["fuse"] and not known.attention
-    with Step(cache, bounds, route, decoder.config, fuses_rope=fuses, shows_masks=known.hooked):
+    settings = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
+    with Step(cache, bounds, route, decoder.config, **settings):
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
         state.counts.add("eager")

@@ -15,6 +15,7 @@ from transformers import (
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
+from pkv_hf.runtime.step import Step
 from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract
@@ -33,21 +34,24 @@ def model(request):
     return tiny(request.param)
 
 
-def forwards(model) -> list[tuple[int, ...]]:
-    """Collects the shape of what goes into the first layer's MLP, which is no hook that keeps rows apart."""
-    seen = []
-    inner = model.model.layers[0].mlp.gate_proj
-    forward = inner.forward
-    inner.forward = lambda x: seen.append(tuple(x.shape[:-1])) or forward(x)
+@pytest.fixture
+def forwards(monkeypatch) -> list[tuple[int, ...]]:
+    """Collects the rows and tokens of what the first layer keeps. A spy in the model would keep rows apart."""
+    seen, update = [], Step.update
+
+    def spy(step, k, v, layer_idx):
+        if not layer_idx:
+            seen.append((len(k), k.shape[2]))
+        return update(step, k, v, layer_idx)
+
+    monkeypatch.setattr(Step, "update", spy)
     return seen
 
 
 @pytest.mark.parametrize("settings", [{"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}], ids=str)
-def test_a_prompt_goes_through_the_model_once(settings):
-    model = pkv_hf.patch(tiny("llama"))
-    seen = forwards(model)
-    generate(model, left_padded(40, 40), 3, **settings)
-    assert seen == [(2, 40), (8, 1), (8, 1)]
+def test_a_prompt_goes_through_the_model_once(settings, forwards):
+    generate(pkv_hf.patch(tiny("llama")), left_padded(40, 40), 3, **settings)
+    assert forwards == [(2, 40), (8, 1), (8, 1)]
 
 
 def test_rows_that_differ_are_not_taken_for_one():
