@@ -20,6 +20,8 @@ class Outcomes:
         self.passed = 0
         self.skipped = 0
         self.failed: set[str] = set()
+        self.measured: dict[str, dict[str, Any]] = {}
+        """What tests have recorded as properties, by test."""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Of a test's set-up, its call or what follows it."""
@@ -27,6 +29,8 @@ class Outcomes:
         self.skipped += report.skipped
         if report.failed:
             self.failed.add(report.nodeid)
+        if report.when == "call" and report.user_properties:
+            self.measured[report.nodeid] = dict(report.user_properties)
 
 
 def main() -> int:
@@ -56,6 +60,7 @@ def record(arguments: argparse.Namespace) -> int:
         "passed": outcomes.passed,
         "skipped": outcomes.skipped,
         "failed": sorted(outcomes.failed),
+        "measured": outcomes.measured,
         "seconds": round(time.perf_counter() - started, 1),
     }
     append_record(arguments.out, {"bench": "tests", "tests": tests, **found, **environment()})

@@ -82,7 +82,7 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     known = state.known.look()
     if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
-    settings = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
+    settings: dict[str, Any] = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
     with Step(cache, bounds, route, decoder.config, **settings):
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
