@@ -51,14 +51,14 @@ class PageAllocator:
     """How often each page of one pool is held. Page 0, the null page, is never handed out.
 
     Counts are derived: `holders` are the truth, and whoever changes what one of them names says so by `changed`. Pages
-    that `alloc` hands out count from then on, and have to be named before anything else is `changed`.
+    of holders that are gone are free. What `alloc` hands out has to be named before it is asked again.
     `alloc` prefers a run of consecutive pages, since consecutive pages of a row can be read without a copy.
     """
 
     def __init__(self) -> None:
         self.holders: WeakSet[Holder] = WeakSet()
         self._refcounts: np.ndarray
-        self._stale: bool
+        self._counted: int  # holders, as they were counted; -1 where one has changed since
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,17 +66,17 @@ class PageAllocator:
         return {"_refcounts": self._refcounts}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, holders=WeakSet(), _stale=True)
+        vars(self).update(state, holders=WeakSet(), _counted=-1)
 
     @property
     def refcounts(self) -> np.ndarray:
         """Of every page, int32 `[pages]`; the null page counts one holder."""
-        if self._stale:
+        if self._counted != len(self.holders):
             counts = np.zeros(len(self._refcounts), dtype=np.int32)
             for holder in self.holders:
                 counts += np.bincount(holder.pages.reshape(-1), minlength=len(counts)).astype(np.int32)
             counts[NULL_PAGE] = 1
-            self._refcounts, self._stale = counts, False
+            self._refcounts, self._counted = counts, len(self.holders)
         return self._refcounts
 
     @property
@@ -89,13 +89,13 @@ class PageAllocator:
         return int(np.count_nonzero(self.refcounts == 0))
 
     def changed(self) -> None:
-        """Says that a holder names other pages than before, or is gone."""
-        self._stale = True
+        """Says that a holder names other pages than before."""
+        self._counted = -1
 
     def forget(self) -> None:
         """Takes the capacity back to nothing."""
         self._refcounts = np.ones(1, dtype=np.int32)
-        self._stale = False
+        self._counted = -1
 
     def grow(self, capacity: int) -> None:
         added = capacity - self.capacity

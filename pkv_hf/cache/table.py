@@ -67,10 +67,6 @@ class BlockTable:
         vars(self).update(state)
         self.pool.allocator.holders.add(self)
 
-    def __del__(self) -> None:  # forks outlive each other: a table that goes gives its pages back
-        if "pool" in vars(self):
-            self.pool.allocator.changed()
-
     def state(self) -> tuple[Any, ...]:
         """What `restore` takes."""
         return tuple(getattr(self, name) for name in OF_THE_ROWS)

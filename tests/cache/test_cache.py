@@ -261,12 +261,15 @@ def test_a_pool_that_does_not_fit_says_how_much_it_wanted_and_leaves_nothing_beh
     model = tiny("llama")
     paged = PagedCache(model.config, max_length=100)
     pkv_hf.patch(model)
-    with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(pool, "free_bytes", lambda device: 1000)
-        with pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"):
-            model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
+    monkeypatch.setattr(pool, "free_bytes", lambda device: 1000)
+    with (
+        torch.no_grad(),
+        pytest.raises(torch.OutOfMemoryError, match=r"wanted [\d,]+ bytes on cpu, where [\d,]+ bytes"),
+    ):
+        model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     memory = paged.memory()
     assert (memory.pages_in_use, memory.held_bytes, paged.get_seq_length()) == (0, 0, 0)
+    monkeypatch.undo()
     with torch.no_grad():
         model(torch.ones(1, 3, dtype=torch.long), **{CACHE: paged})
     assert paged.get_seq_length() == 3
