@@ -19,9 +19,6 @@ from pkv_hf.compat import layer_windows
 from pkv_hf.kernels.quantize import LARGEST
 
 PAGE_SIZES = (16, 32, 64, 128, 256)
-LONGEST = 1 << 48
-"""Positions that no memory holds: more are not told apart, and are no overflow."""
-
 KV_DTYPES: dict[Any, torch.dtype] = {
     **{dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, *LARGEST)},
     "int8": torch.int8,
@@ -113,8 +110,8 @@ class PagedCache(DynamicCache):
             max_length = whole("max_length", max_length, 1, "pass a number of tokens, or None to grow")
         check_kv_dtype(kv_dtype)
         windows = layer_windows(config)
-        limit = min(max_length or 0, LONGEST)
-        self._hold(Tables(windows, page_size, limit, None if kv_dtype is None else KV_DTYPES[kv_dtype]), page_size)
+        dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
+        self._hold(Tables(windows, page_size, max_length or 0, dtype), page_size)
 
     def _hold(self, tables: Tables, page_size: int) -> None:
         """Makes this the cache of some tables, which its layers share."""

@@ -46,16 +46,20 @@ def check_table(table: Any, length: int) -> None:
         assert (length, table.prepared, table.expected, table.live_from) == (0, 0, 0, 0)
         return
     assert (table.pads >= 0).all()
-    assert columns * page >= max(length, table.prepared, table.reserved)
-    first = np.maximum(table.pads, table.live_from)
+    taken = max(length, table.reserved if table.copies == 1 else 0)  # the pages of copies come with them
+    assert columns * page >= max(taken, table.prepared)
     if length:
         assert table.live_from <= table.first_visible(length)
-    at = np.arange(columns) * page
-    held = (at + page > first[:, None]) & (at < max(length, table.reserved if table.copies == 1 else 0))
-    assert (table.pages[held] > 0).all()
-    owned = (at + page > np.maximum(first, table.owned_from)[:, None]) & (at < table.prepared)
-    assert (table.pages[owned] > 0).all()
-    assert (counts[table.pages[owned & (table.owned_from < table.prepared)]] == 1).all()  # no page has two writers
+
+    def over(begin, end):
+        """The entries of positions [begin, end) that are no padding."""
+        first, at = np.maximum(np.maximum(table.pads, table.live_from), begin)[:, None], np.arange(columns) * page
+        return table.pages[np.maximum(at, first) < np.minimum(at + page, end)]
+
+    owned = over(table.owned_from, table.prepared)
+    after = -(-length // page) * page  # a row that was cropped into its padding has no page there yet
+    assert all((entries > 0).all() for entries in (over(0, length), over(after, taken), owned))
+    assert (counts[owned] == 1).all()  # no page has two writers
 
 
 class Interrupt:
