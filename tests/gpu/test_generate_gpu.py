@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.routes.sdpa import attend_block
 from tiny import FAMILIES, assert_on_pages, left_padded, tiny
 
@@ -69,6 +70,24 @@ def test_prompts_to_131072_tokens_build_no_mask(settings):
         assert torch.cuda.max_memory_allocated() < 4 * 2**30
         assert_on_pages(model)
     assert torch.equal(output[:, -8:], torch.stack(alone))
+
+
+@pytest.mark.parametrize("default", [None, "cuda"])
+def test_layers_hold_the_beams_in_their_last_order(default):
+    model, results = tiny("llama").cuda(), []
+    inputs = {name: tensor.cuda() for name, tensor in left_padded(20, 20).items()}
+    settings = {"num_beams": 3, "do_sample": False, "max_new_tokens": 20, "return_dict_in_generate": True}
+    torch.set_default_device(default)
+    try:
+        results.append(model.generate(**inputs, **settings))
+        with pkv_hf.patched(model):
+            results.append(model.generate(**inputs, **settings))
+    finally:
+        torch.set_default_device(None)
+    dense, paged = (result[CACHE].layers for result in results)
+    assert torch.equal(results[0].sequences, results[1].sequences)
+    for ours, theirs in zip(paged, dense):
+        torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
 
 
 def test_beams_change_places_without_waiting_for_the_gpu():
