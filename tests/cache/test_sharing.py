@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     BatchEncoding,
+    DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
     SmolVLMConfig,
@@ -71,6 +72,38 @@ def test_rows_that_differ_are_not_taken_for_one():
     assert not torch.equal(*expected)
     with pkv_hf.patched(model):
         torch.testing.assert_close(call(), expected)
+
+
+def test_positions_that_all_rows_share():
+    """They are no row's own: the prompt goes through the model as it is."""
+    model = tiny("llama")
+
+    def loop(model, input_ids, generation_config, **kwargs):
+        positions = 3 * torch.arange(input_ids.shape[1])[None]
+        kwargs = {"position_ids": positions, CACHE: kwargs[CACHE], "use_cache": True}
+        return model._prefill(input_ids, generation_config, kwargs).logits
+
+    def call():
+        return model.generate(**left_padded(20), num_return_sequences=2, do_sample=True, custom_generate=loop)
+
+    expected = call()
+    with pkv_hf.patched(model):
+        torch.testing.assert_close(call(), expected)
+
+
+@torch.no_grad()
+def test_beams_go_on_from_a_cache_that_holds_a_row_for_each():
+    model, inputs = tiny("llama"), left_padded(20, 20)
+    head = inputs["input_ids"][:, :15].repeat_interleave(2, dim=0)
+
+    def call(cache):
+        model(head, **{CACHE: cache})
+        return generate(model, inputs, num_beams=2, **{CACHE: cache}).sequences
+
+    expected = call(DynamicCache(config=model.config))
+    with pkv_hf.patched(model):
+        assert torch.equal(call(PagedCache(model.config)), expected)
+        assert_on_pages(model)
 
 
 def test_hooks_see_every_row():

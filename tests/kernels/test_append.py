@@ -74,13 +74,19 @@ def test_heads_are_normed_as_transformers_rounds_them(dtype):
         assert float((ours != expected).double().mean()) < 0.005  # where the order of a sum is rounded the other way
 
 
-def test_positions_in_the_null_page_are_left_out():
+@pytest.mark.parametrize("roped", [False, True])
+def test_positions_in_the_null_page_are_left_out(roped):
     k_pages, v_pages, table, first_held, ends = pools(torch.float32, 64)
     ends[1] = 18  # its three tokens are at 15, 16 and 17, the first of them in the null page
     k, v = (torch.randn(3, 2, 3, 64, device=DEVICE) for _ in range(2))
-    append(k_pages, v_pages, k, v, table, first_held, ends)
-    assert torch.isnan(k_pages[0]).all()
-    assert int(torch.isfinite(k_pages).sum()) == k.numel() - 2 * 64
+    if roped:
+        angle = torch.ones(1, 3, 64, device=DEVICE)
+        rope_append(k_pages, v_pages, k, k, v, angle, angle, table, first_held, ends)
+    else:
+        append(k_pages, v_pages, k, v, table, first_held, ends)
+    for pages in (k_pages, v_pages):
+        assert torch.isnan(pages[0]).all()
+        assert int(torch.isfinite(pages).sum()) == k.numel() - 2 * 64
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -41,11 +41,17 @@ def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
     judge(model, left_padded(*lengths))
 
 
-def change_attention(model):
+class HalvingLinear(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
+def change_layer(model):
     attention = model.model.layers[0].self_attn
     attention.q_proj.bias = torch.nn.Parameter(torch.randn(len(attention.q_proj.weight)))
     attention.o_proj.weight.data = attention.o_proj.weight.data.T.contiguous().T
     attention.scaling *= 1.5
+    model.model.layers[0].mlp.down_proj.__class__ = HalvingLinear
 
 
 @pytest.mark.parametrize(
@@ -53,10 +59,10 @@ def change_attention(model):
     [
         *(({"attention_bias": True, "mlp_bias": True}, None, lengths) for lengths in ((20,), (20, 9))),
         ({"hidden_act": "gelu"}, None, (20, 9)),
-        ({}, change_attention, (20, 9)),
+        ({}, change_layer, (20, 9)),
         ({}, None, (3,) * 17),
     ],
-    ids=["biases, one row", "biases", "gelu", "odd attention", "more rows"],
+    ids=["biases, one row", "biases", "gelu", "odd modules", "more rows"],
 )
 def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
     model = tiny("llama", num_hidden_layers=1, **settings)
