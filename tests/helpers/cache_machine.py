@@ -184,7 +184,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         for ours, theirs in zip(pair.paged.layers, pair.dense.layers):
             ours.keys, ours.values = ours.keys[:, :, -count:], ours.values[:, :, -count:]
-            theirs.keys, theirs.values = ours.keys, ours.values
+            theirs.keys, theirs.values = ours.keys.clone(), ours.values.clone()  # our pages will be others'
         pair.pads = np.zeros_like(pair.pads)
 
     @rule(pair=pairs, layer=st.integers(0, 2), back=st.integers(1, 40))
