@@ -184,6 +184,15 @@ class PagedCache(DynamicCache):
         for table in self.tables.values():
             table.copies, table.shared = copies, shared
 
+    def expect_prompt(self, length: int) -> None:
+        """Reserves pages, when the first tokens come, for a prompt of `length` positions, of which they may be a chunk.
+
+        Raises ValueError for less than one.
+        """
+        length = whole("length", length, 1, "pass the positions of the prompt")
+        for table in self.tables.values():
+            table.prompt = length
+
     def truncate(self, length: int) -> None:
         """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again.
 

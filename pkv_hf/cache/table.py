@@ -30,11 +30,11 @@ class BlockTable:
     alone holds it. `prepare` sees to that, for positions [owned_from, prepared). What shares pages (`select`, `fork`)
     leaves nothing of these.
 
-    `limit` is the most positions that are expected of a row, 0 where nobody knows. The first tokens reserve pages for
-    `expected` positions, which are those of the likely new tokens. Where each row is to become `copies` rows, once its
-    first `shared` positions are written, room is made in the pool for all of them. From then on positions
-    [0, reserved) keep their pages when rows are cropped. Behind a window pages come back as others are taken: room is
-    all that it needs.
+    `limit` is the most positions that are expected of a row, 0 where nobody knows. The first tokens, which may be
+    a chunk of a `prompt` of so many, reserve pages for `expected` positions: those of the likely new tokens. Where each row is
+    to become `copies` rows, once its first `shared` positions are written, room is made in the pool for all of them. From
+    then on positions [0, reserved) keep their pages when rows are cropped. Behind a window pages come back as others are
+    taken: room is all that it needs.
 
     `pages` is never written in place while a `state` of before may be restored.
     """
@@ -50,6 +50,7 @@ class BlockTable:
         self.owned_from = self.prepared = 0
         self.limit = limit
         self.copies, self.shared = 1, 0
+        self.prompt = 0
         self.expected = self.reserved = 0
         self._offsets: list[int | None] | None = None
         self._first_held: list[int] | None = None
@@ -179,7 +180,7 @@ class BlockTable:
         before = self.state()
         try:
             if not begin and self.limit and not self.expected:
-                self._reserve(end)
+                self._reserve(max(end, self.prompt))
             if self.window and not self.keep_past:
                 self._drop_before(self.first_visible(begin or end))
                 before = self.state() if begin else before  # what the window has left may be written to from here on

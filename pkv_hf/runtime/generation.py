@@ -77,13 +77,18 @@ def prefill(
     state: PatchState = getattr(self, STATE)
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     cache = model_kwargs.get(compat.CACHE)
-    if copies == 1 or not isinstance(cache, PagedCache) or cache.rows not in (0, len(input_ids) // copies):
+    if not isinstance(cache, PagedCache):
+        return run(input_ids, generation_config, model_kwargs, **settings)
+    embeds = model_kwargs.get("inputs_embeds")
+    length = (input_ids if embeds is None else embeds).shape[1]
+    if length and not cache.rows:
+        cache.expect_prompt(length)
+    if copies == 1 or cache.rows not in (0, len(input_ids) // copies):
         return run(input_ids, generation_config, model_kwargs, **settings)
     prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if state.known.look().shares_prompts else None
     if prompts is None:
         return run(input_ids, generation_config, model_kwargs, **settings)
-    embeds = prompts.get("inputs_embeds")
-    cache.expect_copies(copies, (prompts["input_ids"] if embeds is None else embeds).shape[1])
+    cache.expect_copies(copies, length)
     try:
         outputs = run(prompts.pop("input_ids"), generation_config, prompts, **settings)
     finally:

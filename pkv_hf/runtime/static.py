@@ -12,7 +12,7 @@ from torch import nn
 
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
-from pkv_hf.runtime.graphs import GraphMemories, GraphMemory
+from pkv_hf.runtime.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1
@@ -76,8 +76,10 @@ class StaticStep:
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
                 for layer in cache.layers:
                     layer.length = end
-            except BaseException:
+            except BaseException as error:
                 cache.truncate(begin)
+                if isinstance(error, CaptureError):  # the buffers are filled, and a capture runs nothing
+                    self._end = end
                 raise
         self._end = end + self.q_len
         return output

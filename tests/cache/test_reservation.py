@@ -77,6 +77,17 @@ def test_half_is_reserved_and_half_of_that_where_memory_is_short(free_pages, exp
     assert None not in table.offsets()  # a run of pages for each row
 
 
+def test_a_prompt_in_chunks_is_reserved_whole(monkeypatch):
+    monkeypatch.setattr(reservation, "LIKELY", 8)
+    with pkv_hf.patched(tiny("llama")) as model:
+        cache = generate(model, left_padded(60), 3, prefill_chunk_size=16)[CACHE]
+        (table,) = cache.tables.values()
+        assert table.expected == 60 + 2
+        limited = generate(model, left_padded(60), 12, prefill_chunk_size=16)[CACHE]
+    (table,) = limited.tables.values()
+    assert table.expected == 60 + 8
+
+
 def test_a_prompt_that_does_not_fit_is_out_of_memory(monkeypatch):
     model, inputs = tiny("llama"), left_padded(40, 40)
     page = 3 * 2 * 2 * 16 * 16 * 4
