@@ -30,11 +30,11 @@ class BlockTable:
     alone holds it. `prepare` sees to that, for positions [owned_from, prepared). What shares pages (`select`, `fork`)
     leaves nothing of these.
 
-    `limit` is the most positions that are expected of a row, 0 where nobody knows. The first tokens, which may be
-    a chunk of a `prompt` of so many, reserve pages for `expected` positions: those of the likely new tokens. Where each row is
-    to become `copies` rows, once its first `shared` positions are written, room is made in the pool for all of them. From
-    then on positions [0, reserved) keep their pages when rows are cropped. Behind a window pages come back as others are
-    taken: room is all that it needs.
+    `limit` is the most positions that are expected of a row, 0 where nobody knows. The first tokens, which may be a
+    chunk of a `prompt` of so many, reserve pages for `expected` positions: those of the likely new tokens. Where each
+    row is to become `copies` rows, once its first `shared` positions are written, room is made in the pool for all of
+    them. From then on positions [0, reserved) keep their pages when rows are cropped. Behind a window pages come back
+    as others are taken: room is all that it needs.
 
     `pages` is never written in place while a `state` of before may be restored.
     """
