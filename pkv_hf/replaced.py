@@ -18,8 +18,6 @@ REPLACED = "_pkv_hf_replaced"
 REPLICATE = "_replicate_for_data_parallel"
 """torch's method that copies a module for a device of `nn.DataParallel`, and with it what is set on the instance."""
 
-ABSENT = object()
-
 
 class Replacement:
     """A function in the place of a module's method, for as long as the module is patched with `state`.
@@ -69,11 +67,11 @@ class Replacements:
     """All that one patch has set on modules, in order."""
 
     def __init__(self) -> None:
-        self._held: list[tuple[nn.Module, str, Any, Any]] = []
+        self._held: list[tuple[nn.Module, str, Any, bool, Any]] = []
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an attribute of an instance."""
-        self._held.append((module, name, value, vars(module).get(name, ABSENT)))
+        self._held.append((module, name, value, name in vars(module), vars(module).get(name)))
         setattr(module, name, value)
 
     def method(self, module: nn.Module, name: str, function: Callable[..., Any], state: Any) -> None:
@@ -87,28 +85,28 @@ class Replacements:
 
     def remove(self) -> None:
         """Takes away what was set, and nothing that came in its place since."""
-        for module, name, value, before in reversed(self._held):
-            _put_back(vars(module), name, value, before)
+        for module, *held in reversed(self._held):
+            _put_back(vars(module), *held)
 
     def restore(self) -> None:
         """Sets again what `remove` took away."""
-        for module, name, value, _ in self._held:
+        for module, name, value, *_ in self._held:
             setattr(module, name, value)
 
     def remove_from(self, replica: nn.Module, module: nn.Module) -> None:
         """Takes away from a copy of a module what was set on that."""
-        for held, name, value, before in reversed(self._held):
-            if held is module:
-                _put_back(vars(replica), name, value, before)
+        for of_module, *held in reversed(self._held):
+            if of_module is module:
+                _put_back(vars(replica), *held)
 
 
-def _put_back(attributes: dict[str, Any], name: str, value: Any, before: Any) -> None:
+def _put_back(attributes: dict[str, Any], name: str, value: Any, there: bool, before: Any) -> None:
     if attributes.get(name) is not value:
         return
-    if before is ABSENT:
-        del attributes[name]
-    else:
+    if there:
         attributes[name] = before
+    else:
+        del attributes[name]
 
 
 def _replica(held: Replacements, module: nn.Module) -> nn.Module:

@@ -145,7 +145,7 @@ class Evidence:
             loop = "its decoder is another than was patched"
             if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
                 loop = origins.unfamiliar_loop(self.model, self.prefix)
-        not_static = static or foreign or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
+        not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         return Look(watch, foreign, layers, attention, loop, not_static)
 
     @property

@@ -224,7 +224,7 @@ def test_soak_fails_where_a_kernel_is_wrong_or_a_page_is_lost(run, tmp_path, mon
             out[0, 0, 0, 0] = float("nan")
 
     monkeypatch.setattr(check, "run", wrong)
-    monkeypatch.setattr(PageAllocator, "release", lambda self, pages: None)
+    monkeypatch.setattr(PageAllocator, "changed", lambda self: None)
     for name in ("append", "rope_append"):  # writes nothing
         monkeypatch.setattr(append, name, lambda k_pages, v_pages, q, *_, **settings: q)
     for kind, cases in (("kernels", 1), ("layers", 4), ("cache", 10)):

@@ -35,7 +35,7 @@ def assert_served(model, route):
         assert torch.equal(output.sequences, expected)
         assert isinstance(output[CACHE], PagedCache)
         if route == "split":
-            assert "forward of their own" in " ".join(pkv_hf.report(model).left)
+            assert "forward of its own" in " ".join(pkv_hf.report(model).left)
     assert torch.equal(generate(model).sequences, expected)
 
 
