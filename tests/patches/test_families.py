@@ -340,3 +340,18 @@ def test_a_model_around_a_text_decoder_raises_at_patch():
         model = transformers.Gemma3ForConditionalGeneration(config)
     with pytest.raises(pkv_hf.UnsupportedModelError, match="more than its Gemma3TextModel"):
         pkv_hf.patch(model)
+
+
+@pytest.mark.parametrize("length", [30, 40])
+def test_pages_go_on_where_rope_switches(length):
+    """Phi-3's generate() drops the cache where its RoPE becomes that of long prompts, and begins anew."""
+    config = transformers.Phi3Config(**COMMON, original_max_position_embeddings=32)
+    model = randomized(transformers.Phi3ForCausalLM, config)
+    inputs = left_padded(length, length)
+    expected = generate(model, inputs, 10).sequences
+    pkv_hf.patch(model)
+    output = generate(model, inputs, 10)
+    assert torch.equal(output.sequences, expected)
+    assert_on_pages(model)
+    assert type(output[CACHE]) is PagedCache
+    assert output[CACHE].get_seq_length() == expected.shape[1] - 1

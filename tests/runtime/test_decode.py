@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
@@ -159,6 +161,43 @@ def test_a_step_without_position_ids_counts_from_the_past():
         model(token, attention_mask=mask[:, :10], position_ids=positions, **{CACHE: cache})
         logits.append(model(token, attention_mask=mask, **{CACHE: cache}).logits)
     torch.testing.assert_close(*logits)
+
+
+class Interrupt(TorchDispatchMode):
+    """Ctrl-C after a number of torch's operations."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after, self.count = after, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.count += 1
+        if self.count == self.after:
+            raise KeyboardInterrupt
+        return output
+
+
+@torch.no_grad()
+def test_a_step_that_is_interrupted_after_its_work_was_queued_goes_nowhere():
+    def run(after):
+        model = pkv_hf.patch(tiny("llama", num_hidden_layers=1), route="split")
+        cache, logits, interrupt = pkv_hf.PagedCache(model.config, max_length=64), [], Interrupt(after)
+        model(inputs["input_ids"], **{CACHE: cache})
+        for t in range(4):
+            token = torch.tensor([[5 + t]])
+            if t == 2:
+                with contextlib.suppress(KeyboardInterrupt), interrupt:
+                    model(token, **{CACHE: cache})
+                cache.crop(11 - cache.get_seq_length())  # where the step had ended
+            logits.append(model(token, **{CACHE: cache}).logits[0, -1])
+        assert pkv_hf.report(model).steps.eager == 0
+        return torch.stack(logits), interrupt.count
+
+    inputs = left_padded(9)
+    expected, operations = run(0)
+    for after in [operations // 2, *range(operations - 7, operations + 1)]:
+        assert torch.equal(run(after)[0], expected), after
 
 
 class HalvedWeight(torch.Tensor):

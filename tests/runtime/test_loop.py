@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.runtime import loop
-from tiny import left_padded, tiny
+from tiny import byte_tokenizer, left_padded, tiny
 
 pytestmark = pytest.mark.contract
 
@@ -187,6 +187,74 @@ def test_what_needs_the_host_takes_transformers_loop(model, runs, smollm2_tokeni
             assert len(ours.hidden_states) == len(expected.hidden_states) == 12
             expected, ours = expected.sequences, ours.sequences
         assert torch.equal(ours, expected)
+
+
+class Counting(LogitsProcessor):
+    def __init__(self):
+        self.lengths = []
+
+    def __call__(self, ids, scores):
+        self.lengths.append(ids.shape[1])
+        return scores
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"max_new_tokens": 9}], ids=str)
+def test_processors_and_generators_are_asked_as_often(model, runs, settings):
+    pytest.importorskip("triton")
+    inputs, seen = left_padded(9, 4), []
+    torch.manual_seed(0)
+    free = model.generate(**inputs, **{"max_new_tokens": 7, "do_sample": False, **settings})
+    ends = [int(free[0, -1]), int(free[1, -2])]
+    for patch in (False, True):
+        torch.manual_seed(0)
+        counting = Counting()
+        settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": ends, **settings}
+        if patch:
+            pkv_hf.patch(model, route="split")  # whose steps are queued ahead
+        tokens = model.generate(**inputs, **settings, logits_processor=[counting])
+        seen.append((tokens.tolist(), counting.lengths, torch.rand(1).item()))
+    pkv_hf.unpatch(model)
+    assert runs
+    assert seen[0] == seen[1]
+
+
+def test_a_trie_of_allowed_tokens_is_never_asked_after_its_end(model, runs):
+    """`prefix_allowed_tokens_fn` raises where it allows nothing."""
+    pytest.importorskip("triton")
+    trie = [[10, 20, 30, 3], [10, 21, 3]]
+
+    def allowed(_, ids):
+        done = ids[9:].tolist()
+        return sorted({way[len(done)] for way in trie if way[: len(done)] == done and len(way) > len(done)})
+
+    settings = {"prefix_allowed_tokens_fn": allowed, "eos_token_id": 3, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**left_padded(9), **settings)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(model.generate(**left_padded(9), **settings), expected)
+    assert runs
+
+
+def test_token_healing_keeps_its_tokenizer(runs):
+    tokenizer = byte_tokenizer(pad_token="<pad>", eos_token="</s>")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    model = tiny("llama", vocab_size=260, eos_token_id=257, bos_token_id=258, pad_token_id=256)
+    ids = tokenizer('A page is at <a href="http:', return_tensors="pt")
+    settings = {"token_healing": True, "tokenizer": tokenizer, "max_new_tokens": 5}
+    expected, ours = both(model, runs, {"input_ids": ids["input_ids"]}, **settings)
+    assert torch.equal(ours, expected)
+
+
+def test_an_option_that_the_loop_does_not_know_takes_transformers_loop(model, runs, monkeypatch):
+    monkeypatch.setattr(loop, "OPTIONS", loop.OPTIONS - {"output_scores"})
+    settings = {"return_dict_in_generate": True, "output_scores": True}
+    expected, ours = both(model, runs, left_padded(9), expect_run=False, **settings)
+    assert len(ours.scores) == len(expected.scores)
+    both(model, runs, left_padded(9), return_dict_in_generate=True)
+
+
+def test_options_are_those_that_the_installed_loop_reads():
+    """A release whose loop reads another is one to look at."""
+    assert loop._unknown_options() == []
 
 
 def test_a_callers_own_custom_generate_is_left_alone(model, runs):

@@ -17,7 +17,7 @@ from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
 from pkv_hf.replaced import STATE
 from pkv_hf.runtime.watch import Watch
-from tiny import COMMON, left_padded, tiny
+from tiny import COMMON, assert_on_pages, left_padded, tiny
 
 peft = pytest.importorskip("peft")
 
@@ -166,6 +166,47 @@ def test_generate_in_training_mode_is_transformers_own():
         outputs.append(generate(model.train()))
     assert torch.equal(*outputs)
     assert "training mode" in " ".join(pkv_hf.report(model).left)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", ["auto", "split"])
+def test_rollouts_in_training_mode_use_pages_where_nothing_drops_out(route):
+    """As reinforcement learning makes them, of a model that is not taken to eval mode."""
+    if route == "split":
+        pytest.importorskip("triton")
+    model = tiny("llama")
+    expected = generate(model)
+    pkv_hf.patch(model.train(), route=route)
+    assert torch.equal(generate(model), expected)
+    assert_on_pages(model)
+    if route == "split":
+        assert pkv_hf.report(model).steps.static == 7
+    model.gradient_checkpointing_enable()
+    assert torch.equal(generate(model), expected)
+    assert "checkpointed" in " ".join(pkv_hf.report(model).left)
+
+
+@torch.no_grad()
+def test_what_drops_out_in_one_layer_is_transformers_own():
+    outputs = []
+    for patched in (False, True):
+        model = tiny("llama")
+        if patched:
+            pkv_hf.patch(model)
+        model.model.layers[1].self_attn.train().attention_dropout = 0.5
+        torch.manual_seed(0)
+        outputs.append(generate(model))
+    assert torch.equal(*outputs)
+    model.eval()
+    before = pkv_hf.report(model).calls.transformers
+    generate(model)
+    assert pkv_hf.report(model).calls.transformers == before
+
+
+def test_training_without_a_cache_has_nothing_to_say():
+    model = pkv_hf.patch(tiny("llama")).train()
+    model(**PROMPT, labels=PROMPT["input_ids"], use_cache=False)
+    assert not pkv_hf.report(model).left
 
 
 OPERATIONS = {
