@@ -228,8 +228,8 @@ def register(name: str, attention: Callable, mask: Callable) -> None:
     AttentionMaskInterface.register(name, mask)
 
 
-def attention_function(name: str, module: nn.Module) -> Callable:
-    """The attention function that transformers itself would call for an implementation's name."""
+def attention_function(name: str, module: nn.Module) -> Any:
+    """The attention function that transformers itself would call for an implementation's name; None for none."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)
 
@@ -238,13 +238,16 @@ def mask_function(name: str) -> Callable:
     return AttentionMaskInterface()[name]
 
 
-def unfamiliar_implementation(name: str, module: nn.Module) -> str:
+def implementation_functions(name: str, module: nn.Module) -> dict[str, Callable | None]:
+    """What an attention implementation's name stands for now: the functions of attention and mask, None for none."""
+    masks = AttentionMaskInterface()
+    return {"attention": attention_function(name, module), "mask": masks.get(name)}
+
+
+def unfamiliar_implementation(name: str, functions: dict[str, Callable | None]) -> str:
     """Why pages cannot stand for an attention implementation: it is not transformers' own. Empty where it is."""
-    functions = {"attention": attention_function(name, module)}
-    if name in AttentionMaskInterface():
-        functions["mask"] = mask_function(name)
     for kind, function in functions.items():
-        if function is not None and not of_a_library(function):  # modules need not have an eager one
+        if function is not None and not of_a_library(function):
             return f"the {kind} function of attn_implementation={name!r} is not transformers' own"
     return ""
 

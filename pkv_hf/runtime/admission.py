@@ -58,10 +58,9 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     if reason := state.known.refused:
         raise NotServed(reason)
     _check_cache(cache, state)
-    config = decoder.config
-    implementation = compat.configured_implementation(config)
-    if reason := compat.unfamiliar_implementation(implementation, state.known.attentions[0]):
+    if reason := state.known.unfamiliar_implementation():
         raise NotServed(reason)
+    config = decoder.config
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise NotServed("output_attentions=True needs the attention weights")
     tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")

@@ -95,9 +95,11 @@ class Evidence:
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
     last: Look | None = None
+    _implementation: tuple[dict[str, Any], str] | None = None
+    """What computed attention when that was last looked at, and why it is not known."""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "last": None}
+        return {**vars(self), "last": None, "_implementation": None}
 
     @property
     def generic(self) -> bool:
@@ -147,6 +149,14 @@ class Evidence:
                 loop = origins.unfamiliar_loop(self.model, self.prefix)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         return Look(watch, foreign, layers, attention, loop, not_static)
+
+    def unfamiliar_implementation(self) -> str:
+        """Why pages cannot stand for the attention function that the model's user has chosen; empty where they can."""
+        name = compat.configured_implementation(self.decoder.config)
+        functions, last = compat.implementation_functions(name, self.attentions[0]), self._implementation
+        if last is None or last[0] != functions:
+            last = self._implementation = functions, compat.unfamiliar_implementation(name, functions)
+        return last[1]
 
     @property
     def not_captured(self) -> str:
@@ -218,8 +228,8 @@ def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) ->
         )
     if not attentions:
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
-    implementation = compat.configured_implementation(decoder.config)
-    if reason := compat.unfamiliar_implementation(implementation, attentions[0]):
+    name = compat.configured_implementation(decoder.config)
+    if reason := compat.unfamiliar_implementation(name, compat.implementation_functions(name, attentions[0])):
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
     if prefix:
         return ""
