@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -100,8 +101,11 @@ def takes_cache(module: nn.Module) -> bool:
 def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of a module's forward by their names, the cache by the installed release's."""
     if args:
-        kwargs = {**inspect.signature(type(module).forward).bind_partial(module, *args).arguments, **kwargs}
-        del kwargs["self"]
+        by_place = inspect.signature(type(module).forward).bind_partial(module, *args).arguments
+        del by_place["self"]
+        if twice := by_place.keys() & kwargs.keys():
+            raise TypeError(f"{type(module).__name__}.forward() got multiple values for argument {min(twice)!r}")
+        kwargs = {**by_place, **kwargs}
     for older in CACHE_NAMES[CACHE_NAMES.index(CACHE) + 1 :]:
         if older in kwargs:
             kwargs = dict(kwargs)
@@ -273,7 +277,11 @@ def _serving_class(of_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "__qualname__": of_class.__qualname__,
         "__slots__": ("_of",),
         "_attn_implementation_internal": property(implementation, set_implementation),
+        "__new__": lambda _, *args, **kwargs: of_class(*args, **kwargs),  # another one, as a script makes it of this
+        "__copy__": lambda self: copy.copy(self._of),
         "__reduce_ex__": lambda self, _: (serving_configuration, (self._of,)),
+        "__eq__": lambda self, other: vars(self) is vars(other) or self._of == other,
+        "__hash__": None,
     }
     return type(of_class.__name__, (of_class,), body)
 

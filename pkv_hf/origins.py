@@ -7,6 +7,7 @@ defines there. What stands on an instance is never known, unless it only moves t
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -35,10 +36,11 @@ def chain(function: Any) -> list[Callable[..., Any]]:
         if isinstance(function, nn.Module):
             function = on_instance(function) or type(function).forward
         function = getattr(function, "__func__", function)
-        if not hasattr(function, "__code__") and not hasattr(function, "func"):
-            function = getattr(type(function).__call__, "__wrapped__", type(function).__call__)
         found.append(function)
-        function = getattr(function, "func", None) or getattr(function, "__wrapped__", None) or _from_hub(function)
+        if isinstance(function, functools.partial):
+            function = function.func
+        else:
+            function = getattr(function, "__wrapped__", None) or _from_hub(function)
     return found
 
 
@@ -54,21 +56,29 @@ def _from_hub(function: Any) -> Any:
 def of_a_library(function: Any) -> bool:
     """Whether a function, and all that is wrapped around it, is the code of a known library."""
     folders = tuple(filter(None, (_folder(name) for name in (*LIBRARIES, FROM_HUB))))
-    codes = [_code(each) for each in chain(function) if not hasattr(each, "func")]
-    return bool(codes) and all(code is not None and code.co_filename.startswith(folders) for code in codes)
+    return all(_lies_in(folders, each) for each in chain(function))
+
+
+def _lies_in(folders: tuple[str, ...], function: Any) -> bool:
+    """Whether a function's own code lies in folders. That of an object is its class's; a partial may bind nothing."""
+    if isinstance(function, functools.partial):
+        return not function.args and not function.keywords
+    code = code_of(function)
+    return code is not None and code.co_filename.startswith(folders)
 
 
 def is_own(function: Any, file: str, name: str) -> bool:
     """Whether a function is the one of this full name in a file of transformers, but for wrappers of a library's."""
     innermost = chain(function)[-1]
-    code = _code(innermost)
+    code = code_of(innermost)
     if code is None or code.co_filename != os.path.join(_folder("transformers"), file):
         return False
-    return getattr(code, "co_qualname", innermost.__qualname__) == name and of_a_library(function)
+    return (getattr(code, "co_qualname", None) or innermost.__qualname__) == name and of_a_library(function)
 
 
-def _code(function: Any) -> CodeType | None:
-    return getattr(function, "__code__", None)
+def code_of(function: Any) -> CodeType | None:
+    """The code that a call of a function or of an object runs; None for none of Python's."""
+    return getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
 
 
 def _folder(package: str) -> str:

@@ -163,8 +163,9 @@ def _states(model: nn.Module) -> list[PatchState]:
 def _remove(states: list[PatchState]) -> None:
     for state in states:
         state.replaced.remove()
-        for step in state.static_steps:
-            step.drop()
+        with state.lock:
+            for step in state.static_steps:
+                step.drop()
 
 
 @contextmanager

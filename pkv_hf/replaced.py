@@ -60,7 +60,9 @@ def on_instance(module: nn.Module, name: str = "forward") -> Any:
     A replacement counts as what it took the place of; what was put around one later is the user's.
     """
     found = vars(module).get(name)
-    return found.before if isinstance(found, Replacement) else found
+    while isinstance(found, Replacement):  # one of an earlier patch may be under ours, or be left there
+        found = found.before
+    return found
 
 
 class Replacements:
@@ -68,6 +70,7 @@ class Replacements:
 
     def __init__(self) -> None:
         self._held: list[tuple[nn.Module, str, Any, bool, Any]] = []
+        self._removed: list[tuple[nn.Module, str, Any, bool, Any]] = []
 
     def set(self, module: nn.Module, name: str, value: Any) -> None:
         """Sets an attribute of an instance."""
@@ -85,12 +88,13 @@ class Replacements:
 
     def remove(self) -> None:
         """Takes away what was set, and nothing that came in its place since."""
-        for module, *held in reversed(self._held):
+        self._removed = [held for held in self._held if vars(held[0]).get(held[1]) is held[2]]
+        for module, *held in reversed(self._removed):
             _put_back(vars(module), *held)
 
     def restore(self) -> None:
         """Sets again what `remove` took away."""
-        for module, name, value, *_ in self._held:
+        for module, name, value, *_ in self._removed:
             setattr(module, name, value)
 
     def remove_from(self, replica: nn.Module, module: nn.Module) -> None:

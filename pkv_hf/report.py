@@ -86,6 +86,8 @@ class Report:
 def report(model: nn.Module) -> Report:
     """What a patched model does; `print()` shows it as text. Raises ValueError for a model that is not patched."""
     state = _state_of(model)
+    with state.lock:
+        graphs = sum(step.captured for step in state.static_steps)
     step = state.decision.shape if state.decision else None
     return Report(
         family=state.family,
@@ -98,7 +100,7 @@ def report(model: nn.Module) -> Report:
         weight_bytes=step_weight_bytes(state.known.model),
         kv_bytes=step.tokens * step.kv_heads * step.token_bytes * step.layers if step else None,
         rejected=state.decision.rejected if state.decision else {},
-        graphs=sum(step.captured for step in state.static_steps),
+        graphs=graphs,
         graph_bytes=state.graph_memories.nbytes,
         calls=state.counts.calls,
         steps=state.counts.steps,

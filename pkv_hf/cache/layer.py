@@ -89,10 +89,11 @@ class PagedLayer(CacheLayerMixin):
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
         """Dense keys `[B, H_kv, S, head_dim]`, made on demand; S ends at the window. None before the first token.
 
-        Edits in place hold until the cache is used next, and then in its pages. What is assigned takes the place of
-        the layer's keys, of any number of tokens and rows: all its layers of full attention then begin anew, and what
-        of the rows is padding, attention masks say. Raises ValueError for other than a tensor of the layer's heads, and
-        NotImplementedError behind a sliding window.
+        Where pages are not one view it is a copy, which the cache keeps until it is used next. Edits in place, by
+        torch's operations, hold in it and from then on in the pages; edits that go around them (`.data`, numpy) may be
+        lost. What is assigned takes the place of the layer's keys, of any number of tokens and rows: all its layers of
+        full attention then begin anew, and what of the rows is padding, attention masks say. Raises ValueError for
+        other than a tensor of the layer's heads, and NotImplementedError behind a sliding window.
         """
         return self.tables.get(self.layer_idx, dense.KEYS)
 

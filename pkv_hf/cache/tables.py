@@ -76,6 +76,7 @@ class Tables:
         """Begins `rows` empty rows with `pads` leading positions of padding, int64 `[rows]`."""
         self._forget_pending()
         with self.atomic():
+            self.lengths = [0] * len(self.windows)
             for table in self.by_window.values():
                 table.start(rows, pads)
 

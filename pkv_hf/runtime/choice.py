@@ -81,10 +81,11 @@ def static_step(
     if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
         return None
     look = state.known.look()
-    if state.looked is not look.token:
-        state.looked = look.token
-        for step in state.static_steps:
-            step.drop()
+    with state.lock:
+        if state.looked is not look.token:
+            state.looked = look.token
+            for step in state.static_steps:
+                step.drop()
     if look.not_static:
         state.say(f"the decoder's layers, attention stays on pages: {look.not_static}")
         return None
@@ -93,5 +94,6 @@ def static_step(
         for stale in [other for other in held if other[0] is not look.token]:
             del held[stale]
         held[key] = StaticStep(state.known.decoder, state.fused_forward or layers, head, route, q_len)
-        state.static_steps.add(held[key])
+        with state.lock:
+            state.static_steps.add(held[key])
     return held[key]

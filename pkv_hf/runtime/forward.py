@@ -54,7 +54,7 @@ def _may_be_ours(state: PatchState, admitted: Admitted, error: Exception) -> boo
     """Whether an error can be for what layers get on pages: before such a call was ever served, and not of a hook."""
     if not state.known.look().layers or (admitted.begin > 0) in state.known.served:
         return False
-    codes = {getattr(each, "__code__", None) for hook in hooks_of(state.known.decoder) for each in origins.chain(hook)}
+    codes = {origins.code_of(each) for hook in hooks_of(state.known.decoder) for each in origins.chain(hook)}
     return not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 

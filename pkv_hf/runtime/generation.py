@@ -61,7 +61,10 @@ def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
     cache = kwargs.get(compat.CACHE)
     if isinstance(cache, PagedCache) and compat.cache_of(inputs) is None:
         longest = next(iter(cache.tables.values())).limit
-        inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
+        fresh = inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
+        del fresh.layers[len(cache.layers) :]
+        for layer, dropped in zip(fresh.layers, cache.layers):
+            layer.record_past = dropped.record_past
     return inputs
 
 

@@ -118,9 +118,13 @@ def run_ahead(
                 break
             logits = forward(sequences.ids, sequences.last)
         else:
-            logits = forward(sequences.ids, sequences.last)
-            if reader.stops():
-                cache.crop(-1)
+            logits, stop = forward(sequences.ids, sequences.last), True
+            try:
+                stop = reader.stops()
+            finally:
+                if stop:  # or the streamer raised
+                    cache.crop(-1)
+            if stop:
                 break
         reads_first = False
     if streamer is not None:

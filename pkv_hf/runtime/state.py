@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import weakref
 from collections.abc import Hashable
 from dataclasses import MISSING, dataclass, field, fields
@@ -20,7 +21,7 @@ from pkv_hf.runtime.static import Forward, StaticStep
 
 logger = logging.getLogger("pkv_hf")
 
-OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts")
+OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts", "lock")
 """The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""
 
 
@@ -51,6 +52,8 @@ class PatchState:
     """The steps on static buffers of all caches, for `report`."""
     looked: object = None
     """The token of the look at which the last step on static buffers was asked for: steps of others are void."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held to walk over `static_steps` or to add one: a model may be called by several threads."""
     graph_memories: GraphMemories = field(default_factory=GraphMemories)
     compiled: set[Hashable] = field(default_factory=set)
     """Shapes of steps that ran before, so that a capture compiles and loads nothing."""

@@ -148,11 +148,11 @@ class StaticStep:
     def _replay(self, cache: PagedCache, begin: int, memories: GraphMemories) -> torch.Tensor:
         """Replays the step's graph, captured before where it cannot be replayed in this thread, on this stream."""
         memory = memories.here(self.device)
-        if self._graph is None or memory is not self._memory:
+        graph, output = self._graph, self._output  # another thread's look at the model may drop them meanwhile
+        if graph is None or output is None or memory is not self._memory:
             self.drop()
-            self._memory = memory
-            self._graph, self._output = memory.capture(lambda: self._body(cache, begin, captured=True))
+            graph, output = memory.capture(lambda: self._body(cache, begin, captured=True))
+            self._memory, self._graph, self._output = memory, graph, output
             self.captures += 1
-        assert self._output is not None
-        self._graph.replay()
-        return self._output
+        graph.replay()
+        return output

@@ -16,8 +16,9 @@ from pkv_hf import compat
 from pkv_hf.origins import LOOPS_OWN
 
 PLAIN = (bool, int, float, str, type(None))
-TORCHS_OWN = nn.Module().__dict__.keys() - {"training"}
-"""Attributes of every module that are no settings: its children, tensors and hooks."""
+NO_SETTINGS = nn.Module().__dict__.keys() - {"training"} | {"_experts_implementation_internal"}
+"""What every module has that is no setting, its children, tensors and hooks; and what transformers sets in the
+configuration for the steps of each generate(), and back."""
 
 NAMED_BY_LAYERS = ("apply_rotary_pos_emb", "rotate_half", "eager_attention_forward")
 """Functions beside a model's classes that its layers call."""
@@ -86,9 +87,11 @@ class _Code:
 
 
 class _Structure:
-    """Which module is where, and of what class."""
+    """Which module is where, of what class, and which dictionaries hold what is looked at in it."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
+        held = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+        self._in_place = [(m.__dict__, name, m.__dict__[name]) for m in modules for name in held]
         self._stores = [m._modules for m in modules]
         self._held = sum(map(len, self._stores))
         self._children = [(store, name, child) for store in self._stores for name, child in store.items()]
@@ -97,6 +100,7 @@ class _Structure:
     def unchanged(self) -> bool:
         return (
             sum(map(len, self._stores)) == self._held
+            and all(now.get(name) is store for now, name, store in self._in_place)
             and all(store.get(name) is child for store, name, child in self._children)
             and all(type(m) is of_class for m, of_class in self._classes)
         )
@@ -157,7 +161,7 @@ def _active(hooks: list[dict]) -> list[Callable[..., Any]]:
 
 def _plain_attributes(store: dict[str, Any]) -> dict[str, Any]:
     """Attributes that are plain values or containers of them, as they are now."""
-    return {name: copy.deepcopy(value) for name, value in store.items() if name not in TORCHS_OWN and _plain(value)}
+    return {name: copy.deepcopy(value) for name, value in store.items() if name not in NO_SETTINGS and _plain(value)}
 
 
 def _holds(settings: dict[str, Any], now: dict[str, Any]) -> bool:

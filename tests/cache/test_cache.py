@@ -332,3 +332,12 @@ def test_a_cache_that_is_initialized_before_its_first_tokens():
     append(20, 2, cache, filled)
     assert cache.memory() == filled.memory()
     assert cache.memory().live_bytes > 0
+
+
+def test_rows_that_begin_hold_no_token():
+    cache = PagedCache(tiny("llama").config)
+    for layer in range(3):
+        cache.update(*torch.randn(2, 2, 2, 40, 16), layer)
+    cache.start(3, np.zeros(3, dtype=np.int64))
+    assert cache.get_seq_length() == 0
+    assert cache.layers[0].keys is None

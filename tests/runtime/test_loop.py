@@ -163,6 +163,29 @@ def test_a_streamer_that_fails_leaves_no_page(model, runs):
     assert cache.memory().pages_in_use == 0
 
 
+@pytest.mark.parametrize("route", ["auto", "split"])
+def test_a_streamer_that_ends_a_call_leaves_the_cache_as_long(model, route):
+    if route == "split":
+        pytest.importorskip("triton")
+
+    class Ends(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.values) == 4:
+                raise KeyboardInterrupt
+
+    lengths = []
+    for patched in (False, True):
+        cache = pkv_hf.PagedCache(model.config)
+        if patched:
+            pkv_hf.patch(model, route=route)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(**left_padded(9), max_new_tokens=12, do_sample=False, streamer=Ends(), **{CACHE: cache})
+        lengths.append(cache.get_seq_length())
+    pkv_hf.unpatch(model)
+    assert lengths[0] == lengths[1] == 11
+
+
 def test_max_time_stops(model, runs):
     _, ours = both(model, runs, left_padded(9), max_time=0.0)
     assert ours.shape[1] == 9 + 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,13 @@ import torch
 import transformers
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache, LlamaForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.llama import modeling_llama
 
 import pkv_hf
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE
+from pkv_hf.origins import of_a_library
 from pkv_hf.replaced import Replacement
 from tiny import assert_on_pages, left_padded, randomized, tiny
 
@@ -78,6 +81,13 @@ class LlamaAttention(modeling_llama.LlamaAttention):
         return super().forward(hidden_states.flip(-1), *args, **kwargs)
 
 
+def replaced_hooks(model):
+    mlp = model.model.layers[0].mlp
+    undo = replaced(mlp, "_forward_hooks", OrderedDict())
+    mlp.register_forward_hook(lambda _, args, out: halved(out))
+    return undo
+
+
 CHANGES = {
     "MLP of a class": lambda m: own_class(m.model.layers[0].mlp, halved),
     "norm of a class": lambda m: own_class(m.model.layers[0].input_layernorm, halved),
@@ -117,6 +127,7 @@ CHANGES = {
             lambda module, args, out: halved(out) if module is m.model.layers[0].mlp else None
         ).remove
     ),
+    "hooks' dictionary": replaced_hooks,
     "loop": lambda m: everywhere(LlamaForCausalLM, "_sample", lambda out: out.flip(1)),
 }
 
@@ -124,6 +135,41 @@ CHANGES = {
 def inputs_shifted(inputs):
     inputs["input_ids"] = (inputs["input_ids"] + 1) % 128
     return inputs
+
+
+class Named:
+    """Of somebody else, with all that a wrapper of a library's has."""
+
+    func = __wrapped__ = staticmethod(sdpa_attention_forward)
+
+    def __call__(self, *args, **kwargs):
+        return sdpa_attention_forward(*args, **kwargs)
+
+
+@functools.wraps(sdpa_attention_forward)
+def wrapped(*args, **kwargs):
+    return sdpa_attention_forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("function", "known"),
+    [
+        (sdpa_attention_forward, True),
+        (functools.partial(sdpa_attention_forward), True),
+        (torch.no_grad()(sdpa_attention_forward), True),
+        (modeling_llama.LlamaModel.forward, True),
+        (tiny("llama", num_hidden_layers=1).forward, True),
+        (torch.nn.SiLU(), True),
+        (functools.partial(sdpa_attention_forward, is_causal=False), False),
+        (Named(), False),
+        (wrapped, False),
+        (torch.no_grad()(wrapped), False),
+        (lambda *args: None, False),
+        (torch.compile(sdpa_attention_forward), False),
+    ],
+)
+def test_what_is_of_a_library(function, known):
+    assert of_a_library(function) == known
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -133,6 +133,8 @@ def test_unpatch_leaves_what_came_later():
     pkv_hf.unpatch(model)
     remove_hook_from_module(model.model)
     assert torch.equal(generate(model), expected)
+    assert not pkv_hf.patch(model).model._pkv_hf_state.known.look().foreign  # of what the first patch left behind
+    pkv_hf.unpatch(model)
     vars(model.model).pop("forward")  # accelerate leaves the forward that it found
     assert attributes(model) == before
 
@@ -143,8 +145,12 @@ def test_a_patch_that_fails_changes_nothing(monkeypatch):
     AttentionInterface.register("of the user", lambda *args, **kwargs: sdpa_attention_forward(*args, **kwargs))
     AttentionMaskInterface.register("of the user", sdpa_mask)
     model.set_attn_implementation("of the user")
+    plain = model.model.forward
+    model.model.forward = around = lambda *args, **kwargs: plain(*args, **kwargs)
     with pytest.raises(pkv_hf.UnsupportedModelError, match="of the user"):
         pkv_hf.patch(model, page_size=64)
+    assert vars(model.model)["forward"] is around
+    model.model.forward = plain
     assert attributes(model) == before
     assert torch.equal(generate(model), expected)
     (left,) = pkv_hf.report(model).left
@@ -245,3 +251,19 @@ def test_a_copy_shares_its_configuration_as_the_model_does():
     assert twin.model.config._attn_implementation == "sdpa"
     generate(twin)
     assert_on_pages(twin)
+
+
+def test_the_configuration_of_a_patched_decoder_is_one_like_others():
+    model = pkv_hf.patch(tiny("llama"))
+    ours = model.model.config
+    assert ours == model.config
+    assert model.config == ours
+    for other in (
+        copy.copy(ours),
+        copy.deepcopy(ours),
+        type(ours)(num_hidden_layers=1),
+        ours.from_dict(ours.to_dict()),
+    ):
+        other.num_hidden_layers = 1
+        assert other != ours
+    assert model.config.num_hidden_layers == ours.num_hidden_layers == 3
