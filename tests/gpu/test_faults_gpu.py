@@ -20,13 +20,9 @@ from pkv_hf.cache import pool
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.runtime import graphs
-from tiny import assert_on_pages, decode_logits, left_padded, tiny
+from tiny import assert_on_pages, decode_logits, on_gpu, tiny
 
 pytestmark = pytest.mark.gpu
-
-
-def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
 
 
 def generate(model, inputs, **settings):

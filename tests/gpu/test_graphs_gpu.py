@@ -15,7 +15,7 @@ import pkv_hf
 from pkv_hf.cache.paged import KV_DTYPES
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
-from tiny import FAMILIES, assert_on_pages, decode_logits, left_padded, tiny
+from tiny import FAMILIES, assert_on_pages, decode_logits, on_gpu, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -25,10 +25,6 @@ COMBINATIONS = [
     for ahead in (True, False)
     for fuse in (True, False)
 ]
-
-
-def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
 
 
 def generate(model, inputs, **settings):

@@ -14,13 +14,9 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from tiny import assert_on_pages, left_padded, tiny
+from tiny import assert_on_pages, left_padded, on_gpu, tiny
 
 pytestmark = pytest.mark.gpu
-
-
-def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
 
 
 def generate(model, inputs, **settings):

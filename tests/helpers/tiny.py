@@ -88,6 +88,11 @@ def left_padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "attention_mask": mask}
 
 
+def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """`left_padded`, on a GPU."""
+    return {name: tensor.cuda() for name, tensor in left_padded(*lengths, seed=seed).items()}
+
+
 def decode_logits(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor], steps: int = 3) -> torch.Tensor:
     """Logits `[steps, B, vocab]`, float64, of a fixed continuation, a token at a time, after the prompt."""
     cache = pkv_hf.PagedCache(model.config)
