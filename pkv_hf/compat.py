@@ -257,7 +257,7 @@ def unfamiliar_implementation(name: str, functions: dict[str, Callable | None]) 
 
 
 serving: ContextVar[Any] = ContextVar("pkv_hf_serving", default=None)
-"""The configuration of the decoder whose forward on pages runs in this thread."""
+"""The step on pages that runs in this thread; its `config` is that of the decoder which it serves."""
 
 
 @functools.cache
@@ -265,7 +265,8 @@ def _serving_class(of_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """A configuration's class whose instances name our attention while their decoder is served on pages."""
 
     def implementation(self: Any) -> Any:
-        if torch.compiler.is_compiling() or serving.get() is not self:
+        step = None if torch.compiler.is_compiling() else serving.get()
+        if step is None or step.config is not self:
             return vars(self)["_attn_implementation_internal"]
         return NAME
 

@@ -8,6 +8,7 @@ generators of random numbers and all else that a caller may see are asked as oft
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -75,14 +76,14 @@ def _runs_ahead(model: Any, call: dict[str, Any]) -> bool:
         and not (config.return_dict_in_generate and (config.output_attentions or config.output_hidden_states))
         and config.cache_implementation in (None, "dynamic")
         and not config.is_assistant
-        and not any(getattr(config, name) for name in _unknown_options())
+        and not any(getattr(config, name) for name in _options_read() - OPTIONS)
     )
 
 
-def _unknown_options() -> list[str]:
-    """Options of a GenerationConfig that the installed release's loop reads and this one does not know."""
-    read = set(GenerationMixin._sample.__code__.co_names)
-    return [name for name in vars(GenerationConfig()) if name in read - OPTIONS]
+@functools.cache
+def _options_read() -> frozenset[str]:
+    """The options of a GenerationConfig that the installed release's loop reads."""
+    return frozenset(GenerationMixin._sample.__code__.co_names).intersection(vars(GenerationConfig()))
 
 
 def run_ahead(
@@ -113,12 +114,12 @@ def run_ahead(
         sequences.extend(logits)
         del logits
         reader.copy(sequences.unfinished, sequences.last)
-        if reads_first or sequences.full or forward.static is None:  # what is not static runs the caller's code
-            if reader.stops() or sequences.full:
-                break
-            logits = forward(sequences.ids, sequences.last)
-        else:
-            logits, stop = forward(sequences.ids, sequences.last), True
+        ahead = not (reads_first or forward.static is None)  # what is not static runs the caller's code
+        if (sequences.full or not ahead) and (reader.stops() or sequences.full):
+            break
+        logits = forward(sequences.ids, sequences.last)
+        if ahead:
+            stop = True
             try:
                 stop = reader.stops()
             finally:

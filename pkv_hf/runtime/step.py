@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,12 +16,10 @@ from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import Bounds, Norms, Route
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 
-_current: ContextVar[Step | None] = ContextVar("pkv_hf_step", default=None)
-
 
 def current_step() -> Step | None:
     """The step whose forward runs in this thread."""
-    return _current.get()
+    return serving.get()
 
 
 @contextmanager
@@ -95,13 +92,11 @@ class Step:
         if not self.cache.rows:
             self.cache.start(len(self.bounds.starts), self.bounds.starts)
         self.cache.step = self
-        self._outer = _current.set(self)
-        self._served_before = serving.set(self.config)
+        self._outer = serving.set(self)
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        serving.reset(self._served_before)
-        _current.reset(self._outer)
+        serving.reset(self._outer)
         self.cache.step = None
         missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
         if error is not None or missed:
