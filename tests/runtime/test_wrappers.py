@@ -191,11 +191,12 @@ def test_a_kept_cache_keeps_no_weights_alive():
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_patched_model_called_inside_anothers_step(cached):
     inner, outer = pkv_hf.patch(tiny("llama", seed=1)), pkv_hf.patch(tiny("llama"))
-    ids = INPUTS["input_ids"]
+    ids, named = INPUTS["input_ids"], set()
     with torch.no_grad():
         expected, seen = tiny("llama", seed=1)(ids).logits, []
 
     def calls(*_):
+        named.add((outer.model.config._attn_implementation, inner.model.config._attn_implementation))
         cache = {CACHE: PagedCache(inner.config)} if cached else {}
         seen.append(inner(ids, **cache).logits)
 
@@ -203,6 +204,7 @@ def test_a_patched_model_called_inside_anothers_step(cached):
     outer.model.layers[1].register_forward_hook(calls)
     assert torch.equal(generate(outer), plain)
     assert len(seen) == 4
+    assert named == {("pkv_hf", "sdpa")}
     for logits in seen:
         torch.testing.assert_close(logits, expected)
     assert_on_pages(outer)
