@@ -28,8 +28,10 @@ test: test-pinned test-oldest test-newest
 # What CI adds: it takes a third longer.
 COVER ?=
 
-test-pinned: $(VENV)/.installed
+# torchao is apart: whatever imports transformers or PEFT beside it is greeted with its warnings.
+test-pinned: $(VENV)/.installed .torchao/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" $(COVER) $(ARGS)
+	PYTHONPATH=.torchao $(BIN)/python -m pytest -q tests/runtime/test_weights.py -k torchao
 
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
@@ -79,6 +81,10 @@ $(NEWEST)/.torch-$(TODAY):
 $(NEWEST)/.installed: $(NEWEST)/.torch-$(TODAY) setup.cfg $(SOURCES)
 	rm -rf build
 	$(NEWEST)/bin/python -m pip --disable-pip-version-check -q install .
+	touch $@
+
+.torchao/.installed: $(VENV)/.installed
+	$(PIP) install --no-deps --upgrade --target .torchao -c constraints.txt torchao
 	touch $@
 
 .oldest/.installed: $(VENV)/.installed

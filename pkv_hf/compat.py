@@ -22,6 +22,7 @@ from pkv_hf.errors import UnsupportedVersionError
 from pkv_hf.origins import is_own, of_a_library
 
 logger = logging.getLogger("pkv_hf")
+logger.parent = logging.getLogger("transformers")  # its verbosity and its handlers are ours as well
 
 OLDEST_TRANSFORMERS = "5.17.0"
 NEWEST_TRANSFORMERS = "5.24.0"

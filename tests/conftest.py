@@ -10,11 +10,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched; read when tr
 
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 
 import interpreter
 
 interpreter.use()
+transformers.utils.logging.enable_propagation()  # so that pytest's caplog sees what it and pkv_hf say
 SCRIPTS = ROOT / "scripts"
 calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
 os.environ["PKV_HF_CACHE"] = calibrations.name  # none of this machine's user

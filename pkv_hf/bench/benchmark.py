@@ -17,8 +17,8 @@ from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.memory.weights import step_weight_bytes
-from pkv_hf.patch import patched
-from pkv_hf.report import report
+from pkv_hf.patching import patched
+from pkv_hf.reporting import report
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

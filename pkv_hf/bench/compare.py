@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from pkv_hf.bench.results.resume import Store
 from pkv_hf.compat import unwrap
-from pkv_hf.patch import patch, patched, unpatch
+from pkv_hf.patching import patch, patched, unpatch
 from pkv_hf.replaced import STATE
-from pkv_hf.report import report
+from pkv_hf.reporting import report
 
 Part = tuple[str, Callable[[], dict[str, Any]]]
 """A name that no other part of the run has, and what computes it: a dict of JSON types."""

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import functools
 import json
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -17,9 +16,8 @@ from typing import IO, Any
 
 import torch
 
+from pkv_hf import compat
 from pkv_hf.routes.costs import MODES, Constants, RouteConstants, from_properties
-
-logger = logging.getLogger("pkv_hf")
 
 FORMAT = 1
 
@@ -122,7 +120,7 @@ def constants_for(device: torch.device) -> Constants:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        logger.warning(
+        compat.logger.warning(
             "pkv_hf: calibration %s is ignored (%s: %s); `pkv-hf calibrate` writes a new one",
             path, type(error).__name__, error,
         )  # fmt: skip

@@ -19,10 +19,13 @@ from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
 from pkv_hf.runtime.choice import captures, choose_route, static_step
 from pkv_hf.runtime.graphs import CaptureError
+from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.static import StaticStep
 from pkv_hf.runtime.step import Step, outside_of_steps
 from pkv_hf.runtime.watch import hooks_of
+
+compat.register(compat.NAME, attention, mask)  # where a patched model that is unpickled finds its forward
 
 
 def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

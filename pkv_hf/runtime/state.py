@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import threading
 import weakref
@@ -12,14 +11,13 @@ from typing import Any
 
 import torch
 
+from pkv_hf import compat
 from pkv_hf.policy.choose import Decision
 from pkv_hf.replaced import Replacements
 from pkv_hf.runtime.counts import Counts
 from pkv_hf.runtime.evidence import Evidence
 from pkv_hf.runtime.graphs import GraphMemories
 from pkv_hf.runtime.static import Forward, StaticStep
-
-logger = logging.getLogger("pkv_hf")
 
 OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts", "lock")
 """The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""
@@ -71,4 +69,4 @@ class PatchState:
         kind = re.sub(r"\d+", "", reason)
         if kind not in self.said:
             self.said[kind] = reason
-            logger.warning("pkv_hf: left to transformers' own path: %s", reason)
+            compat.logger.warning("pkv_hf: left to transformers' own path: %s", reason)

@@ -101,9 +101,9 @@ def test_an_old_transformers_fails_at_patch_and_not_at_import(old):
         '        assert "transformers 4.40.1 is older than" in str(error)\n'
         '        assert "pip install \'transformers>=" in str(error)\n'
         "    else: raise SystemExit('patched')\n"
-        "import contextlib, io; from pkv_hf import cli\n"
+        "import contextlib, io; from pkv_hf import cli; sys.argv = ['pkv-hf', 'demo']\n"
         "with contextlib.redirect_stderr(io.StringIO()) as said: assert cli.main() == 2\n"
-        "assert said.getvalue().startswith('pkv-hf: transformers 4.40.1 is older than'), said.getvalue()"
+        "assert said.getvalue().startswith('pkv-hf demo: transformers 4.40.1 is older than'), said.getvalue()"
     )
 
 

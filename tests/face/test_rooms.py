@@ -16,7 +16,7 @@ ROOMS = ("kernels", "cache", "routes", "policy", "runtime", "patches", "memory",
 GROUND = ("compat", "origins", "replaced", "arguments", "errors", "tables", "version")
 """Modules that all rooms but `kernels` may import, and that import no room."""
 
-FACE = ("__init__", "patch", "prefix", "report")
+FACE = ("__init__", "patching", "prefixes", "reporting")
 PACKAGES = {"pkv_hf": "pkv_hf", "kernels": "pkv_hf.kernels", "patches": "pkv_hf.patches"}
 """Folders of the repository, and what they are imported as."""
 
@@ -28,7 +28,7 @@ def room_of(name: str) -> str:
     place = name.partition(".")[2].partition(".")[0]
     if place in FACE:
         return "face"
-    return "ground" if place in GROUND else place
+    return "ground" if place in GROUND else {"__main__": "cli"}.get(place, place)
 
 
 def modules() -> Iterator[tuple[Path, str]]:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import interpreter
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.report import explain
+from pkv_hf.reporting import explain
 from tiny import left_padded, tiny
 
 NEW_TOKENS = 4

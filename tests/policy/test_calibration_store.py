@@ -16,6 +16,7 @@ import torch
 
 from pkv_hf import cli
 from pkv_hf.bench import calibrate
+from pkv_hf.cli.calibrate import show
 from pkv_hf.policy import calibration
 from pkv_hf.policy.calibration import constants_for, path_for, reset, save
 from pkv_hf.routes.costs import MODES, Constants, RouteConstants
@@ -159,7 +160,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    monkeypatch.setattr(calibrate, "constants_for", lambda device: some_constants())
+    monkeypatch.setattr("pkv_hf.cli.calibrate.constants_for", lambda device: some_constants())
     monkeypatch.setattr(
         calibrate, "calibrate", lambda device, _: measured.append(device) or (some_constants(), {"seed": 1})
     )
@@ -246,6 +247,6 @@ def test_the_command_names_what_is_wrong(arguments, message, monkeypatch, capsys
 
 
 def test_constants_are_shown():
-    text = calibrate.show(some_constants())
+    text = show(some_constants())
     assert "graph G4 workqueue" in text
     assert "1,000" in text

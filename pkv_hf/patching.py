@@ -23,11 +23,8 @@ from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.evidence import Evidence, LayerShape
 from pkv_hf.runtime.forward import decoder_forward
 from pkv_hf.runtime.generation import prefill, prepare_cache, prepare_inputs
-from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.loop import generate, mode_arguments
 from pkv_hf.runtime.state import PatchState
-
-compat.register(compat.NAME, attention, mask)  # here, since a patched model that is unpickled is not patched again
 
 Model = TypeVar("Model", bound=nn.Module)
 

