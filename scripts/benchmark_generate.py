@@ -5,6 +5,8 @@ Every engine is measured on its second call of a case; its first, with what it c
 `dynamic-cold` is the first call of `dynamic`: a growing cache asks for new sizes at each step, which are slow until the
 allocator holds blocks of them.
 Tokens are compared with transformers' own first: in float32 a difference is an error, and nothing is recorded.
+`logit error` is how far the logits of an engine's first decode step are from those of wider arithmetic (float32; for a
+float32 model float64): the root mean square of the difference, relative. It says what other tokens are worth.
 
 `--mode beams` times the steps of beam search; the floor reads the prompt, which the beams share, once.
 `--mode assisted` times rounds: `--assistant` drafts `--draft-tokens` tokens one by one, then the model verifies them in
@@ -27,7 +29,7 @@ import torch
 import transformers
 
 from pkv_hf.arguments import count, device
-from pkv_hf.bench import benchmark
+from pkv_hf.bench import benchmark, logits
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs.models import DTYPES
 from pkv_hf.bench.measure import run_generate
@@ -43,7 +45,7 @@ def measure(
     model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, mode: dict[str, Any]
 ) -> benchmark.Summary:
     if engine != COLD:
-        return benchmark.measure(model, inputs, new_tokens, engine, **mode)
+        return benchmark.measure(model, inputs, new_tokens, engine, judged=not mode, **mode)
     started = time.perf_counter()
     run = run_generate(model, inputs, new_tokens, **mode)
     return benchmark.Summary(run, time.perf_counter() - started, None)
@@ -123,7 +125,7 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
         if drafted:
             least_bytes += drafted * benchmark.step_bytes(used[-1], lengths, arguments.new_tokens)
         floor_ms = least_bytes / bandwidth * 1e3
-        expected = None
+        expected = behind = exact = None
         for engine in engines:
             print(f"{lengths} {engine} ...", file=sys.stderr)
             summary = measure(model, inputs, arguments.new_tokens, engine, mode)
@@ -132,6 +134,12 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
             if not match and arguments.dtype == "float32":
                 print(f"error: {engine} gave other tokens than transformers on {lengths}", file=sys.stderr)
                 return 1
+            error = None
+            if summary.first_step is not None:
+                tokens, found = summary.first_step
+                if behind is None or not torch.equal(tokens, behind):
+                    behind, exact = tokens, logits.expected(model, tokens, inputs["attention_mask"])
+                error = None if exact is None else logits.error(found, exact)
             figures = summary.figures()
             p50 = figures["step_ms_p50"]
             record = {
@@ -155,18 +163,20 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
                 "tokens_per_s": len(lengths) * summary.run.tokens_per_step * 1e3 / p50,
                 "triton_cache": "warm" if compiled_before else "empty",
                 "tokens_match": match,
+                "logit_error": error,
                 "read_gb_s": bandwidth / 1e9,
                 **environment(),
             }
             append_record(arguments.out, record)
             records.append(record)
     header = ("case", "engine", "p20 ms", "p50 ms", "p80 ms", "floor ms", "of floor", "tokens a step", "tokens/s",
-              "first ms", "peak GiB", "setup s", "KV MiB", "tokens match")  # fmt: skip
+              "first ms", "peak GiB", "setup s", "KV MiB", "logit error", "tokens match")  # fmt: skip
     rows = [
         (f"{r['batch']} x {max(r['lengths']):,}", r["engine"], f"{r['step_ms_p20']:.2f}", f"{r['step_ms_p50']:.2f}",
          f"{r['step_ms_p80']:.2f}", f"{r['floor_ms']:.2f}", f"{r['percent_of_floor']:.0f} %",
          f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}",
-         f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}", f"{r['kv_bytes'] / 2**20:,.1f}", r["tokens_match"])
+         f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}", f"{r['kv_bytes'] / 2**20:,.1f}",
+         "-" if r["logit_error"] is None else f"{r['logit_error']:.1e}", r["tokens_match"])
         for r in records
     ]  # fmt: skip
     print(table(header, rows), end="\n\n")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pkv_hf.arguments import needs
+from pkv_hf.bench import logits
 from pkv_hf.bench.inputs.models import check_positions, in_4bit, loading
 from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 from pkv_hf.bench.measure import Run, run_generate
@@ -51,6 +52,8 @@ class Summary:
     setup_s: float
     """The engine's whole first call, what it compiles and allocates included."""
     route: str | None
+    first_step: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Its tokens and logits, as `logits.first_step` returns them."""
 
     def figures(self) -> dict[str, Any]:
         """Its fields of a record: times in milliseconds (`setup_s` in seconds), memory in GiB (`kv_bytes` in bytes)."""
@@ -152,8 +155,13 @@ ENGINES: dict[str, Engine] = {
 """All are measured on their second call of a case."""
 
 
-def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, **mode: Any) -> Summary:
-    """Runs a case twice by an engine; `mode` is what `generate()` is given for another mode than greedy decoding."""
+def measure(
+    model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, judged: bool = False, **mode: Any
+) -> Summary:
+    """Runs a case twice by an engine; `mode` is what `generate()` is given for another mode than greedy decoding.
+
+    Where it is to be `judged`, a third call notes the logits of its first step.
+    """
     settings = ENGINES[engine]
     with contextlib.ExitStack() as stack:
         if settings.patch is not None:
@@ -166,7 +174,8 @@ def measure(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine
         run_generate(model, inputs, new_tokens, **settings.generate, **mode)
         setup = time.perf_counter() - started
         run = run_generate(model, inputs, new_tokens, **settings.generate, **mode)
-        return Summary(run, setup, None if settings.patch is None else report(model).route)
+        step = logits.first_step(model, inputs, new_tokens, **settings.generate) if judged else None
+        return Summary(run, setup, None if settings.patch is None else report(model).route, step)
 
 
 def read_bandwidth(device: str) -> float:

@@ -1,0 +1,77 @@
+"""How far an engine's logits are from those of exact arithmetic: what "other tokens" is worth in half precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+MOST_TOKENS = 1 << 16
+"""Longer prompts, all rows together, are not judged: a forward in float32 over them takes minutes."""
+
+
+def first_step(
+    model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, **settings: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a greedy `generate()` of `new_tokens` (2 or more) does at its first decode step.
+
+    Returns the tokens that it stands behind, `[B, length + 1]`, and its logits `[B, vocabulary]`.
+    """
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(
+        **inputs,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **settings,
+    )
+    return output.sequences[:, : length + 1], output.logits[1]
+
+
+@torch.no_grad()
+def expected(model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+    """Logits `[B, vocabulary]` after `tokens` in the next wider arithmetic: float32, of a float32 model float64.
+
+    One forward of an unpatched model without a cache. `attention_mask` is that of the prompt, padded on the left. None
+    where there is no such forward: of quantised weights, of more than `MOST_TOKENS`.
+    """
+    if attention_mask.sum() > MOST_TOKENS or not all(p.is_floating_point() for p in model.parameters()):
+        return None
+    mask = nn.functional.pad(attention_mask, (0, 1), value=1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with _wider(model, torch.float64 if model.dtype == torch.float32 else torch.float32):
+        output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
+    return output.logits[:, -1]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """The root mean square of the difference, over that of the exact logits."""
+    wide = exact.double()
+    return float((found.to(wide) - wide).norm() / wide.norm())
+
+
+@contextlib.contextmanager
+def _wider(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, a module's weights are of another dtype while it runs, and narrow again after it."""
+    kept: dict[nn.Module, dict[str, torch.Tensor]] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        kept[module] = {name: parameter.data for name, parameter in module.named_parameters(recurse=False)}
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+
+    def narrow(module: nn.Module, *_: Any) -> None:
+        for name, data in kept.pop(module).items():
+            getattr(module, name).data = data
+
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                stack.callback(module.register_forward_pre_hook(widen).remove)
+                stack.callback(module.register_forward_hook(narrow, always_call=True).remove)
+        yield
