@@ -45,7 +45,8 @@ def measure(
     model: Any, inputs: dict[str, torch.Tensor], new_tokens: int, engine: str, mode: dict[str, Any]
 ) -> benchmark.Summary:
     if engine != COLD:
-        return benchmark.measure(model, inputs, new_tokens, engine, judged=not mode, **mode)
+        judged = not mode and logits.can_be_judged(model, inputs["attention_mask"])
+        return benchmark.measure(model, inputs, new_tokens, engine, judged, **mode)
     started = time.perf_counter()
     run = run_generate(model, inputs, new_tokens, **mode)
     return benchmark.Summary(run, time.perf_counter() - started, None)
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
                 tokens, found = summary.first_step
                 if behind is None or not torch.equal(tokens, behind):
                     behind, exact = tokens, logits.expected(model, tokens, inputs["attention_mask"])
-                error = None if exact is None else logits.error(found, exact)
+                error = logits.error(found, exact)
             figures = summary.figures()
             p50 = figures["step_ms_p50"]
             record = {

@@ -33,15 +33,17 @@ def first_step(
     return output.sequences[:, : length + 1], output.logits[1]
 
 
+def can_be_judged(model: nn.Module, attention_mask: torch.Tensor) -> bool:
+    """Whether `expected` has an answer: of weights that are not quantised, for `MOST_TOKENS` at most."""
+    return int(attention_mask.sum()) <= MOST_TOKENS and all(p.is_floating_point() for p in model.parameters())
+
+
 @torch.no_grad()
-def expected(model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+def expected(model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Logits `[B, vocabulary]` after `tokens` in the next wider arithmetic: float32, of a float32 model float64.
 
-    One forward of an unpatched model without a cache. `attention_mask` is that of the prompt, padded on the left. None
-    where there is no such forward: of quantised weights, of more than `MOST_TOKENS`.
+    One forward of an unpatched model without a cache. `attention_mask` is that of the prompt, padded on the left.
     """
-    if attention_mask.sum() > MOST_TOKENS or not all(p.is_floating_point() for p in model.parameters()):
-        return None
     mask = nn.functional.pad(attention_mask, (0, 1), value=1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     with _wider(model, torch.float64 if model.dtype == torch.float32 else torch.float32):

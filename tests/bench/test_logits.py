@@ -59,12 +59,11 @@ def test_weights_come_back_where_the_forward_fails(monkeypatch):
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_what_cannot_be_judged_is_not(monkeypatch):
-    model, inputs = tiny("llama").to(torch.bfloat16), left_padded(9)
-    tokens = torch.ones(1, 10, dtype=torch.long)
+def test_what_cannot_be_judged_is_known(monkeypatch):
+    model, mask = tiny("llama").to(torch.bfloat16), left_padded(9)["attention_mask"]
+    assert logits.can_be_judged(model, mask)
     monkeypatch.setattr(logits, "MOST_TOKENS", 8)
-    assert logits.expected(model, tokens, inputs["attention_mask"]) is None
+    assert not logits.can_be_judged(model, mask)
     monkeypatch.undo()
-    assert logits.expected(model, tokens, inputs["attention_mask"]) is not None
     pytest.importorskip("bitsandbytes")
-    assert logits.expected(in_4bit(model, "cpu"), tokens, inputs["attention_mask"]) is None
+    assert not logits.can_be_judged(in_4bit(model, "cpu"), mask)

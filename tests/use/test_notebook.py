@@ -1,9 +1,10 @@
-"""The notebook runs from top to bottom, here on a CPU with its small sizes, and is stored without outputs."""
+"""The notebook runs from top to bottom, here on a CPU with its small sizes, and shows what it gave on a GPU."""
 
 from __future__ import annotations
 
 import pytest
 
+from pkv_hf.bench.results.resume import digest
 from places import ROOT
 
 nbformat = pytest.importorskip("nbformat")
@@ -12,11 +13,20 @@ nbclient = pytest.importorskip("nbclient")
 NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 
 
-def test_it_is_stored_as_it_is_written():
+def test_it_shows_what_its_cells_gave_on_a_gpu():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not any(cell.outputs or cell.execution_count for cell in cells)
+    recorded = notebook.metadata["pkv_hf"]
+    assert recorded["sources"] == digest([cell.source for cell in cells])  # else: scripts/record_notebook.py
+    assert not recorded["gpu"].startswith("none")
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)]
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert {output.get("name", "stdout") for output in outputs} == {"stdout"}
+    printed = "".join(output.get("text", "") for output in outputs)
+    for words in (recorded["gpu"], "new ones fit", "tokens/s", "the same tokens after loading: True", " captured, "):
+        assert words in printed
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_it_runs_from_top_to_bottom(monkeypatch):
