@@ -126,7 +126,8 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
         if drafted:
             least_bytes += drafted * benchmark.step_bytes(used[-1], lengths, arguments.new_tokens)
         floor_ms = least_bytes / bandwidth * 1e3
-        expected = behind = exact = None
+        expected = None
+        judge: tuple[torch.Tensor, torch.Tensor] | None = None
         for engine in engines:
             print(f"{lengths} {engine} ...", file=sys.stderr)
             summary = measure(model, inputs, arguments.new_tokens, engine, mode)
@@ -138,9 +139,9 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
             error = None
             if summary.first_step is not None:
                 tokens, found = summary.first_step
-                if behind is None or not torch.equal(tokens, behind):
-                    behind, exact = tokens, logits.expected(model, tokens, inputs["attention_mask"])
-                error = logits.error(found, exact)
+                if judge is None or not torch.equal(tokens, judge[0]):
+                    judge = tokens, logits.expected(model, tokens, inputs["attention_mask"])
+                error = logits.error(found, judge[1])
             figures = summary.figures()
             p50 = figures["step_ms_p50"]
             record = {

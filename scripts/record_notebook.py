@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 from pkv_hf.arguments import needs
-from pkv_hf.bench.results.records import check_out, environment
+from pkv_hf.bench.results.records import OUT_FOLDER, environment, output
 from pkv_hf.bench.results.resume import digest
 from pkv_hf.errors import status
 
@@ -20,14 +20,13 @@ NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "colab.ipynb"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=NOTEBOOK, help="where the notebook is saved (default: in place)")
+    parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/{NOTEBOOK.name}", help="default: %(default)s")
     arguments = parser.parse_args()
     return status("record_notebook", lambda: record(arguments.out))
 
 
 def record(out: Path) -> None:
     needs("nbclient", "nbformat", "ipykernel", "matplotlib", "peft")
-    check_out(out)
     import nbclient
     import nbformat
 
@@ -38,6 +37,7 @@ def record(out: Path) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         cell.metadata.pop("execution", None)  # when each cell ran
     notebook.metadata["pkv_hf"] = {**environment(), "sources": digest([cell.source for cell in cells])}
+    out.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(notebook, out)
     print(json.dumps({"notebook": str(out), **notebook.metadata["pkv_hf"]}))
 
