@@ -78,8 +78,7 @@ COMMANDS = [
     ("plot_attention", ["--results", "{other}"], "attention.jsonl, line 1 has no gpu, rows"),
     *[(script, [option, "{binary}/plots"], f"{option}: '{{binary}}/plots' cannot be written") for script, option in
       (("plot_results", "--out"), ("plot_attention", "--out"), ("perplexity", "--plots"), ("passkey", "--plots"))],
-    ("readme_tables", ["--chekc"], "unrecognized arguments: --chekc"),
-    ("policy_tables", ["--chekc"], "unrecognized arguments: --chekc"),
+    ("make_pages", ["--chekc"], "unrecognized arguments: --chekc"),
     ("finetune_then_serve", ["--steps", "0"], "--steps is 0: pass at least 1"),
     ("finetune_then_serve", ["--adapters", "{binary}/out"], "--adapters {binary}/out cannot be written"),
     ("finetune_then_serve", ["--model", "{model}", "--block", "500"], "500 and --new-tokens 32, 532 tokens, exceeds"),
@@ -195,7 +194,7 @@ def test_no_script_imports_a_package_that_may_be_missing():
     packages = sorted({package for *_, package in NEEDS})
     scripts = sorted({command for command, arguments, _ in NEEDS if not arguments})
     code = (
-        f"import importlib.util, json, sys; sys.modules.update(dict.fromkeys({packages}))\n"
+        f"import importlib.util, json, sys; sys.modules.update(dict.fromkeys({packages})); sys.path.append('scripts')\n"
         "found = {}\n"
         f"for name in {[path.stem for path in SCRIPTS.glob('*.py')]}:\n"
         "    spec = importlib.util.spec_from_file_location(name, f'scripts/{name}.py')\n"
@@ -223,16 +222,17 @@ def test_an_engine_that_cannot_serve_the_model_gives_the_reasons(run, files, tmp
     assert [record["engine"] for record in records(out)] == ["dynamic"]
 
 
-@pytest.mark.parametrize("script", ["readme_tables", "policy_tables"])
-def test_tables_of_a_torn_record_are_not_written(run, tmp_path, monkeypatch, capsys, script):
-    module = run.load(script)
-    for name in ("generate", "traces"):
-        (tmp_path / f"{name}.jsonl").write_text('{"gpu": "NVI')
-    (tmp_path / "demo.txt").write_text("")
-    module.RESULTS = tmp_path
-    monkeypatch.setattr(sys, "argv", [script, "--check"])
+def test_tables_of_a_torn_record_are_not_written(run, tmp_path, monkeypatch, capsys):
+    module = run.load("make_pages")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: generate-gpu -->\n<!-- end -->")
+    (tmp_path / "generate.jsonl").write_text('{"gpu": "NVI')
+    monkeypatch.setattr("pages.RESULTS", tmp_path)
+    monkeypatch.setattr(module, "PAGES", [page])
+    monkeypatch.setattr(sys, "argv", ["make_pages"])
     assert module.main() == 2
     assert "jsonl, line 1 is not JSON: take it out" in capsys.readouterr().err
+    assert page.read_text() == "<!-- generated: generate-gpu -->\n<!-- end -->"
 
 
 def test_every_script_is_in_the_table():
