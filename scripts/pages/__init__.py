@@ -11,6 +11,8 @@ from pkv_hf.bench.results.published import Record
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+GPU = "NVIDIA H100 80GB HBM3"
+"""What README.md and the pictures are of."""
 
 
 def read(name: str, **defaults: Any) -> list[Record]:

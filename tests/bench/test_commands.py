@@ -22,6 +22,7 @@ from places import ROOT
 from tiny import byte_tokenizer, tiny
 
 SCRIPTS = ROOT / "scripts"
+RESULTS = ROOT / "benchmarks" / "results"
 ASSISTED = ("--model", "{model}", "--lengths", "9", "--new-tokens", "40", "--mode", "assisted", "--assistant")
 
 COMMANDS = [
@@ -75,9 +76,14 @@ COMMANDS = [
     ("plot_attention", ["--results", "{binary}"], "--results: '{binary}' is a file"),
     ("plot_attention", ["--results", "{logs}"], "--results {logs} has no attention.jsonl and no traces.jsonl"),
     ("plot_attention", ["--results", "{torn}"], "attention.jsonl, line 1 is not JSON: take it out"),
-    ("plot_attention", ["--results", "{other}"], "attention.jsonl, line 1 has no gpu, rows"),
+    ("plot_attention", ["--results", "{other}"], "attention.jsonl, line 1 has no gpu, commit"),
+    ("plot_quality", ["--results", "{other}/attention.jsonl"], "attention.jsonl, line 1 has no gpu, model"),
+    *[(script, ["--results", str(RESULTS / place), "--gpu", "no"], "--gpu 'no': ") for script, place in
+      (("plot_results", "generate.jsonl"), ("plot_attention", ""), ("plot_quality", "perplexity.jsonl"))],
+    ("plot_quality", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
     *[(script, [option, "{binary}/plots"], f"{option}: '{{binary}}/plots' cannot be written") for script, option in
-      (("plot_results", "--out"), ("plot_attention", "--out"), ("perplexity", "--plots"), ("passkey", "--plots"))],
+      (("plot_results", "--out"), ("plot_attention", "--out"), ("plot_quality", "--out"),
+       ("perplexity", "--plots"), ("passkey", "--plots"))],
     ("make_pages", ["--chekc"], "unrecognized arguments: --chekc"),
     ("finetune_then_serve", ["--steps", "0"], "--steps is 0: pass at least 1"),
     ("finetune_then_serve", ["--adapters", "{binary}/out"], "--adapters {binary}/out cannot be written"),
@@ -103,7 +109,7 @@ NEEDS = [
     *[(script, [], package) for script, packages in {
         "benchmark_attention": ("triton",), "benchmark_linear": ("triton",), "benchmark_traces": ("triton",),
         "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "record_tests": ("pytest",),
-        "plot_results": ("matplotlib",),
+        "plot_results": ("matplotlib",), "plot_quality": ("matplotlib",),
         "plot_attention": ("matplotlib",), "passkey": ("matplotlib",), "finetune_then_serve": ("peft",),
         "perplexity": ("datasets", "evaluate", "matplotlib"),
       }.items() for package in packages],
@@ -241,7 +247,7 @@ def test_every_script_is_in_the_table():
     assert with_parser | {"pkv-hf"} == {command for command, *_ in COMMANDS}
 
 
-READS = {("plot_results", "--results"), ("plot_attention", "--results")}
+READS = {("plot_results", "--results"), ("plot_attention", "--results"), ("plot_quality", "--results")}
 """Options that only read, and so have the committed records for a default."""
 
 
