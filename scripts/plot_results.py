@@ -1,75 +1,100 @@
-"""Draws decode step time and percent of the memory floor over context length, from benchmark_generate.py's records.
+"""Draws decode steps of the 8B shape in bfloat16, on pages and with transformers' caches, from records of
+benchmark_generate.py.
 
-One PNG a model and GPU; the newest record of a case counts. Batches of several rows are drawn apart, as points.
+`decode.png`: one row, step time over the context. `batches.png`: several rows. What is compared comes from one run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
+
+from pages import GPU, readme
+from pages.performance import MODE, PEERS, compared
 
 from pkv_hf.arguments import file, needs, output_folder
-from pkv_hf.bench.results.charts import pyplot, write
+from pkv_hf.bench.results import charts
+from pkv_hf.bench.results.charts import COLOURS, LIMIT, NAMES, Record
 from pkv_hf.bench.results.records import read_records
-from pkv_hf.errors import status
+from pkv_hf.errors import UsageError, status
 
-Record = dict[str, Any]
-FIELDS = ("model", "dtype", "gpu", "lengths", "engine", "batch", "step_ms_p50", "floor_ms", "percent_of_floor")
-
-
-def load(path: Path) -> dict[tuple[str, str, str], list[Record]]:
-    """Records of greedy decoding by model, dtype of activations (and of quantised weights) and GPU."""
-    newest: dict[tuple, Record] = {}
-    for r in read_records(path, f"--results {path}", FIELDS):
-        if r.get("mode", "greedy") != "greedy":
-            continue
-        dtype = f"{r['dtype']}-nf4" if r.get("weight_bits") else r["dtype"]
-        newest[r["model"], dtype, r["gpu"], tuple(r["lengths"]), r["engine"]] = r
-    groups = defaultdict(list)
-    for (model, dtype, gpu, *_), record in newest.items():
-        groups[model, dtype, gpu].append(record)
-    return groups
+FIELDS = ("model", "dtype", "gpu", "commit", "torch", "transformers", "lengths", "engine", "step_ms_p50", "floor_ms")
+ENGINES = (*PEERS, "patched")
 
 
-def draw(records: list[Record], title: str, path: Path) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+def load(path: Path, gpu: str) -> list[dict[str, Record]]:
+    """Greedy decoding of the shape on a GPU: of each case its engines."""
+    records = [{**MODE, **r} for r in read_records(path, f"--results {path}", FIELDS)]
+    of_shape = [
+        r
+        for r in charts.of_gpu(records, gpu, path)
+        if r["mode"] == "greedy" and all(r.get(key) == value for key, value in readme.SHAPE.items())
+    ]
+    return compared(of_shape)
 
-    figure, (times, percents) = pyplot().subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    engines = list(dict.fromkeys(r["engine"] for r in records))
-    for engine in engines:
-        single = sorted((r for r in records if r["engine"] == engine and r["batch"] == 1), key=lambda r: r["lengths"])
-        several = [r for r in records if r["engine"] == engine and r["batch"] > 1]
-        (line,) = times.plot([r["lengths"][0] for r in single], [r["step_ms_p50"] for r in single], "o-", label=engine)
-        percents.plot([r["lengths"][0] for r in single], [r["percent_of_floor"] for r in single], "o-")
-        for axes, key in ((times, "step_ms_p50"), (percents, "percent_of_floor")):
-            for r in several:
-                axes.plot(max(r["lengths"]), r[key], "s", color=line.get_color(), fillstyle="none")
-                axes.annotate(f"{r['batch']} rows", (max(r["lengths"]), r[key]), xytext=(6, 0), fontsize=7,
-                              textcoords="offset points", va="center")  # fmt: skip
-    floors = sorted(
-        {(r["lengths"][0], r["floor_ms"]) for r in records if r["batch"] == 1 and r["engine"] == engines[0]}
-    )
-    times.plot([length for length, _ in floors], [floor for _, floor in floors], "k--", label="memory floor")
-    times.set(ylabel="decode step, ms (median)", yscale="log", title=title)
-    percents.set(ylabel="percent of the memory floor", ylim=(0, 100))
-    for axes in (times, percents):
-        axes.set(xlabel="prompt tokens", xscale="log")
-        lengths = sorted({max(r["lengths"]) for r in records})
-        axes.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30, fontsize=8)
-        axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.grid(alpha=0.3)
-    for set_formatter in (times.yaxis.set_major_formatter, times.yaxis.set_minor_formatter):
-        set_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    figure.legend(*times.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
-    write(figure, path)
+
+def draw_decode(runs: list[dict[str, Record]], gpu: str, path: Path) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    title = f"A decode step of Llama-3.1-8B's shape, one row, bfloat16, {gpu}"
+    figure, axes = charts.panel(4.6, title, xlabel="context, tokens", ylabel="ms a step, median")
+    lines = {
+        engine: [(run[engine]["lengths"][0], run[engine]["step_ms_p50"]) for run in runs if engine in run]
+        for engine in ENGINES
+    }
+    labels = {}
+    for engine, points in lines.items():
+        if points:
+            axes.plot(*zip(*points), "o-", color=COLOURS[engine], linewidth=2)
+            labels[NAMES[engine]] = (*points[-1], COLOURS[engine])
+    floor = [(run["patched"]["lengths"][0], run["patched"]["floor_ms"]) for run in runs]
+    axes.plot(*zip(*floor), "--", color=LIMIT)
+    labels["memory floor"] = (*floor[-1], LIMIT)
+    lengths = [length for length, _ in floor]
+    charts.length_ticks(axes, lengths)
+    axes.set_xlim(lengths[0] * 0.85, lengths[-1] * 2.2)
+    axes.set_yscale("log")
+    ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200) if axes.get_ylim()[0] <= tick <= axes.get_ylim()[1]]
+    axes.set_yticks(ticks)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    figure.draw_without_rendering()
+    charts.end_labels(axes, labels)
+    charts.write(figure, path)
+
+
+def rows_of(r: Record) -> str:
+    lengths = r["lengths"]
+    if len(set(lengths)) == 1:
+        return f"{len(lengths)} rows of {lengths[0]:,}"
+    return f"{len(lengths)} ragged rows,\n{min(lengths):,} to {max(lengths):,}"
+
+
+def draw_batches(runs: list[dict[str, Record]], gpu: str, path: Path) -> None:
+    title = f"A decode step of several rows, Llama-3.1-8B's shape, bfloat16, {gpu}"
+    figure, axes = charts.panel(1.6 + 1.3 * len(runs), title, xlabel="ms a step, median")
+    axes.grid(visible=False, axis="y")
+    for place, run in enumerate(reversed(runs)):
+        shown = [engine for engine in ENGINES if engine in run]
+        for line, engine in enumerate(shown):
+            at, ms = place + 0.25 * ((len(shown) - 1) / 2 - line), run[engine]["step_ms_p50"]
+            axes.barh(at, ms, 0.23, color=COLOURS[engine])
+            axes.annotate(f"{NAMES[engine]}, {ms:.1f}", (ms, at), xytext=(5, 0), textcoords="offset points",
+                          va="center", fontsize=10)  # fmt: skip
+        floor = run["patched"]["floor_ms"]
+        axes.plot([floor, floor], [place - 0.42, place + 0.42], "--", color=LIMIT, label="memory floor")
+    axes.set_yticks(range(len(runs)), [rows_of(run["patched"]) for run in reversed(runs)])
+    axes.margins(x=0.25)
+    axes.set_xlim(left=0)
+    axes.legend(*([handles[0]] for handles in axes.get_legend_handles_labels()), loc="lower right", fontsize=10)
+    charts.write(figure, path)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=file, default=Path("benchmarks/results/generate.jsonl"))
+    parser.add_argument("--gpu", default=GPU, help="whose records to draw, as they name it (default: %(default)s)")
     parser.add_argument("--out", type=output_folder, default=Path("benchmarks/plots"), help="folder of the PNG files")
     arguments = parser.parse_args()
     return status("plot_results", lambda: plot(arguments))
@@ -77,14 +102,18 @@ def main() -> int:
 
 def plot(arguments: argparse.Namespace) -> None:
     needs("matplotlib")
+    runs = load(arguments.results, arguments.gpu)
+    several = [run for run in runs if len(run["patched"]["lengths"]) > 1]
+    single = [run for run in runs if run not in several]
     files = []
-    for (model, dtype, gpu), records in load(arguments.results).items():
-        name = (
-            "-".join(part for part in (Path(model).name, dtype, gpu.split(" (")[0]) if part).replace(" ", "-").lower()
-        )
-        files.append(arguments.out / f"{name}.png")
-        draw(records, f"{Path(model).name}, {dtype}, {'CPU' if gpu.startswith('none') else gpu}", files[-1])
-        print(files[-1])
+    for name, draw, drawn in (("decode", draw_decode, single), ("batches", draw_batches, several)):
+        if drawn:
+            files.append(arguments.out / f"{name}.png")
+            draw(drawn, arguments.gpu, files[-1])
+            print(files[-1])
+    if not files:
+        raise UsageError(f"--results {arguments.results} has no run of {readme.SHAPE['model']} in bfloat16 on "
+                         f"{arguments.gpu}, unpatched and patched: run benchmark_generate.py with it")  # fmt: skip
     print(json.dumps({"plots": [str(path) for path in files]}))
 
 

@@ -12,7 +12,8 @@ python3 scripts/record_tests.py tests/gpu tests/kernels/test_kernels.py tests/ke
   tests/kernels/test_linear.py --jobs 12 --out "$out/tests.jsonl"
 python3 scripts/check_kernels.py --cases 50 --longest 131072 --jobs 12 --out "$out/kernels.jsonl"
 generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120 --new-tokens 48
-generate --model llama-3.1-8b --dtype bfloat16 --lengths "$eight" "$ragged" 512 32768 100000 --new-tokens 48
+generate --model llama-3.1-8b --dtype bfloat16 --lengths "$eight" "$ragged" 512 8192 32768 100000 --new-tokens 48 \
+  --engines static-compile patched
 generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 --new-tokens 48 \
   --engines dynamic-cold patched patched-no-fuse patched-no-run-ahead patched-no-graphs patched-pages-only
 generate --model llama-3.2-1b --dtype bfloat16 --lengths 8192 --new-tokens 48 --engines static-compile patched
@@ -23,7 +24,6 @@ for _ in 1 2; do
   TRITON_CACHE_DIR=$cache generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 --new-tokens 48
 done
 python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"
-generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 32768 512 --new-tokens 48 --engines static-compile
 generate --model llama-3.1-8b --dtype bfloat16 --lengths 16384 --new-tokens 48 --load-in-4bit
 python3 scripts/finetune_then_serve.py --steps 60 --batch 8 --block 512 --new-tokens 64 --out "$out/finetune.jsonl"
 [ "$(nvidia-smi --list-gpus | wc -l)" -lt 2 ] || python3 scripts/benchmark_devices.py --out "$out/devices.jsonl"

@@ -24,4 +24,3 @@ attention --rows 1 8 --length 16384 --head-dim 64 256
 attention --rows 1 8 --length 16384 --dtype bfloat16 float32
 attention --rows 8 --length 16384 --dtype bfloat16 --kv-dtype same int8 fp8 --engines split workqueue
 attention --rows 1 8 --length 16384 --engines split --splits 1 2 4 8 16 32 64
-python3 scripts/plot_attention.py --results "$out"

@@ -86,7 +86,9 @@ def smollm2_tokenizer():
 
 
 def script(name):
-    """A script as a module."""
+    """A script as a module, which finds what lies beside it as it does when it is run."""
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -21,6 +21,9 @@ from pkv_hf.compat import unwrap
 MODES = ("chunk", "decode")
 """How a window is scored on pages: in chunks, or by generate()."""
 
+BOUNDS = {"int8": 0.5, "fp8": 0.5, "bfloat16": 0.05, "float16": 0.05, "float32": 0.01}
+"""Percent that perplexity on pages may differ by, of pages that hold this. float32 is compared to 1e-4."""
+
 BLOCK_ELEMENTS = 1 << 25
 """Logits of a block in float32, at most: 128 MiB."""
 

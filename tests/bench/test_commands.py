@@ -22,6 +22,7 @@ from places import ROOT
 from tiny import byte_tokenizer, tiny
 
 SCRIPTS = ROOT / "scripts"
+RESULTS = ROOT / "benchmarks" / "results"
 ASSISTED = ("--model", "{model}", "--lengths", "9", "--new-tokens", "40", "--mode", "assisted", "--assistant")
 
 COMMANDS = [
@@ -75,11 +76,15 @@ COMMANDS = [
     ("plot_attention", ["--results", "{binary}"], "--results: '{binary}' is a file"),
     ("plot_attention", ["--results", "{logs}"], "--results {logs} has no attention.jsonl and no traces.jsonl"),
     ("plot_attention", ["--results", "{torn}"], "attention.jsonl, line 1 is not JSON: take it out"),
-    ("plot_attention", ["--results", "{other}"], "attention.jsonl, line 1 has no gpu, rows"),
+    ("plot_attention", ["--results", "{other}"], "attention.jsonl, line 1 has no gpu, commit"),
+    ("plot_quality", ["--results", "{other}/attention.jsonl"], "attention.jsonl, line 1 has no gpu, model"),
+    *[(script, ["--results", str(RESULTS / place), "--gpu", "no"], "--gpu 'no': ") for script, place in
+      (("plot_results", "generate.jsonl"), ("plot_attention", ""), ("plot_quality", "perplexity.jsonl"))],
+    ("plot_quality", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
     *[(script, [option, "{binary}/plots"], f"{option}: '{{binary}}/plots' cannot be written") for script, option in
-      (("plot_results", "--out"), ("plot_attention", "--out"), ("perplexity", "--plots"), ("passkey", "--plots"))],
-    ("readme_tables", ["--chekc"], "unrecognized arguments: --chekc"),
-    ("policy_tables", ["--chekc"], "unrecognized arguments: --chekc"),
+      (("plot_results", "--out"), ("plot_attention", "--out"), ("plot_quality", "--out"),
+       ("perplexity", "--plots"), ("passkey", "--plots"))],
+    ("make_pages", ["--chekc"], "unrecognized arguments: --chekc"),
     ("finetune_then_serve", ["--steps", "0"], "--steps is 0: pass at least 1"),
     ("finetune_then_serve", ["--adapters", "{binary}/out"], "--adapters {binary}/out cannot be written"),
     ("finetune_then_serve", ["--model", "{model}", "--block", "500"], "500 and --new-tokens 32, 532 tokens, exceeds"),
@@ -110,7 +115,7 @@ NEEDS = [
     *[(script, [], package) for script, packages in {
         "benchmark_attention": ("triton",), "benchmark_linear": ("triton",), "benchmark_traces": ("triton",),
         "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "record_tests": ("pytest",),
-        "plot_results": ("matplotlib",),
+        "plot_results": ("matplotlib",), "plot_quality": ("matplotlib",),
         "plot_attention": ("matplotlib",), "passkey": ("matplotlib",), "finetune_then_serve": ("peft",),
         "perplexity": ("datasets", "evaluate", "matplotlib"), "record_notebook": ("nbclient", "ipykernel"),
       }.items() for package in packages],
@@ -201,7 +206,7 @@ def test_no_script_imports_a_package_that_may_be_missing():
     packages = sorted({package for *_, package in NEEDS})
     scripts = sorted({command for command, arguments, _ in NEEDS if not arguments})
     code = (
-        f"import importlib.util, json, sys; sys.modules.update(dict.fromkeys({packages}))\n"
+        f"import importlib.util, json, sys; sys.modules.update(dict.fromkeys({packages})); sys.path.append('scripts')\n"
         "found = {}\n"
         f"for name in {[path.stem for path in SCRIPTS.glob('*.py')]}:\n"
         "    spec = importlib.util.spec_from_file_location(name, f'scripts/{name}.py')\n"
@@ -229,16 +234,17 @@ def test_an_engine_that_cannot_serve_the_model_gives_the_reasons(run, files, tmp
     assert [record["engine"] for record in records(out)] == ["dynamic"]
 
 
-@pytest.mark.parametrize("script", ["readme_tables", "policy_tables"])
-def test_tables_of_a_torn_record_are_not_written(run, tmp_path, monkeypatch, capsys, script):
-    module = run.load(script)
-    for name in ("generate", "traces"):
-        (tmp_path / f"{name}.jsonl").write_text('{"gpu": "NVI')
-    (tmp_path / "demo.txt").write_text("")
-    module.RESULTS = tmp_path
-    monkeypatch.setattr(sys, "argv", [script, "--check"])
+def test_tables_of_a_torn_record_are_not_written(run, tmp_path, monkeypatch, capsys):
+    module = run.load("make_pages")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- generated: generate-gpu -->\n<!-- end -->")
+    (tmp_path / "generate.jsonl").write_text('{"gpu": "NVI')
+    monkeypatch.setattr("pages.RESULTS", tmp_path)
+    monkeypatch.setattr(module, "PAGES", [page])
+    monkeypatch.setattr(sys, "argv", ["make_pages"])
     assert module.main() == 2
     assert "jsonl, line 1 is not JSON: take it out" in capsys.readouterr().err
+    assert page.read_text() == "<!-- generated: generate-gpu -->\n<!-- end -->"
 
 
 def test_every_script_is_in_the_table():
@@ -247,7 +253,7 @@ def test_every_script_is_in_the_table():
     assert with_parser | {"pkv-hf"} == {command for command, *_ in COMMANDS}
 
 
-READS = {("plot_results", "--results"), ("plot_attention", "--results")}
+READS = {("plot_results", "--results"), ("plot_attention", "--results"), ("plot_quality", "--results")}
 """Options that only read, and so have the committed records for a default."""
 
 
