@@ -8,7 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
+from pkv_hf import compat
+
+CHUNK = 2048
 MOST_TOKENS = 1 << 16
 """Longer prompts, all rows together, are not judged: a forward in float32 over them takes minutes."""
 
@@ -42,13 +46,17 @@ def can_be_judged(model: nn.Module, attention_mask: torch.Tensor) -> bool:
 def expected(model: Any, tokens: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """Logits `[B, vocabulary]` after `tokens` in the next wider arithmetic: float32, of a float32 model float64.
 
-    One forward of an unpatched model without a cache. `attention_mask` is that of the prompt, padded on the left.
+    By forwards of an unpatched model, row by row and in chunks: torch has no attention in float32 that takes grouped
+    heads without a matrix of weights. `attention_mask` is that of the prompt, padded on the left.
     """
-    mask = nn.functional.pad(attention_mask, (0, 1), value=1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    found = []
     with _wider(model, torch.float64 if model.dtype == torch.float32 else torch.float32):
-        output = model(tokens, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
-    return output.logits[:, -1]
+        for row, length in zip(tokens, attention_mask.sum(-1).tolist()):
+            cache = DynamicCache(config=model.config)
+            for chunk in row[None, len(row) - length - 1 :].split(CHUNK, dim=1):
+                logits = model(chunk, **{compat.CACHE: cache}, use_cache=True, logits_to_keep=1).logits
+            found.append(logits[0, -1])
+    return torch.stack(found)
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:

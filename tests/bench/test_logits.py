@@ -19,7 +19,8 @@ def states(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_expected_is_the_forward_of_a_wider_model(dtype, tied):
+def test_what_is_expected_is_the_forward_of_a_wider_model(dtype, tied, monkeypatch):
+    monkeypatch.setattr(logits, "CHUNK", 8)
     model, inputs = tiny("llama", tie_word_embeddings=tied).to(dtype), left_padded(20, 13)
     before = states(model)
     tokens, found = logits.first_step(model, inputs, 4)
