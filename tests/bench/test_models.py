@@ -16,7 +16,10 @@ from pkv_hf.bench.model_types import trial
 from pkv_hf.bench.model_types.building import prompts
 from pkv_hf.bench.model_types.cases import all_cases
 from pkv_hf.bench.model_types.isolated import run_all
+from pkv_hf.bench.model_types.reasons import shared
 from pkv_hf.bench.model_types.shrinking import shrink
+from pkv_hf.bench.results.published import write
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.sdpa import Sdpa
 
 ENDS = {
@@ -111,6 +114,27 @@ def test_a_process_that_hangs_or_dies_ends_its_case_and_no_other():
     assert found == {name: {"status": "pages", "reason": "auto"} for name in ("llama", "gemma3_text", "blip")}
 
 
+def test_a_trial_says_where_its_process_ended(monkeypatch):
+    monkeypatch.setattr(trial, "_generate", lambda _: os._exit(4))
+    ((_, found),) = run_all(cases("llama"), "auto", 1)
+    assert found == {"status": "own error", "reason": "cannot be run unpatched: its process ended with 4"}
+
+
+def test_a_model_of_which_some_calls_are_left_is_left(monkeypatch):
+    (llama,) = cases("llama")
+    generate, calls = trial._generate, []
+
+    def generated(model):
+        found = generate(model)
+        if STATE in vars(model):
+            calls.append(model(torch.tensor([[5]])))  # without a cache of pages
+        return found
+
+    monkeypatch.setattr(trial, "_generate", generated)
+    assert trial.run(llama, "auto")["status"] == "left"
+    assert len(calls) == 1
+
+
 def test_every_kind_of_layer_of_a_default_configuration_is_in_the_tiny_one():
     config = shrink(CONFIG_MAPPING["gemma3"], {}).text_config
     assert set(config.layer_types) == {"sliding_attention", "full_attention"}
@@ -127,6 +151,7 @@ def record(**fields):
 def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path):
     page = run.load("pages/models")
     page.RESULTS = tmp_path
+    assert page.summary() == "No run of all models is committed yet.\n"
     lines = [
         record(date="1", model_type="old"), record(date="1", model_type="older"),
         record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu"),
@@ -139,5 +164,19 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path):
         "| a | A | refused | attention in chunks |", "| b | A | on pages | fused layers |"
     ]  # fmt: skip
     assert page.reasons().splitlines()[2:] == ["| attention in chunks | refused | 1 | a |"]
+    assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
+
+
+def test_reasons_of_the_committed_run_are_few(run):
+    page = run.load("pages/models")
+    committed = [r for r in page.newest_run() if r["status"] != "pages"]
+    assert len(committed) > 100
+    assert len({shared(r["reason"]) for r in committed}) < 25
+    assert not [r["reason"] for r in committed if shared(r["reason"]) == r["reason"]]
+
+
+def test_the_page_is_what_the_records_say(run):
+    page = run.load("pages/models")
+    assert write(page.TABLES, [page.PAGE], check=True) == 0

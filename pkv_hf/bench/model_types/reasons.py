@@ -21,10 +21,11 @@ SHARED = {
     r"has a mask that is more than causal": "masks of its own",
     r"attends to other keys and values": "keys or values changed after the cache",
     r"attends to a window of": "a window other than its cache keeps",
+    r"PagedCache has other windows": "layers that run several times, each with a cache of its own",
     r"does not go through transformers' cache": "attention or cache by the model's own code",
     # transformers alone fails
     r"requires the \w+ library": "needs a package that is not installed here",
-    r"pixel_values|bos_token_id. has to be defined": "generates from images or sound alone",
+    r"pixel_values|input_features": "does not generate from text alone",
     r"^cannot be built": "the tiny model cannot be built",
     r"^cannot be run unpatched": "the tiny model does not generate",
     # our kernels do not serve the layers
