@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pkv_hf.bench.model_types.cases import Case
@@ -25,7 +24,7 @@ def build(case: Case) -> Any:
     """A model of random weights, float32, in eval mode: the same in every process."""
     config = shrink(CONFIG_MAPPING[case.model_type], case.fields)
     torch.manual_seed(0)
-    model = getattr(transformers, case.auto_class).from_config(config, dtype=torch.float32).eval()
+    model = case.auto_class.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

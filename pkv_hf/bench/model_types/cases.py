@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pkv_hf.bench.model_types.variants import VARIANTS
 
 MAPPINGS = {
-    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
-    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+    AutoModelForCausalLM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    AutoModelForImageTextToText: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    AutoModelForMultimodalLM: modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 }
 
 
@@ -22,7 +22,7 @@ MAPPINGS = {
 class Case:
     model_type: str
     class_name: str
-    auto_class: str
+    auto_class: Any
     """The class of transformers that makes such a model of its configuration."""
     variant: str = ""
     fields: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -37,9 +37,7 @@ def all_cases() -> list[Case]:
     """By model type; the variants of one after its default, where the installed transformers has it."""
     cases: dict[tuple[str, str], Case] = {}
     for auto_class, mapping in MAPPINGS.items():
-        if not hasattr(transformers, auto_class):
-            continue
-        for model_type, class_name in getattr(modeling_auto, mapping).items():
+        for model_type, class_name in mapping.items():
             cases.setdefault((model_type, class_name), Case(model_type, class_name, auto_class))
     first = {case.model_type: case for case in reversed(cases.values())}
     variants = [
