@@ -1,0 +1,40 @@
+"""Why models are not on pages, in the few words that many of them share."""
+
+from __future__ import annotations
+
+import re
+
+SHARED = {
+    # patch() raises
+    r"is an encoder-decoder": "encoder-decoder",
+    r"keeps a \w*LinearAttention\w*": "recurrent or linear-attention layers",
+    r"keeps a \w+": "layers that cache something else than keys and values",
+    r"attends in chunks": "attention in chunks",
+    r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
+    r"whose configuration is a part of its own": "a model around a text decoder (images, sound)",
+    r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
+    r"modules go through transformers' attention interface, for": "more or fewer attention modules than layers",
+    r"get_decoder\(\) returned|is not a causal LM that generates": "no decoder that transformers' generate() runs",
+    # left to transformers
+    r"asks attention for s_aux": "attention sinks",
+    r"asks attention for \w+=": "arguments of attention that are not known",
+    r"has a mask that is more than causal": "masks of its own",
+    r"attends to other keys and values": "keys or values changed after the cache",
+    r"attends to a window of": "a window other than its cache keeps",
+    r"PagedCache has other windows": "layers that run several times, each with a cache of its own",
+    r"does not go through transformers' cache": "attention or cache by the model's own code",
+    # transformers alone fails
+    r"requires the \w+ library": "needs a package that is not installed here",
+    r"pixel_values|input_features": "does not generate from text alone",
+    r"^cannot be built": "the tiny model cannot be built",
+    r"^cannot be run unpatched": "the tiny model does not generate",
+    # our kernels do not serve the layers
+    r"scores are capped": "attention scores are capped",
+    r"layers differ in": "layers differ in heads, head size or scale",
+}
+"""By what is found in a message; the first one counts."""
+
+
+def shared(reason: str) -> str:
+    """A reason in the words that it shares with others; itself where nothing like it is known."""
+    return next((words for pattern, words in SHARED.items() if re.search(pattern, reason)), reason)
