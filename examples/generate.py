@@ -1,6 +1,6 @@
 """A script that summarises a text with `model.generate()`; one line more keeps its KV cache in pages.
 
-`python examples/generate.py --text-file notes.txt`: half a minute on two CPU cores.
+`python examples/generate.py --text-file notes.txt`: a minute on two CPU cores.
 """
 
 from __future__ import annotations

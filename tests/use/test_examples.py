@@ -22,7 +22,7 @@ pytest.importorskip("evaluate")
 
 EXAMPLES = ROOT / "examples"
 ENVIRONMENT = {
-    **os.environ,
+    **{name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",  # in float32, where tokens are the same to the last
@@ -96,7 +96,8 @@ def test_batch_evaluation(folder):
 def test_lora_then_serve(folder, tmp_path):
     adapters = tmp_path / "adapters"
     done = run("lora_then_serve.py", "--model", folder, "--steps", 2, "--new-tokens", 8, "--adapters", adapters)
-    assert same_on_pages(done)["steps"] == 2
+    result = same_on_pages(done)
+    assert result["loss_after"] < result["loss_before"]
     assert (adapters / "adapter_model.safetensors").is_file()
 
 
