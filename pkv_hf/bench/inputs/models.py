@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def default_dtype() -> str:
+    """bfloat16 where the GPU multiplies it itself (sm_80 and newer), else float16; float32 on a CPU."""
+    if not torch.cuda.is_available():
+        return "float32"
+    return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
+
+
 def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = None) -> tuple[Any, Any]:
     """The model in eval mode on the device, and its tokenizer.
 
