@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+import pages
 from pkv_hf.bench.model_types.reasons import shared
-from pkv_hf.bench.results import published
 from pkv_hf.bench.results.published import Record, markdown, measured_on
-from pkv_hf.bench.results.records import read_records
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "models.md"
+PAGE = pages.ROOT / "docs" / "models.md"
 
 WORDS = {"pages": "on pages", "left": "left", "raises": "refused", "wrong": "wrong", "own error": "not known"}
 NO_GPU = "Triton kernels need a GPU"
@@ -21,9 +17,8 @@ EXAMPLES = 3
 
 def newest_run() -> list[Record]:
     """The records of the last run of all models by route auto that came to its end, none where there is none."""
-    path = RESULTS / "models.jsonl"
     runs: dict[str, list[Record]] = {}
-    for record in read_records(path, str(path)) if path.exists() else ():
+    for record in pages.read("models.jsonl"):
         if record["route"] == "auto":
             runs.setdefault(record["date"], []).append(record)
     whole = [run for run in runs.values() if len(run) == run[0]["of"]]
@@ -89,7 +84,3 @@ def cell(text: str) -> str:
 
 
 TABLES = {"models-summary": summary, "models-reasons": reasons, "models": every_model}
-
-
-if __name__ == "__main__":
-    raise SystemExit(published.main(__doc__, TABLES, [PAGE]))

@@ -1,12 +1,15 @@
-"""The short figures of README.md, of one GPU."""
+"""The short figures of README.md, of one GPU, and what it needs."""
 
 from __future__ import annotations
 
+import configparser
+import re
 from collections.abc import Callable
 
 import pages
-from pages import GPU, performance, quality
-from pkv_hf.bench.results.published import NO_GPU_RUN, Record
+from pages import GPU, models, performance, quality
+from pkv_hf import compat
+from pkv_hf.bench.results.published import NO_GPU_RUN, Record, markdown
 
 PAGE = pages.ROOT / "README.md"
 SHAPE = {"model": "llama-3.1-8b", "dtype": "bfloat16", "weight_bits": None}
@@ -45,6 +48,52 @@ def headline() -> str:
     )
 
 
+def memory() -> str:
+    runs = [run for run in greedy_runs() if tuple(run["patched"]["lengths"]) in [(context,) for context in CONTEXTS]]
+    if not runs:
+        return NO_GPU_RUN
+    rows = [
+        [f"1 x {run['patched']['lengths'][0]:,} tokens", *(performance.GREEDY[column](performance.Row(run[name], run))
+         for column in ("KV, MiB", "peak, GiB") for name in ("dynamic", "patched"))]
+        for run in runs
+    ]  # fmt: skip
+    header = ["Llama-3.1-8B's shape", "K and V, default cache, MiB", "on pages", "peak, default cache, GiB", "on pages"]
+    return f"As much as the default cache, on an {GPU}:\n\n" + markdown(header, rows) + "\n"
+
+
+def requirements() -> str:
+    """What setup.cfg asks for, and the versions that the pinned environment and the GPU tests have."""
+    setup = configparser.ConfigParser()
+    setup.read(pages.ROOT / "setup.cfg")
+    least = dict(re.findall(r"^(\w+)>=(\S+)$", setup["options"]["install_requires"], re.MULTILINE))
+    pinned = dict(re.findall(r"^(\w+)==(\S+)$", (pages.ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    tested = [
+        r for r in pages.read("tests.jsonl") if r["transformers"] == pages.read("tests.jsonl")[-1]["transformers"]
+    ]
+    versions = {
+        name: ", ".join(sorted({*(r[name].split("+")[0] for r in tested), pinned[name]}))
+        for name in ("torch", "triton")
+    }
+    rows = [
+        ["Python", setup["options"]["python_requires"].lstrip(">="), "3.11, 3.12"],
+        ["transformers", least["transformers"], f"{compat.OLDEST_TRANSFORMERS} to {compat.NEWEST_TRANSFORMERS}"],
+        ["torch", least["torch"], versions["torch"]],
+        ["Triton, which comes with torch on Linux", "", versions["triton"]],
+        ["a GPU for speed", "NVIDIA, sm_75 (T4)", ", ".join(sorted({r["gpu"] for r in tested}))],
+    ]
+    return models.texts(["", "from", "tested with"], rows)
+
+
+def models_short() -> str:
+    run = [r for r in models.newest_run() if not r["variant"]]
+    on_pages = [r for r in run if r["status"] == "pages"]
+    fused = sorted({r["class"].removesuffix("ForCausalLM") for r in on_pages if not r["own_layers"]})
+    return (
+        f"Of {len(run)} models that transformers {run[0]['transformers']} has, {len(on_pages)} run on pages. "
+        f"{', '.join(fused[:-1])} and {fused[-1]} have fused layers: they gain most.\n"
+    )
+
+
 def quality_short() -> str:
     """Chunk mode scores enough tokens to tell; contexts beyond the model's own are on the page."""
     found = [
@@ -73,6 +122,9 @@ def finetune_short() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "headline": headline,
+    "requirements": requirements,
+    "models-short": models_short,
+    "memory": memory,
     "quality-short": quality_short,
     "finetune-short": finetune_short,
 }
