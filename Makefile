@@ -1,4 +1,4 @@
-# make demo, make test: each sets up .venv if it is missing, and runs. make lint checks style and types.
+# make demo, make test: each sets up .venv if it is missing, and runs. make lint checks style and types, make docs links.
 
 export HF_HUB_OFFLINE ?= 1
 
@@ -18,7 +18,7 @@ TORCH := $(shell grep ^torch== constraints.txt)
 SOURCES = $(shell find pkv_hf kernels patches -name "*.py")
 NEWEST_PACKAGES = $(CURDIR)/$$(echo $(NEWEST)/lib/python3*/site-packages)
 
-.PHONY: demo test test-pinned test-oldest test-newest soak gpu-soak lint readme
+.PHONY: demo test test-pinned test-oldest test-newest soak gpu-soak lint docs readme
 
 demo: $(VENV)/.installed
 	$(BIN)/pkv-hf demo $(ARGS)
@@ -61,9 +61,14 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, under site/: of the pages as they lie here. What Sphinx warns of, such as a dead link, is an error.
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -q -E -W --keep-going -c docs -d site/.doctrees . site $(ARGS)
+
+PLOTS = plot_results plot_attention plot_quality
 readme: $(VENV)/.installed
-	$(BIN)/python scripts/readme_tables.py
-	$(BIN)/python scripts/policy_tables.py
+	$(BIN)/python scripts/make_pages.py
+	for script in $(PLOTS); do $(BIN)/python scripts/$$script.py --out docs/images || exit 1; done
 
 $(VENV)/.installed: setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

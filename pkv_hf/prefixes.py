@@ -89,8 +89,8 @@ def prefix(
 ) -> Prefix:
     """Runs a system prompt, a document or examples through the model once, for many continuations.
 
-        shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
-        model.generate(**shared.inputs("What is a page?"), max_new_tokens=100)
+    >>> shared = pkv_hf.prefix(model, "You are a helpful assistant. ", tokenizer)
+    >>> output = model.generate(**shared.inputs("What is a page?"), max_new_tokens=100)
 
     Tokens stay as they are: a text cut where the tokenizer would join two tokens has other tokens than the whole text.
 

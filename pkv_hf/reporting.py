@@ -26,7 +26,7 @@ class Report:
     family: str
     """The model_type."""
     generic: bool
-    """Of no family with fused layers: transformers' own run, and read pages through its attention interface."""
+    """Whether it is of no family with fused layers, so that transformers' own run and read pages by its interface."""
     layers: int
     page_size: int
     kv_dtype: str

@@ -315,7 +315,7 @@ class PagedCache(DynamicCache):
 
     @property
     def max_cache_len(self) -> int:
-        """-1: there is no largest length. PEFT asks caches for it."""
+        """-1, as there is no largest length. PEFT asks caches for it."""
         return -1
 
     @property
@@ -326,7 +326,7 @@ class PagedCache(DynamicCache):
 
     @property
     def kv_heads(self) -> int | None:
-        """Of the pages: with tensor parallelism fewer than the configuration names. None before the first tokens."""
+        """Of the pages, with tensor parallelism fewer than the configuration names. None before the first tokens."""
         storage = next(iter(self.tables.values())).pool.storage
         return len(next(iter(storage.values())).k) if storage else None
 

@@ -37,7 +37,7 @@ class Decision:
     shape: StepShape
     constants: Constants
     answers: dict[str, str | None]
-    """Of every route: why it rejects steps of this kind, None where it takes them."""
+    """Why each route rejects steps of this kind, None where it takes them."""
     contenders: dict[str, RouteConstants]
     """The routes that take such steps and can be predicted."""
     seconds: dict[str, float]

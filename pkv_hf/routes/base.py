@@ -68,7 +68,7 @@ class StepShape:
     captured: bool
     """A CUDA graph replays the step."""
     named: bool
-    """The caller asked for one route by name: then Triton's interpreter counts as a device too."""
+    """The caller asked for one route by name, so that Triton's interpreter counts as a device too."""
     torch_alone: str = ""
     """Why no kernel of ours or FlashInfer's serves the layers, empty where one may."""
 
