@@ -38,7 +38,9 @@ def draw_decode(runs: list[dict[str, Record]], gpu: str, path: Path) -> None:
     from matplotlib.ticker import FuncFormatter
 
     title = f"A decode step of Llama-3.1-8B's shape, one row, bfloat16, {gpu}"
-    figure, axes = charts.panel(4.6, title, xlabel="context, tokens", ylabel="ms a step, median")
+    figure, axes = charts.panel(
+        4.6, title, xlabel="context, tokens (log scale)", ylabel="ms a token, median (log scale)"
+    )
     lines = {
         engine: [(run[engine]["lengths"][0], run[engine]["step_ms_p50"]) for run in runs if engine in run]
         for engine in ENGINES
