@@ -61,14 +61,16 @@ _PLACES = {
 """Modules by what they give. None is called as a name in it is: importing it would hide that name."""
 
 
-def __getattr__(name: str) -> Any:
-    place = next((module for module, names in _PLACES.items() if name in names), None)
-    if place is None:
-        raise AttributeError(f"module 'pkv_hf' has no attribute {name!r}")
-    compat = importlib.import_module("pkv_hf.compat")
-    served = compat.SUPPORTED or place == _ERRORS  # importing does not fail with another transformers, using does
-    globals()[name] = getattr(importlib.import_module(place), name) if served else compat.refuse
-    return globals()[name]
+if not TYPE_CHECKING:  # type checkers would take any name for one
+
+    def __getattr__(name: str) -> Any:
+        place = next((module for module, names in _PLACES.items() if name in names), None)
+        if place is None:
+            raise AttributeError(f"module 'pkv_hf' has no attribute {name!r}")
+        compat = importlib.import_module("pkv_hf.compat")
+        served = compat.SUPPORTED or place == _ERRORS  # importing does not fail with another transformers, using does
+        globals()[name] = getattr(importlib.import_module(place), name) if served else compat.refuse
+        return globals()[name]
 
 
 def __dir__() -> list[str]:

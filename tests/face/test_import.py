@@ -50,8 +50,9 @@ def test_every_subcommand_has_its_module():
 def test_a_public_name_is_what_its_module_gives():
     tree = ast.parse((ROOT / "pkv_hf" / "__init__.py").read_text())
     (for_types,) = [
-        node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
     ]
+    assert "__getattr__" not in [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
     named = {alias.name: node.module for node in for_types.body for alias in node.names}
     assert {name: place for place, names in pkv_hf._PLACES.items() for name in names} == named
     assert {*named, "__version__"} == set(pkv_hf.__all__) <= set(dir(pkv_hf))
