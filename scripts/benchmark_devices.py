@@ -16,13 +16,12 @@ import tempfile
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
 
 from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.compare import check_patchable
-from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.inputs.models import DTYPES, quieten
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -103,7 +102,7 @@ def main() -> int:
     devices = torch.cuda.device_count() if arguments.device == "cuda" else 1
     if arguments.device == "cuda" and devices < 2:
         parser.error("--device cuda: there is one GPU, and this compares several")
-    transformers.utils.logging.set_verbosity_error()
+    quieten()
     if FOLDER in os.environ:
         return tensor_parallel(arguments)
     return status("benchmark_devices", lambda: compare(arguments, devices))

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
 from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark, logits
 from pkv_hf.bench.compare import check_patchable
-from pkv_hf.bench.inputs.models import DTYPES
+from pkv_hf.bench.inputs.models import DTYPES, quieten
 from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import status
@@ -104,7 +103,7 @@ def main() -> int:
 
 def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: int) -> int:
     """Measures every case by every engine. Returns 1 where one gives other tokens than transformers."""
-    transformers.utils.logging.set_verbosity_error()
+    quieten()
     compiled_before = kernels_are_cached()
     dtype = DTYPES[arguments.dtype]
     model = benchmark.load(arguments.model, dtype, arguments.device, arguments.load_in_4bit)

@@ -1,5 +1,6 @@
 import gc
 import importlib.util
+import logging
 import os
 import sys
 import tempfile
@@ -53,6 +54,16 @@ def fresh_pages_hold_nan(monkeypatch):
         return tensor
 
     monkeypatch.setattr(PagePool, "_allocate", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Sets how much transformers says. After each test that is as before, whatever a command has set."""
+    library, ours = transformers.utils.logging, logging.getLogger("pkv_hf")
+    before = library.get_verbosity(), ours.level
+    yield library.set_verbosity
+    library.set_verbosity(before[0])
+    ours.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ import subprocess
 import sys
 
 import pytest
-import transformers
 
 import pkv_hf
 from pkv_hf import compat
+from pkv_hf.bench.inputs import models
 from pkv_hf.cli import parser
 from places import ROOT
 from tiny import left_padded, tiny
@@ -73,13 +73,6 @@ def test_a_name_stays_a_function_whatever_is_imported_before():
     assert done.stdout.strip() == "True", done.stderr
 
 
-@pytest.fixture
-def verbosity():
-    before = transformers.utils.logging.get_verbosity()
-    yield transformers.utils.logging.set_verbosity
-    transformers.utils.logging.set_verbosity(before)
-
-
 @pytest.mark.parametrize(("level", "said"), [(logging.WARNING, 1), (logging.ERROR, 0)])
 def test_what_is_said_follows_transformers_verbosity(level, said, verbosity, caplog):
     verbosity(level)
@@ -88,6 +81,15 @@ def test_what_is_said_follows_transformers_verbosity(level, said, verbosity, cap
     assert pkv_hf.report(model).left
     assert len([record for record in caplog.records if "left to transformers" in record.getMessage()]) == said
     assert not compat.logger.handlers  # nothing is said twice
+
+
+@pytest.mark.parametrize(("level", "said"), [(logging.WARNING, True), (logging.ERROR, False)])
+def test_a_command_silences_transformers_and_not_us(level, said, verbosity):
+    verbosity(level)
+    for _ in range(2):
+        models.quieten()
+        assert not logging.getLogger("transformers").isEnabledFor(logging.WARNING)
+        assert compat.logger.isEnabledFor(logging.WARNING) == said
 
 
 def test_what_is_said_goes_where_transformers_says_it():

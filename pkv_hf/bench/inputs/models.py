@@ -12,6 +12,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from pkv_hf import compat
 from pkv_hf.arguments import needs
 from pkv_hf.bench.inputs import smollm2
 from pkv_hf.errors import UsageError, first_line
@@ -37,12 +38,18 @@ def default_dtype() -> str:
     return "bfloat16" if torch.cuda.get_device_capability()[0] >= 8 else "float16"
 
 
+def quieten() -> None:
+    """Silences transformers' warnings for the rest of a command. What pkv_hf says is said as before."""
+    compat.logger.setLevel(compat.logger.getEffectiveLevel())
+    transformers.utils.logging.set_verbosity_error()
+
+
 def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = None) -> tuple[Any, Any]:
     """The model in eval mode on the device, and its tokenizer.
 
     `rope_scaling` is "yarn:2", say: that many times the positions. Raises UsageError for what cannot be loaded.
     """
-    transformers.utils.logging.set_verbosity_error()
+    quieten()
     try:
         torch.empty(0, device=device)
     except (AssertionError, RuntimeError) as error:
