@@ -6,7 +6,9 @@ import json
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from pkv_hf.bench.results import charts
 from places import ROOT
@@ -39,7 +41,8 @@ def test_the_committed_pictures_are_those_that_the_scripts_draw(run, tmp_path):
     made = [path for script in scripts for path in drawn(run, script, "--out", tmp_path)]
     committed = sorted(IMAGES.iterdir())
     assert [path.name for path in committed] == sorted(path.name for path in made)
-    for path in (*committed, *made):
+    for path in committed:
+        assert np.array_equal(imread(path), imread(tmp_path / path.name)), f"{path.name} is stale: run make readme"
         assert pixels(path) <= MOST_PIXELS
         assert path.stat().st_size < MOST_BYTES
 
@@ -130,12 +133,15 @@ def test_the_difference_of_perplexity_is_drawn_with_its_error(run, tmp_path, pan
         {**case, "kv_dtype": "int8", "difference_percent": 0.2, "difference_error_percent": 0.05},
         {**case, "kv_dtype": None, "difference_percent": 9.0, "commit": "before"},
         {**case, "kv_dtype": None, "difference_percent": -0.1},
+        {**case, "kv_dtype": "int8", "context": 128, "rope_scaling": "yarn:2", "difference_percent": 0.3},
         {**case, "mode": "decode", "kv_dtype": None, "difference_percent": 5.0},
     ]
     results = write(tmp_path / "perplexity.jsonl", lines)
     drawn(run, "plot_quality", "--results", results, "--gpu", "NVIDIA X", "--out", tmp_path)
     (axes,) = panels["perplexity"]
-    assert [text.get_text() for text in axes.texts] == ["+0.200 ± 0.050 %", "-0.100 %"]  # from below
+    assert [text.get_text() for text in axes.texts] == ["+0.300 %", "+0.200 ± 0.050 %", "-0.100 %"]  # from below
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["int8 pages, chunk, 2 x 128, yarn:2", "int8 pages, chunk, 2 x 64", "bfloat16 pages, chunk, 2 x 64"]
     bounds = [list(line.get_xdata()) for line in axes.lines if line.get_marker() == "|" and len(line.get_xdata()) == 2]
     assert [-0.05, 0.05] in bounds
     assert [-0.5, 0.5] in bounds

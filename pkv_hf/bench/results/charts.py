@@ -103,7 +103,8 @@ def end_labels(axes: Any, labels: Mapping[str, tuple[float, float, str]], apart:
 
 def perplexity_case(record: Record) -> str:
     pages = record.get("kv_dtype") or record["dtype"]
-    return f"{pages} pages, {record['mode']}, {record['windows']} x {record['context']:,}"
+    scaling = f", {record['rope_scaling']}" if record.get("rope_scaling") else ""
+    return f"{pages} pages, {record['mode']}, {record['windows']} x {record['context']:,}{scaling}"
 
 
 def perplexity_chart(records: Sequence[Record], title: str, path: Path) -> None:
