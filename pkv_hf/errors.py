@@ -20,7 +20,7 @@ class UnsupportedModelError(ValueError):
 
 
 class UnsupportedVersionError(ImportError):
-    """The installed transformers is older than the oldest release that this package is tested with."""
+    """The installed transformers is too old, or names caches as no release did that is known here."""
 
 
 class RouteError(RuntimeError):

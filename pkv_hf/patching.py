@@ -61,7 +61,8 @@ def patch(
         ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
         UnsupportedModelError: (a ValueError) no layer of the model can be served; says why. It is as it was then, also
             where it was patched before.
-        UnsupportedVersionError: (an ImportError) the installed transformers is too old.
+        UnsupportedVersionError: (an ImportError) the installed transformers is too old, or names caches as no release
+            did that is known here.
     """
     if not isinstance(route, str) or route not in ("auto", *ROUTES):
         raise ValueError(f"route={route!r} is not one of {['auto', *ROUTES]}")
