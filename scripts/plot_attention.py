@@ -19,13 +19,19 @@ from pages.policy import ATTENTION_CASE, FLASHINFER, OURS, TRACE_CASE, Attention
 from pkv_hf.arguments import folder, needs, output_folder
 from pkv_hf.bench.results import charts
 from pkv_hf.bench.results.charts import COLOURS, LIMIT, NAMES, Record
+from pkv_hf.bench.results.published import RUN
 from pkv_hf.bench.results.records import read_records
 from pkv_hf.errors import UsageError, status
 
-RUN = ("gpu", "commit", "torch", "transformers", "engine")
 FIELDS = {
-    "attention": (*RUN, *(field for field in ATTENTION_CASE if field != "order"), "gpu_us", "percent_of_read"),
-    "traces": (*RUN, *TRACE_CASE, "seed", "tokens_per_s_wall"),
+    "attention": (
+        *RUN,
+        "engine",
+        *(field for field in ATTENTION_CASE if field != "order"),
+        "gpu_us",
+        "percent_of_read",
+    ),
+    "traces": (*RUN, "engine", *TRACE_CASE, "seed", "tokens_per_s_wall"),
 }
 """Of each file what its records need."""
 

@@ -16,10 +16,11 @@ from pages.performance import MODE, PEERS, compared
 from pkv_hf.arguments import file, needs, output_folder
 from pkv_hf.bench.results import charts
 from pkv_hf.bench.results.charts import COLOURS, LIMIT, NAMES, Record
+from pkv_hf.bench.results.published import RUN
 from pkv_hf.bench.results.records import read_records
 from pkv_hf.errors import UsageError, status
 
-FIELDS = ("model", "dtype", "gpu", "commit", "torch", "transformers", "lengths", "engine", "step_ms_p50", "floor_ms")
+FIELDS = ("model", "dtype", *RUN, "lengths", "engine", "step_ms_p50", "floor_ms")
 ENGINES = (*PEERS, "patched")
 
 

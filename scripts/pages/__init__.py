@@ -19,5 +19,5 @@ def read(name: str, **defaults: Any) -> list[Record]:
     return published.read(RESULTS / name, **defaults)
 
 
-def newest(name: str, case: Iterable[str], **defaults: Any) -> list[Record]:
-    return published.newest(RESULTS / name, case, **defaults)
+def newest(name: str, case: Iterable[str]) -> list[Record]:
+    return published.newest(RESULTS / name, case)

@@ -12,6 +12,7 @@ PAGE = pages.ROOT / "docs" / "models.md"
 
 WORDS = {"pages": "on pages", "left": "left", "raises": "refused", "wrong": "wrong", "own error": "not known"}
 NO_GPU = "Triton kernels need a GPU"
+NO_RUN = "No run of all models is committed yet.\n"
 EXAMPLES = 3
 
 
@@ -39,7 +40,7 @@ def why(record: Record) -> str:
 def summary() -> str:
     run = newest_run()
     if not run:
-        return "No run of all models is committed yet.\n"
+        return NO_RUN
     kinds = [[r for r in run if bool(r["variant"]) == variant] for variant in (False, True)]
     rows = [
         [word, *(f"{sum(r['status'] == status for r in kind)}" for kind in kinds)] for status, word in WORDS.items()

@@ -121,6 +121,8 @@ def requirements() -> str:
 
 def models_short() -> str:
     run = [r for r in models.newest_run() if not r["variant"]]
+    if not run:
+        return models.NO_RUN
     on_pages = [r for r in run if r["status"] == "pages"]
     fused = sorted({r["class"].removesuffix("ForCausalLM") for r in on_pages if not r["own_layers"]})
     return (

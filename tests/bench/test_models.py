@@ -148,10 +148,11 @@ def record(**fields):
     return {**place, **plain, "of": 2, **fields}
 
 
-def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path):
+def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch):
     page = run.load("pages/models")
-    page.RESULTS = tmp_path
-    assert page.summary() == "No run of all models is committed yet.\n"
+    readme = run.load("pages/readme")
+    monkeypatch.setattr("pages.RESULTS", tmp_path)
+    assert page.summary() == readme.models_short() == "No run of all models is committed yet.\n"
     lines = [
         record(date="1", model_type="old"), record(date="1", model_type="older"),
         record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu"),
@@ -167,6 +168,7 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path):
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
+    assert readme.models_short().startswith("Of 2 models that transformers 5 has, 1 run on pages.")
 
 
 def test_reasons_of_the_committed_run_are_few(run):

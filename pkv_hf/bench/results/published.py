@@ -28,10 +28,10 @@ def read(path: Path, **defaults: Any) -> list[Record]:
     return [{**defaults, **record} for record in (read_records(path, str(path)) if path.exists() else ())]
 
 
-def newest(path: Path, case: Iterable[str], **defaults: Any) -> list[Record]:
+def newest(path: Path, case: Iterable[str]) -> list[Record]:
     """The newest record of every case, in the order in which the cases first came: for records that compare nothing."""
     fields = list(case)
-    return list({values(record, fields): record for record in read(path, **defaults)}.values())
+    return list({values(record, fields): record for record in read(path)}.values())
 
 
 def of_one_run(
