@@ -125,9 +125,10 @@ def models_short() -> str:
         return models.NO_RUN
     on_pages = [r for r in run if r["status"] == "pages"]
     fused = sorted({r["class"].removesuffix("ForCausalLM") for r in on_pages if not r["own_layers"]})
+    named = " and ".join(filter(None, [", ".join(fused[:-1]), *fused[-1:]]))
     return (
         f"Of the {len(run)} models in transformers {run[0]['transformers']}, {len(on_pages)} run on pages. "
-        f"{', '.join(fused[:-1])} and {fused[-1]} gain most: our kernels run their whole layers, not attention alone.\n"
+        f"{named} gain most: our kernels run their whole layers, not attention alone.\n"
     )
 
 

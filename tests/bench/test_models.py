@@ -168,7 +168,7 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
-    assert readme.models_short().startswith("Of 2 models that transformers 5 has, 1 run on pages.")
+    assert readme.models_short().startswith("Of the 2 models in transformers 5, 1 run on pages. A gain most")
 
 
 def test_reasons_of_the_committed_run_are_few(run):
