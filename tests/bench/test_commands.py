@@ -64,6 +64,7 @@ COMMANDS = [
     ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
     ("record_sanitizers", ["missing"], "missing has no memcheck.log"),
     ("record_sanitizers", ["{logs}"], "{logs} has no memcheck.seconds"),
+    ("record_models", ["--only", "lama"], "--only lama: transformers has no such causal or multimodal LM"),
     ("record_tests", ["missing.py"], "missing.py does not exist"),
     ("record_tests", ["--jobs", "0"], "--jobs: '0'"),
     ("plot_results", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
