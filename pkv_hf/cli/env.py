@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 from torch.utils import collect_env
@@ -27,6 +28,7 @@ SETTINGS = (
 def main(_: argparse.Namespace) -> None:
     found = {
         "pkv_hf": __version__,
+        "pkv_hf is in": str(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "platform": platform.platform(),
         **{name: _version(name) for name in PACKAGES},

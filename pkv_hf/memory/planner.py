@@ -83,7 +83,7 @@ class MemoryPlan:
         return "\n".join([
             f"{asked} {'fit' if self.fits else 'do not fit'}",
             table(("", "GiB"), rows),
-            f"longest prompt of {self.batch} rows: {self.max_prompt_tokens:,} tokens",
+            f"longest prompts, {self.batch} at a time, by memory alone: {self.max_prompt_tokens:,} tokens",
             f"most rows of {self.prompt_tokens:,} tokens: {self.max_batch:,}",
         ])  # fmt: skip
 

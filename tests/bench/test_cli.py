@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_the_environment_is_told(run, monkeypatch):
     told = json.loads(lines[-1])
     assert told["pkv_hf"] == pkv_hf.__version__
     assert told["torch"] == torch.__version__
+    assert told["pkv_hf is in"] == str(Path(pkv_hf.__file__).parent)
     assert told["PKV_HF_CACHE"] == "/somewhere"
     assert {line.split("  ")[0] for line in lines[:-2]} == set(told)
     assert all(f"cuda:{index}" in told for index in range(torch.cuda.device_count()))
