@@ -174,8 +174,8 @@ def test_the_headline_is_of_one_run_with_both_peers(tables):
     ])  # fmt: skip
     says, *rows = tables("headline").splitlines()
     assert "Tokens come 2.5 times as fast as with transformers' static cache" in says
-    assert "at 8,192 tokens of context. That is 50 % of the speed at which this GPU reads" in says
-    assert "Against the default cache it was 5.0 times" in says
+    assert "at 8,192 tokens of context. " in says
+    assert "this is 50 % of that speed. Against the default cache it is 5 to 10 times at 8,192 tokens." in says
     assert "| 8,192 tokens: ms a token after the first | 30.00 | 15.00 | 6.00 |" in rows
     assert rows[-1] == "Measured on: NVIDIA H100 80GB HBM3; torch 2, transformers 5, commit abc."
 
