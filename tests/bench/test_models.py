@@ -25,6 +25,7 @@ from pkv_hf.routes.sdpa import Sdpa
 ENDS = {
     "llama": ("LlamaForCausalLM", "pages", ""),
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
+    "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
     "gpt_oss": ("GptOssForCausalLM", "left", "GptOssAttention asks attention for s_aux="),
     "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: layer 0 of MambaConfig keeps a"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
@@ -43,7 +44,7 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     assert {name: (r["class"], r["status"]) for name, r in found.items()} == {n: e[:2] for n, e in ENDS.items()}
     assert all(found[name]["reason"].startswith(reason) for name, (*_, reason) in ENDS.items())
     assert {(n, r["own_layers"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
-        ("llama", False, "sdpa"), ("gemma3_text", True, "sdpa")
+        ("llama", False, "sdpa"), ("gemma3_text", True, "sdpa"), ("vipllava", True, "sdpa")
     }  # fmt: skip
     assert {"gpu", "torch", "transformers", "commit", "date", "route", "of"} <= set.intersection(
         *map(set, found.values())
@@ -53,7 +54,7 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     summary = json.loads(lines[-1])
     assert summary["seconds"] > 0
     assert {name: summary[name] for name in ("records", *trial.STATUSES)} == {
-        "records": 6, "pages": 3, "left": 1, "raises": 1, "wrong": 0, "own error": 1
+        "records": 7, "pages": 4, "left": 1, "raises": 1, "wrong": 0, "own error": 1
     }  # fmt: skip
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pkv_hf.bench.perplexity import BOUNDS
+from pkv_hf.bench.results.published import Record
 from pkv_hf.errors import UsageError
-
-Record = dict[str, Any]
 
 NAMES = {
     "dynamic": "default cache",
