@@ -1,0 +1,38 @@
+"""Models that take images or sound, with them: patched as without."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from families.compare import check
+from families.models import WRAPPERS, family_model
+from families.modes import BOTH, MEDIA_MODES, media
+
+AUDIO = ("qwen2-audio", "voxtral")
+REFUSED = {"chunked prefill": AUDIO}
+"""What transformers itself raises at, by mode."""
+
+
+@pytest.fixture(scope="module", params=WRAPPERS)
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return family_model(family)
+
+
+@pytest.mark.parametrize("mode", MEDIA_MODES)
+def test_as_without(family, model, mode):
+    check(model, family, mode, MEDIA_MODES[mode], refused=family in REFUSED.get(mode, ()))
+
+
+@torch.no_grad()
+def test_another_image_gives_other_logits(family, model):
+    inputs = media(model, family, BOTH)
+    name = "input_features" if family in AUDIO else "pixel_values"
+    logits = [model(**{**inputs, name: values}).logits[:, -1] for values in (inputs[name], 1 - inputs[name])]
+    moved = (logits[0] - logits[1]).abs().amax(dim=-1) / logits[0].abs().max()
+    assert (moved > 1e-2).all()

@@ -1,0 +1,84 @@
+"""Whether a patched model answers as it does without, and on what."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+import pkv_hf
+from families.models import SEED
+from families.modes import OWN_PATH, Ask, generate
+from pkv_hf import PagedCache, Report
+from pkv_hf.bench.model_types.building import prompts
+from pkv_hf.cache.pool import PagePool
+from pkv_hf.compat import CACHE
+from tiny import assert_on_pages
+
+TOLERANCE = 1e-4
+"""Of logits, relative to the largest one."""
+
+Answer = ModelOutput | Exception
+
+
+def answer(ask: Ask, model: PreTrainedModel, family: str) -> Answer:
+    """What a model says, or the error that it raises."""
+    try:
+        with torch.no_grad():
+            return ask(model, family)
+    except Exception as error:  # also those of transformers' own that are no refusals
+        return error
+
+
+def assert_same(ours: Answer, theirs: Answer, exactly: bool = False) -> None:
+    """Equal tokens, and logits that are close, or equal; of errors the same words."""
+    assert type(ours) is type(theirs), f"{ours!r} for {theirs!r} (seed {SEED})"
+    if isinstance(theirs, Exception):
+        assert str(ours) == str(theirs)
+        return
+    assert ours.keys() == theirs.keys()
+    if "sequences" in theirs:
+        assert torch.equal(ours.sequences, theirs.sequences), f"other tokens (seed {SEED})"
+    found, expected = (torch.stack(each.logits) if "sequences" in theirs else each.logits for each in (ours, theirs))
+    if exactly:
+        assert torch.equal(found, expected), f"other logits (seed {SEED})"
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert error <= TOLERANCE, f"logits differ by {error:.1e} of the largest (seed {SEED})"
+
+
+def pools_of(output: ModelOutput) -> list[PagePool]:
+    """Of the cache that a model returned, whose pages some rows hold."""
+    assert isinstance(output[CACHE], PagedCache)
+    pools = [table.pool for table in output[CACHE].tables.values()]
+    assert all(pool.allocator.refcounts[1:].any() for pool in pools)
+    return pools
+
+
+def check(
+    model: PreTrainedModel, family: str, mode: str, ask: Ask, refused: bool = False, route: str = "auto"
+) -> Report:
+    """One mode, patched and not. Returns what the patched model reports.
+
+    What transformers refuses is refused alike. Nothing is left behind: pages go with their cache, and the model that is
+    no longer patched gives its first tokens again.
+    """
+    before, theirs = first_tokens(model), answer(ask, model, family)
+    assert isinstance(theirs, Exception) == refused, repr(theirs)
+    with pkv_hf.patched(model, route=route):
+        ours = answer(ask, model, family)
+        said = pkv_hf.report(model)
+        assert_same(ours, theirs, exactly=mode in OWN_PATH)
+        if mode in OWN_PATH:
+            assert refused or not said.calls.pages, said
+        elif not refused:
+            assert_on_pages(model)
+            pools = pools_of(ours)
+            del ours
+            assert not any(pool.allocator.refcounts[1:].any() for pool in pools)
+    assert_same(first_tokens(model), before, exactly=True)
+    return said
+
+
+@torch.no_grad()
+def first_tokens(model: PreTrainedModel) -> ModelOutput:
+    return generate(model, prompts(9), max_new_tokens=2)
