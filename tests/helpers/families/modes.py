@@ -27,6 +27,7 @@ def generate(model: PreTrainedModel, inputs: dict[str, Any], **settings: Any) ->
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
     torch.manual_seed(1)
+    inputs = {name: each.to(model.device) if isinstance(each, torch.Tensor) else each for name, each in inputs.items()}
     plain = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
     return model.generate(**inputs, **{**plain, "return_dict_in_generate": True, "output_logits": True, **settings})
 
