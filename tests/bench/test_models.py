@@ -7,13 +7,14 @@ import os
 import re
 import time
 
+import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import pkv_hf
 from jsonl import records
-from pkv_hf.bench.model_types import trial
-from pkv_hf.bench.model_types.building import prompts
+from pkv_hf.bench.model_types import modes, trial
+from pkv_hf.bench.model_types.building import build, prompts
 from pkv_hf.bench.model_types.cases import all_cases
 from pkv_hf.bench.model_types.isolated import run_all
 from pkv_hf.bench.model_types.reasons import shared
@@ -43,8 +44,9 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     found = {r["model_type"]: r for r in records(out) if not r["variant"]}
     assert {name: (r["class"], r["status"]) for name, r in found.items()} == {n: e[:2] for n, e in ENDS.items()}
     assert all(found[name]["reason"].startswith(reason) for name, (*_, reason) in ENDS.items())
-    assert {(n, r["own_layers"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
-        ("llama", False, "sdpa"), ("gemma3_text", True, "sdpa"), ("vipllava", True, "sdpa")
+    embeds = "its decoder is given inputs_embeds instead of input_ids"
+    assert {(n, r["own_layers"], r["eager"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
+        ("llama", False, "", "sdpa"), ("gemma3_text", True, "", "sdpa"), ("vipllava", True, embeds, "sdpa")
     }  # fmt: skip
     assert {"gpu", "torch", "transformers", "commit", "date", "route", "of"} <= set.intersection(
         *map(set, found.values())
@@ -56,6 +58,48 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     assert {name: summary[name] for name in ("records", *trial.STATUSES)} == {
         "records": 7, "pages": 4, "left": 1, "raises": 1, "wrong": 0, "own error": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "mamba2", "qwen3_next"])
+def test_every_vector_of_a_tiny_model_is_drawn(model_type):
+    """Norms, biases, sinks, decays: what zeros or ones stand for would not show."""
+    model = build(*cases(model_type))
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    vectors = {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and "inv_freq" not in name}
+    assert [name for name, tensor in vectors.items() if len(tensor.unique()) < min(tensor.numel(), 3)] == []
+    assert all(tensor.isfinite().all() for tensor in vectors.values())
+
+
+def test_modes_are_compared_and_recorded(run, tmp_path):
+    out = tmp_path / "models.jsonl"
+    assert run("record_models", "--modes", "--only", "vipllava", "--out", out)[0] == 0
+    (found,) = records(out)
+    own_path = {"static cache": modes.BY_TRANSFORMERS, "forward": modes.BY_TRANSFORMERS}
+    assert found["modes"] == dict.fromkeys(modes.MODES, modes.ON_PAGES) | own_path
+
+
+def test_a_mode_that_differs_is_wrong_and_one_that_transformers_refuses_is_not(monkeypatch):
+    (llama,) = cases("llama")
+
+    def differs(model):
+        return [torch.ones(2) * hasattr(model, STATE)]
+
+    def fails(model):
+        raise ValueError("patched" if hasattr(model, STATE) else "plain")
+
+    def refused(model):
+        raise ValueError("of both")
+
+    drawn = iter(range(9))
+    tried = {"differs": differs, "fails": fails, "refused": refused, "unsteady": lambda _: [torch.tensor(next(drawn))]}
+    monkeypatch.setattr(modes, "MODES", {**tried, "forward": modes.forward})
+    found = trial.run(llama, "auto", modes=True)
+    assert found["modes"] == {
+        "differs": "other tokens or logits", "fails": "ValueError: patched when patched", "refused": modes.REFUSED,
+        "unsteady": modes.REFUSED, "forward": modes.BY_TRANSFORMERS,
+    }  # fmt: skip
+    assert found["status"] == "wrong"
+    assert found["reason"] == "differs: other tokens or logits; fails: ValueError: patched when patched"
 
 
 def test_an_unknown_model_is_named(run, tmp_path):
