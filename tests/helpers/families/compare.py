@@ -7,7 +7,6 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 import pkv_hf
-from families.models import SEED
 from families.modes import OWN_PATH, Ask, generate
 from pkv_hf import PagedCache, Report
 from pkv_hf.bench.model_types.building import prompts
@@ -32,15 +31,15 @@ def answer(ask: Ask, model: PreTrainedModel, family: str) -> Answer:
 
 def assert_same(ours: Answer, theirs: Answer, exactly: bool = False) -> None:
     """Equal tokens, and logits that are close, or equal; of errors the same words."""
-    assert type(ours) is type(theirs), f"{ours!r} for {theirs!r} (seed {SEED})"
+    assert type(ours) is type(theirs), f"{ours!r} for {theirs!r}"
     if isinstance(theirs, Exception):
         assert str(ours) == str(theirs)
         return
     assert ours.keys() == theirs.keys()
     if "sequences" in theirs:
-        assert torch.equal(ours.sequences, theirs.sequences), f"other tokens (seed {SEED})"
+        assert torch.equal(ours.sequences, theirs.sequences), "other tokens"
     error = logits_error(ours, theirs)
-    assert error <= (0 if exactly else TOLERANCE), f"logits differ by {error:.1e} of the largest (seed {SEED})"
+    assert error <= (0 if exactly else TOLERANCE), f"logits differ by {error:.1e} of the largest"
 
 
 def logits_error(ours: ModelOutput, theirs: ModelOutput) -> float:

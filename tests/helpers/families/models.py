@@ -12,10 +12,6 @@ from pkv_hf.bench.model_types.building import build
 from pkv_hf.bench.model_types.cases import all_cases
 from pkv_hf.bench.model_types.shrinking import shrink
 
-SEED = 0
-SPREAD = 0.2
-"""Of parameters of one dimension, around what they begin with."""
-
 QUIET = 0.2
 """The embeddings' share of what they were, or models with tied ones repeat their last token whatever they attend to."""
 
@@ -118,15 +114,11 @@ FAMILIES = {**TEXT, **WRAPPERS}
 
 
 def family_model(name: str) -> PreTrainedModel:
-    """A model of a family, float32, in eval mode. All its vectors (norms, biases, sinks, decays) are drawn."""
+    """A model of a family, float32, in eval mode: the same in every process."""
     of = FAMILIES[name]
     wanted = of.class_name, of.model_type, of.variant
     (case,) = (case for case in all_cases() if (case.class_name, case.model_type, case.variant) == wanted)
     model = build(replace(case, fields={**case.fields, **of.fields}))
-    generator = torch.Generator().manual_seed(SEED)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(QUIET)
-        for parameter in model.parameters():
-            if parameter.ndim == 1:
-                parameter.add_(torch.empty_like(parameter).normal_(0, SPREAD, generator=generator))
     return model
