@@ -14,7 +14,7 @@ from pkv_hf.bench.model_types.building import prompts
 from pkv_hf.compat import CACHE
 
 NEW_TOKENS = 5
-UNEVEN, EVEN, ONE = (14, 9), (14, 14), (14,)
+UNEVEN = (14, 9)
 """Tokens of prompts: more than the windows and chunks of the tiny models."""
 
 Ask = Callable[[PreTrainedModel, str], ModelOutput]
@@ -22,7 +22,7 @@ Ask = Callable[[PreTrainedModel, str], ModelOutput]
 
 
 def generate(model: PreTrainedModel, inputs: dict[str, Any], **settings: Any) -> ModelOutput:
-    """Seeded. What a model keeps of the call before (offsets of 3-D positions) is forgotten first."""
+    """Seeded. What a model keeps of the call before is forgotten first: its offsets of 3-D positions."""
     for module in model.modules():
         if getattr(module, "rope_deltas", None) is not None:
             module.rope_deltas = None
@@ -40,6 +40,11 @@ def embedded(model: PreTrainedModel, family: str) -> ModelOutput:
     inputs = prompts(*UNEVEN)
     embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
     return generate(model, {"inputs_embeds": embeddings, **inputs})
+
+
+def looked_up(model: PreTrainedModel, family: str) -> ModelOutput:
+    ids = prompts(5)["input_ids"].repeat(1, 3)  # what comes again is drafted, and mostly refused
+    return generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prompt_lookup_num_tokens=3)
 
 
 def forward(model: PreTrainedModel, family: str) -> ModelOutput:
@@ -69,10 +74,10 @@ def text_turns(model: PreTrainedModel, family: str) -> ModelOutput:
 TEXT_MODES: dict[str, Ask] = {
     "greedy": text(),
     "beams": text(num_beams=3),
-    "chunked prefill": text(EVEN, prefill_chunk_size=6),
+    "chunked prefill": text(prefill_chunk_size=6),
     "two turns": text_turns,
     "two samples": text(do_sample=True, num_return_sequences=2),
-    "prompt lookup": text(ONE, prompt_lookup_num_tokens=3),
+    "prompt lookup": looked_up,
     "inputs_embeds": embedded,
     "static cache": text(cache_implementation="static"),
     "forward": forward,
@@ -106,7 +111,8 @@ MEDIA_MODES: dict[str, Ask] = {
     "beams": seen(num_beams=3),
     "beams, one row without": seen(MIXED, num_beams=3),
     "two samples": seen(do_sample=True, num_return_sequences=2),
-    "chunked prefill": seen((BOTH[0], BOTH[0]), prefill_chunk_size=9),
+    "chunked prefill": seen(prefill_chunk_size=9),
     "two turns, first with": seen_turns(BOTH, ((3, 0, 0), (3, 0, 0))),
     "two turns, second with": seen_turns(WITHOUT, LATER),
+    "forward": lambda model, family: model(**media(model, family, BOTH), use_cache=False),
 }
