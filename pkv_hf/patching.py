@@ -92,17 +92,17 @@ def patch(
 
 def _patch(model: Any, settings: dict[str, Any]) -> None:
     """Patches a transformers model that is not patched. Where it raises, it has changed nothing."""
-    decoder, prefix, attentions = served_by_us(model)
+    decoder, family, attentions = served_by_us(model)
     compat.warn_of_untested()
     _check_fp8(settings["kv_dtype"], attentions[0])
     known = Evidence(
-        prefix=prefix,
+        family=family,
         windows=tuple(compat.layer_windows(decoder.config)),
         model=model,
         decoder=decoder,
         attentions=attentions,
-        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if prefix else {},
-        output_type=BaseModelOutputWithPast if prefix else None,
+        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if family else {},
+        output_type=BaseModelOutputWithPast if family else None,
     )
     state = PatchState(
         route=settings["route"],
@@ -110,7 +110,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
         kv_dtype=settings["kv_dtype"],
         family=decoder.config.model_type,
         known=known,
-        fused_forward=decode_forward if settings["fuse"] and prefix else None,
+        fused_forward=decode_forward if settings["fuse"] and family else None,
         cuda_graphs=settings["cuda_graphs"],
         settings=settings,
     )

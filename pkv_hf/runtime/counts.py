@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, NamedTuple
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,33 @@ class Steps:
     """Through transformers' layers, attention on pages."""
 
 
+How = Literal["captured", "static", "eager"]
+
+
+class LastStep(NamedTuple):
+    """How the last decode step on pages ran."""
+
+    how: How
+    why: str
+    """Why not better; empty for a captured one."""
+
+
 class Counts:
     """Counts of one patched model, which several threads may call."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers: Counter[str] = Counter()
+        self.last_step: LastStep | None = None
 
-    def add(self, what: Literal["pages", "transformers", "masked", "captured", "static", "eager"]) -> None:
+    def add(self, what: Literal["pages", "transformers", "masked"] | How) -> None:
         with self._lock:
             self._numbers[what] += 1
+
+    def add_step(self, how: How, why: str) -> None:
+        """Counts a decode step and notes why it ran no better."""
+        self.add(how)
+        self.last_step = LastStep(how, why)
 
     @property
     def calls(self) -> Calls:

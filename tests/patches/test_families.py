@@ -149,7 +149,7 @@ def test_steps_on_static_buffers_give_the_same_tokens(name, monkeypatch):
     model, inputs = build(*SERVED[name]), left_padded(20, 9)
     expected = generate(model, inputs, 3)
     for module in (choice, forward):
-        monkeypatch.setattr(module, "captures", lambda *_: True)
+        monkeypatch.setattr(module, "uncaptured", lambda *_: "")
     with pkv_hf.patched(model, route="split"):
         getattr(model, STATE).compiled = Never()
         output = generate(model, inputs, 3)

@@ -26,6 +26,12 @@ SHARED = {
     r"pixel_values|input_features": "does not generate from text alone",
     r"^cannot be built": "the tiny model cannot be built",
     r"^cannot be run unpatched": "the tiny model does not generate",
+    # layers are not captured
+    r"given inputs_embeds": "its decoder is called with embeddings",
+    r"its positions have \d+ dimensions": "positions of several axes (mRoPE)",
+    r"its decoder is given |returns more than hidden states": "its decoder is given, or returns, more than tokens",
+    r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
+    r"changes with the length": "RoPE that changes with the length",
     # our kernels do not serve the layers
     r"scores are capped": "attention scores are capped",
     r"layers differ in": "layers differ in heads, head size or scale",
