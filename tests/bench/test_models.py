@@ -198,23 +198,54 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     page = run.load("pages/models")
     readme = run.load("pages/readme")
     monkeypatch.setattr("pages.RESULTS", tmp_path)
-    assert page.summary() == readme.models_short() == "No run of all models is committed yet.\n"
+    assert (
+        page.summary() == readme.models_short() == readme.models_refused() == "No run of all models is committed yet.\n"
+    )
+    assert page.modes() == "The committed run compared none.\n"
     lines = [
         record(date="1", model_type="old"), record(date="1", model_type="older"),
-        record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu"),
+        record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu",
+               eager="", modes={"beams": "on pages", "prompt lookup": "refused", "forward": "by transformers"}),
         record(date="2", model_type="a", status="raises", reason="no layer of A was patched: A attends in chunks: b"),
         record(date="3", model_type="a", route="split"), record(date="3", model_type="b", route="split"),
         record(date="4", model_type="part"),
     ]  # fmt: skip
     (tmp_path / "models.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert page.every_model().splitlines()[2:] == [
-        "| a | A | refused | attention in chunks |", "| b | A | on pages | fused layers |"
+        "| a | A | refused | attention in chunks | - |",
+        "| b | A | on pages | fused layers | all but prompt lookup |",
+    ]
+    assert page.modes().splitlines()[2:] == [
+        "| mode | the same, on pages | the same, by transformers | transformers refuses it |",
+        "| --- | ---: | ---: | ---: |",
+        "| beams | 1 | 0 | 0 |", "| prompt lookup | 0 | 0 | 1 |", "| forward | 0 | 1 | 0 |",
     ]  # fmt: skip
+    assert readme.models_refused() == "attention in chunks (a).\n"
     assert page.reasons().splitlines()[2:] == ["| attention in chunks | refused | 1 | a |"]
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
     assert readme.models_short().startswith("Of the 2 models in transformers 5, 1 run on pages. A gain most")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"eager": ""}, "its own layers, captured"),
+        ({"eager": "its decoder is given inputs_embeds instead of input_ids"},
+         "its own layers, not captured: its decoder is called with embeddings"),
+        ({"eager": None}, "its own layers"),
+        ({"eager": "", "split_rejected": "attention scores are capped"},
+         "its own layers, captured; attention by torch: attention scores are capped"),
+        ({"own_layers": False, "eager": ""}, "fused layers"),
+    ],
+)  # fmt: skip
+def test_the_page_says_how_steps_run(run, fields, says):
+    assert run.load("pages/models").why(record(model_type="a", **fields)) == says
+
+
+def test_tables_name_first_what_many_know(run):
+    assert run.load("pages/models").such_as(["aria", "fuyu", "gemma3", "idefics2", "aria"]) == "gemma3, aria, fuyu, ..."
 
 
 def test_reasons_of_the_committed_run_are_few(run):
