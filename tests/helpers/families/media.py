@@ -37,7 +37,9 @@ class Kind:
     tensors: Callable[[Any, Draw, Sequence[int]], Tensors]
     """What goes beside the tokens, by the configuration and how many each row has."""
     types: str = ""
-    """The argument that says which tokens are of an image; empty where there is none."""
+    """The argument that says of what kind each token is; empty where there is none."""
+    of_media: int = 1
+    """What it says of an image's tokens; it is 0 of others."""
 
 
 def rows_with_media(kind: Kind, config: PreTrainedConfig, rows: Sequence[tuple[int, int, int]], seed: int) -> Tensors:
@@ -52,7 +54,7 @@ def rows_with_media(kind: Kind, config: PreTrainedConfig, rows: Sequence[tuple[i
     if any(counts):
         inputs.update(kind.tensors(config, draw, counts))
     if kind.types:
-        inputs[kind.types] = torch.isin(ids, torch.tensor(sorted(special))).long()
+        inputs[kind.types] = torch.isin(ids, torch.tensor(sorted(special))) * kind.of_media
     return inputs
 
 
@@ -206,7 +208,7 @@ KINDS = {
     "llava": LLAVA,
     "llava-onevision": Kind(onevision_placeholders, tiles),
     "molmo2": Kind(molmo_placeholders, pooled_crops, "mm_token_type_ids"),
-    "paligemma": LLAVA,
+    "paligemma": Kind(square("image_token_id"), pixels, "token_type_ids", of_media=0),
     "smolvlm": IDEFICS,
     "idefics3": IDEFICS,
     "qwen2-audio": Kind(qwen_audio_placeholders, masked_features),

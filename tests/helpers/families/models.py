@@ -82,7 +82,7 @@ WRAPPERS = {
         "Gemma4ForConditionalGeneration",
         "gemma4",
         fields={
-            "text_config": {"global_head_dim": 32},
+            "text_config": {"global_head_dim": 32, "use_bidirectional_attention": "vision"},
             "vision_config": shrink(
                 Gemma4VisionConfig, {"pooling_kernel_size": 2, "position_embedding_size": 16}, False
             ),
