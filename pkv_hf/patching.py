@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
@@ -123,7 +124,8 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
 def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any]) -> None:
     """Puts ours in the place of what the modules have."""
     config = compat.serving_configuration(decoder.config)
-    for module in [decoder, *attentions]:
+    inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.config is decoder.config]
+    for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)
     for module in {id(module): module for module in [model, decoder, *attentions]}.values():
         state.replaced.set(module, STATE, state)

@@ -95,7 +95,8 @@ class Report:
             f"graphs    {self.graphs} captured, {mebibytes(self.graph_bytes)}"
             if self.graph_bytes
             else "graphs    none",
-            f"calls     {self.calls.pages} on pages, {self.calls.transformers} by transformers",
+            f"calls     {self.calls.pages} on pages, {self.calls.transformers} by transformers"
+            + (f", {self.calls.masked} prompts under the model's own masks" if self.calls.masked else ""),
             f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
             f"last step {self.runs}",
             *self._not_better(),

@@ -17,7 +17,9 @@ import torch
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import NotServed
+from pkv_hf.routes.base import MAX_DECODE_QUERIES
 from pkv_hf.runtime.evidence import drops_out
+from pkv_hf.runtime.masks import Expanded, is_expanded, read_expanded
 from pkv_hf.runtime.state import PatchState
 
 PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", compat.CACHE}) | {
@@ -46,6 +48,8 @@ class Admitted:
     """Of the weights."""
     asks_more: str
     """What the call asks for beyond the last hidden states of its tokens; empty for nothing."""
+    expanded: Expanded | None
+    """What its masks say, where the model made them: causal ones have given way to which tokens are real."""
 
     @property
     def hidden_alone(self) -> bool:
@@ -76,9 +80,17 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     rows, q_len = tokens.shape[:2]
     if not rows * q_len:
         raise NotServed(f"the call is of {rows} x {q_len} tokens")
-    starts = _row_starts(call.get("attention_mask"), cache, rows, q_len, state)
+    mask, expanded = call.get("attention_mask"), None
+    if is_expanded(mask):
+        expanded = read_expanded(mask, cache, rows, q_len)
+        if expanded.causal:
+            call["attention_mask"] = expanded.real  # of which the decoder makes its own
+        elif cache.get_seq_length() and q_len <= MAX_DECODE_QUERIES:
+            raise NotServed("attention_mask is more than causal, in a decode step")
+        mask = expanded.real
+    starts = _row_starts(mask, cache, rows, q_len, state)
     asks = _asks_more(config, call)
-    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks)
+    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, expanded)
 
 
 def _lost_cache(decoder: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 
@@ -16,6 +16,9 @@ class Calls:
     """On a `PagedCache`; those that a queued step ran too far are counted too."""
     transformers: int
     """By transformers' own path, with a cache or without, in training too."""
+    masked: int
+    """Prompts of those on pages whose attention was transformers' own, under masks that the model made: of images, say,
+    whose tokens see each other."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Counts:
         self._numbers: Counter[str] = Counter()
         self.last_step: LastStep | None = None
 
-    def add(self, what: Literal["pages", "transformers"] | How) -> None:
+    def add(self, what: Literal["pages", "transformers", "masked"] | How) -> None:
         with self._lock:
             self._numbers[what] += 1
 
@@ -60,8 +63,8 @@ class Counts:
 
     @property
     def calls(self) -> Calls:
-        return Calls(self._numbers["pages"], self._numbers["transformers"])
+        return Calls(*(self._numbers[field.name] for field in fields(Calls)))
 
     @property
     def steps(self) -> Steps:
-        return Steps(self._numbers["captured"], self._numbers["static"], self._numbers["eager"])
+        return Steps(*(self._numbers[field.name] for field in fields(Steps)))

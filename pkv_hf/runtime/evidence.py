@@ -108,6 +108,11 @@ class Evidence:
         return self.family is None
 
     @property
+    def causal(self) -> bool:
+        """Whether all attention modules attend causally where they get no mask."""
+        return all(getattr(module, "is_causal", True) for module in self.attentions)
+
+    @property
     def torch_alone(self) -> str:
         """Why the layers are left to torch on any device, empty where kernels may serve them."""
         shapes = set(self.shapes.values())
@@ -218,7 +223,7 @@ def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> Serve
 def _not_served(model: Any, decoder: Any, family: origins.Family | None, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
-        windows = compat.layer_windows(decoder.config)
+        compat.layer_windows(decoder.config)
     except ValueError as error:
         return str(error)
     if not compat.takes_cache(decoder):
@@ -233,12 +238,8 @@ def _not_served(model: Any, decoder: Any, family: origins.Family | None, attenti
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
     if family is not None:
         return ""
-    if vars(decoder.config) is not vars(model.config):
-        return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
-    if len(attentions) != len(windows):
-        return f"{len(attentions)} modules go through transformers' attention interface, for {len(windows)} layers"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):
             return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"

@@ -84,11 +84,17 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     known = state.known.look()
     if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
-    settings: dict[str, Any] = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
-    with Step(cache, bounds, route, decoder.config, **settings):
+    settings: dict[str, Any] = {
+        "fuses_rope": not known.attention,
+        "shows_masks": known.hooked or not state.known.causal,
+        "expanded": admitted.expanded,
+    }
+    with Step(cache, bounds, route, decoder.config, **settings) as step:
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
         state.counts.add_step("eager", static)
+    if step.masked:
+        state.counts.add("masked")
     if admitted.hidden_alone:
         state.known.learn_output(output)
     return output

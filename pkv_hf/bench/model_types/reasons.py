@@ -11,9 +11,7 @@ SHARED = {
     r"keeps a \w+": "layers that cache something else than keys and values",
     r"attends in chunks": "attention in chunks",
     r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
-    r"whose configuration is a part of its own": "a model around a text decoder (images, sound)",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
-    r"modules go through transformers' attention interface, for": "more or fewer attention modules than layers",
     r"get_decoder\(\) returned|is not a causal LM that generates": "no decoder that transformers' generate() runs",
     # left to transformers
     r"asks attention for s_aux": "attention sinks",
