@@ -25,10 +25,11 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import pkv_hf  # noqa: E402
-from families.compare import TOLERANCE, logits_error  # noqa: E402
+from families.compare import logits_error  # noqa: E402
 from families.models import FAMILIES, WRAPPERS, family_model  # noqa: E402
 from families.modes import seen, text  # noqa: E402
 from pkv_hf.arguments import count, needs  # noqa: E402
+from pkv_hf.bench.model_types.modes import TOLERANCE  # noqa: E402
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output  # noqa: E402
 from pkv_hf.errors import UsageError, first_line, status  # noqa: E402
 
@@ -69,8 +70,7 @@ def record(arguments: argparse.Namespace) -> int:
 def trial(family: str, route: str, new_tokens: int) -> dict[str, Any]:
     """What a record says of a family on a route. Where the route cannot serve it, or fails, it says the error."""
     model = family_model(family).to("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"max_new_tokens": new_tokens}
-    ask = seen(ROWS, **settings) if family in WRAPPERS else text(LENGTHS, **settings)
+    ask = seen(ROWS, new_tokens=new_tokens) if family in WRAPPERS else text(LENGTHS, new_tokens=new_tokens)
     with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is to be float32 in convolutions too
         expected = ask(model, family)
         try:

@@ -12,7 +12,7 @@ from pkv_hf.routes.triton import Workqueue
 
 pytest.importorskip("triton")
 
-SHORT = {"max_new_tokens": 3}
+SHORT = {"new_tokens": 3}
 BEAMS = {**SHORT, "num_beams": 2}
 ASKED = {
     "qwen3.5": text(**SHORT),
