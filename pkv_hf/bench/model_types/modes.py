@@ -54,7 +54,7 @@ def chunked_prefill(model: Any) -> ModelOutput:
 def two_turns(model: Any) -> ModelOutput:
     """A second turn of several tokens in the cache of the first."""
     inputs = prompts(12, 7)
-    first = generate(model, inputs)
+    first: Any = generate(model, inputs)
     said = torch.randint(*TOKENS, (2, 3), generator=torch.Generator().manual_seed(2))
     ids = torch.cat([first.sequences, said], dim=1)
     new = torch.ones(2, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)
