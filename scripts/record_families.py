@@ -1,8 +1,9 @@
 """Today's families on the Triton routes: a record of each tiny model and route, compared with transformers alone.
 
-Random models in float32 generate greedily from two prompts, left-padded, with an image where the family takes some. A
-record says whether tokens are equal, how far logits are off, how the decode steps ran, and why they ran no better. On a
-GPU the kernels run there; elsewhere Triton's interpreter runs them (slow). Exits with 1 where a model is wrong.
+Random models in float32 generate from two prompts, left-padded, with an image where the family takes some: greedily and
+with beams. A record says whether tokens are equal, how far greedy logits are off, how the decode steps ran, and why
+they ran no better. On a GPU the kernels run there; elsewhere Triton's interpreter runs them (slow). Exits with 1 where
+a model is wrong.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import argparse
 import json
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +73,21 @@ def record(arguments: argparse.Namespace) -> int:
 def trial(family: str, route: str, new_tokens: int) -> dict[str, Any]:
     """What a record says of a family on a route. Where the route cannot serve it, or fails, it says the error."""
     model = family_model(family).to("cuda" if torch.cuda.is_available() else "cpu")
-    ask = seen(ROWS, new_tokens=new_tokens) if family in WRAPPERS else text(LENGTHS, new_tokens=new_tokens)
-    with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is to be float32 in convolutions too
-        expected = ask(model, family)
-        try:
+    modes = asked(family, new_tokens)
+    try:
+        with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is to be float32 in convolutions too
+            expected = {mode: ask(model, family) for mode, ask in modes.items()}
             with pkv_hf.patched(model, route=route):
-                found, said = ask(model, family), pkv_hf.report(model)
-        except Exception as error:  # of the route, of a kernel or of a layer: it is the result
-            return {"right": False, "error": f"{type(error).__name__}: {first_line(error)}"}
-    equal, off = torch.equal(found.sequences, expected.sequences), logits_error(found, expected)
+                found = {mode: ask(model, family) for mode, ask in modes.items()}
+                said = pkv_hf.report(model)
+    except Exception as error:  # of the route, of a kernel or of a layer: it is the result
+        return {"right": False, "error": f"{type(error).__name__}: {first_line(error)}"}
+    equal = {mode: torch.equal(found[mode].sequences, expected[mode].sequences) for mode in modes}
+    off = logits_error(found["greedy"], expected["greedy"])
     return {
-        "right": equal and off <= TOLERANCE and not said.left and said.route == route,
-        "tokens_equal": equal,
+        "right": all(equal.values()) and off <= TOLERANCE and not said.left and said.route == route,
+        "tokens_equal": equal["greedy"],
+        "beams_equal": equal["beams"],
         "logits_error": off,
         "with_media": family in WRAPPERS,
         "step_route": said.route,
@@ -92,6 +98,12 @@ def trial(family: str, route: str, new_tokens: int) -> dict[str, Any]:
         "not_captured": said.not_captured,
         "left": said.left,
     }
+
+
+def asked(family: str, new_tokens: int) -> dict[str, Callable[..., Any]]:
+    """Greedy decoding, and beams, whose pages and states change places."""
+    how = partial(seen, ROWS) if family in WRAPPERS else partial(text, LENGTHS)
+    return {"greedy": how(new_tokens=new_tokens), "beams": how(new_tokens=new_tokens, num_beams=3)}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 import pkv_hf
-from families.modes import OWN_PATH, Ask, text
+from families.modes import OWN_PATH, REPEATING, Ask, text
 from pkv_hf import PagedCache, Report
 from pkv_hf.bench.model_types.modes import TOLERANCE
 from pkv_hf.cache.pool import PagePool
@@ -63,7 +63,7 @@ def check(
     """One mode, patched and not. Returns what the patched model reports.
 
     What transformers refuses is refused alike. Nothing is left behind: pages go with their cache, and the model that is
-    no longer patched gives its first tokens again.
+    no longer patched gives its first tokens again. A second call may share prompts, since the first has shown how.
     """
     before, theirs = answer(first_tokens, model, family), answer(ask, model, family)
     assert isinstance(theirs, Exception) == refused, brief(theirs)
@@ -75,9 +75,11 @@ def check(
             assert refused or (said.calls.transformers and not said.calls.pages), said
             assert bool(said.left) == ("cache" in mode)  # what was asked for and is not had is said
         elif not refused:
-            assert_on_pages(model)
             pools = pools_of(ours)
             del ours
             assert not any(pool.allocator.refcounts[1:].any() for pool in pools)
+            if mode in REPEATING:
+                assert_same(answer(ask, model, family), theirs)
+            assert_on_pages(model)
     assert_same(answer(first_tokens, model, family), before, exactly=True)
     return said

@@ -52,6 +52,8 @@ TEXT_MODES: dict[str, Ask] = {
 }
 OWN_PATH = ("static cache", "forward")
 """Modes that are transformers' own path, to the letter."""
+REPEATING = ("beams", "sampling")
+"""Modes of several rows a prompt."""
 
 Rows = tuple[tuple[int, int, int], ...]
 BOTH: Rows = ((6, 1, 8), (2, 1, 5))
