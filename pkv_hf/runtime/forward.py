@@ -82,7 +82,8 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
+    causal = admitted.expanded is None or admitted.expanded.causal
+    if admitted.hidden_alone and causal and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {
         "fuses_rope": not known.attention,
