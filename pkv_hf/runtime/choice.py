@@ -52,7 +52,7 @@ def decide(
         kv_heads=cache.kv_heads or layer.kv_heads,
         head_dim=layer.head_dim,
         page_size=cache.page_size,
-        layers=len(state.known.windows),
+        layers=state.known.paged_layers,
         rows=len(starts),
         tokens=int(lengths.sum()),
         longest=int(lengths.max()),
@@ -80,6 +80,8 @@ def static_step(
     """
     if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
         return None
+    if any(layer.record_past for layer in cache.linear_layers):
+        return None  # states that grow with every step are where no step before had them
     look = state.known.look()
     with state.lock:
         if state.looked is not look.token:

@@ -81,8 +81,8 @@ class Evidence:
 
     prefix: str
     """What the names of the family's classes begin with; empty for a model of no known family."""
-    windows: tuple[int, ...]
-    """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
+    kinds: tuple[compat.LayerKind, ...]
+    """What each layer keeps, as the layers were made with."""
     model: Any
     """The causal LM."""
     decoder: Any
@@ -105,6 +105,11 @@ class Evidence:
     def generic(self) -> bool:
         """Of no known family: all that is known of the layers is what they ask of attention."""
         return not self.prefix
+
+    @property
+    def paged_layers(self) -> int:
+        """How many layers keep K and V."""
+        return sum(kind.window is not None for kind in self.kinds)
 
     @property
     def torch_alone(self) -> str:
@@ -218,7 +223,7 @@ def served_layers(model: nn.Module, prefixes: dict[str, str]) -> ServedLayers:
 def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
-        windows = compat.layer_windows(decoder.config)
+        kinds = compat.layer_kinds(decoder.config)
     except ValueError as error:
         return str(error)
     if not compat.takes_cache(decoder):
@@ -237,8 +242,8 @@ def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) ->
         return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
-    if len(attentions) != len(windows):
-        return f"{len(attentions)} modules go through transformers' attention interface, for {len(windows)} layers"
+    if len(attentions) != len(kinds):
+        return f"{len(attentions)} modules go through transformers' attention interface, for {len(kinds)} layers"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):
             return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"

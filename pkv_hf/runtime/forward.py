@@ -78,7 +78,9 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
     bounds = Bounds(starts, admitted.begin, q_len)
-    if admitted.hidden_alone and bounds.decodes and call.get("input_ids") is not None and state.known.output_type:
+    # a static step has no mask, which linear attention takes padding out by
+    unmasked = admitted.hidden_alone and not (cache.linear_layers and (starts > admitted.begin).any())
+    if unmasked and bounds.decodes and call.get("input_ids") is not None and state.known.output_type:
         static = static_step(state, cache, route, q_len, transformers_layers)
         if static is not None:
             return _by_static_step(state, static, admitted, call)

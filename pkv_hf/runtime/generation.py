@@ -64,7 +64,8 @@ def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         fresh = inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
         del fresh.layers[len(cache.layers) :]
         for layer, dropped in zip(fresh.layers, cache.layers):
-            layer.record_past = dropped.record_past
+            if hasattr(dropped, "record_past"):
+                layer.record_past = dropped.record_past
     return inputs
 
 

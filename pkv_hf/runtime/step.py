@@ -91,6 +91,7 @@ class Step:
     def __enter__(self) -> Step:
         if not self.cache.rows:
             self.cache.start(len(self.bounds.starts), self.bounds.starts)
+        self._before = self.cache.checkpoint(values=not self.captured)  # a capture runs nothing
         self.cache.step = self
         self._outer = serving.set(self)
         return self
@@ -98,9 +99,12 @@ class Step:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         serving.reset(self._outer)
         self.cache.step = None
-        missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
+        missed = self._unread.union(
+            layer.layer_idx for layer in self.cache.paged_layers if layer.length != self.bounds.end
+        )
         if error is not None or missed:
-            self.cache.truncate(self.bounds.begin)
+            self.cache.go_back(self._before)
+        del self._before
         if error is None and missed:
             raise LayerNotServed(f"layer {min(missed)} does not go through transformers' cache and attention interface")
 
