@@ -238,11 +238,9 @@ def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) ->
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
     if prefix:
         return ""
-    if vars(decoder.config) is not vars(model.config):
-        return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
-    if len(attentions) != len(kinds):
+    if not sum(kind.window is not None for kind in kinds) <= len(attentions):
         return f"{len(attentions)} modules go through transformers' attention interface, for {len(kinds)} layers"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):
