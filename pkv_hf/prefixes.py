@@ -107,7 +107,8 @@ def prefix(
 
     Raises:
         ValueError: a text without a tokenizer, or with what is none; no token, several rows, padding, or what are no
-            token ids of the model; UnsupportedModelError (a ValueError) for what is no transformers model.
+            token ids of the model; UnsupportedModelError (a ValueError) for what is no transformers model, or one that
+            keeps states of its tokens in its modules.
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
@@ -128,6 +129,8 @@ def prefix(
         layer.activate_past_recording()  # shorter continuations move what lies behind a window back into it
     with torch.no_grad():
         model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
+    if cache.linear_layers and not cache.holds_states:
+        raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which keeps states in its modules")
     padding: Any = getattr(inner.config.get_text_config(decoder=True), "pad_token_id", None)
     if not isinstance(padding, int) or not 0 <= padding < vocabulary:
         padding = 0

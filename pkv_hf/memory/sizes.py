@@ -115,54 +115,39 @@ def _empty(config: PreTrainedConfig) -> Any:
 def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[list[LayerSizes], int, int]:
     """What the layers of a model of no known family keep, and its widest linear layer: by one token without storage.
 
-    Where that fails in a layer, those behind it are taken to be as those before it, of their kind. Raises
-    UnsupportedModelError where none of a kind has run, and the configuration does not say what it keeps either.
+    Raises UnsupportedModelError where its layers do not run so, and its configuration does not name what they keep.
     """
     unpadded = copy.deepcopy(model.config)
     # Or transformers looks for padding, among tokens and in a mask that are not there.
     unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
+    unpadded._experts_implementation = "batched_mm"  # others ask which experts there are tokens for
     with init_empty_weights(include_buffers=True):
         decoder = type(model)(unpadded).get_decoder().to(dtype)
     modules = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
     widest = max(max(weight.shape, default=1) for weight in modules)
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")
-    failed = None
+    config = decoder.config
     try:
         decoder(token, use_cache=True, **{compat.CACHE: cache})
     except RuntimeError as error:  # of an operator that does not run without storage
-        failed = error
-    layers, states = [], 0
-    seen: dict[LayerKind, tuple[Any, int]] = {}
-    for layer, kind in zip(cache.layers, kinds):
-        if getattr(layer, "keys", None) is not None or _state_bytes(layer):
-            seen.setdefault(kind, (layer, _state_bytes(layer)))
-    for kind in kinds:
-        layer, of_kind = seen.get(kind, (None, 0))
-        if failed is not None and kind.states and layer is None:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} does not run without storage, which would show what its layers keep: {failed}"
-            ) from failed
-        states += of_kind
-        if kind.window is not None:
-            layers.append(_layer_sizes(kind.window, getattr(layer, "keys", None), layer, decoder.config, failed))
-    return layers, states, widest
+        named = getattr(config, "num_key_value_heads", None)
+        if named is None or any(kind.states for kind in kinds):
+            raise UnsupportedModelError(f"what {type(model).__name__} keeps is not known: {error}") from error
+        dim = config.hidden_size // config.num_attention_heads
+        return [LayerSizes(kind.window, named, dim, dim) for kind in kinds if kind.window is not None], 0, widest
+    held: Sequence[Any] = cache.layers
+    layers = [
+        LayerSizes(kind.window, layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for kind, layer in zip(kinds, held)
+        if kind.window is not None and layer.keys is not None
+    ]
+    return layers, sum(map(_state_bytes, cache.layers)), widest
 
 
 def _state_bytes(layer: Any) -> int:
     """Of one row of the linear-attention states that a layer of a cache holds."""
     held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
     return sum(state.nbytes for state in held if state is not None)
-
-
-def _layer_sizes(window: int, keys: Any, layer: Any, config: Any, failed: Exception | None) -> LayerSizes:
-    """By the keys and values of a layer that has run, else by the configuration."""
-    if keys is not None:
-        return LayerSizes(window, keys.shape[1], keys.shape[3], layer.values.shape[3])
-    try:
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return LayerSizes(window, config.num_key_value_heads, dim, dim)
-    except AttributeError:
-        raise UnsupportedModelError(f"{type(config).__name__} names no num_key_value_heads: {failed}") from failed
 
 
 def _weight_bytes(model: nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:

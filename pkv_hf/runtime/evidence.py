@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pkv_hf import compat, origins
+from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.runtime.watch import Watch
 
@@ -92,6 +93,8 @@ class Evidence:
     """Of the attention layers, by layer; those of a generic model are seen in its forwards."""
     output_type: type[ModelOutput] | None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
+    own_states: bool | None = None
+    """Whether layers keep linear-attention states in modules instead of in the cache; None until a forward shows it."""
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
     last: Look | None = None
@@ -105,6 +108,11 @@ class Evidence:
     def generic(self) -> bool:
         """Of no known family: all that is known of the layers is what they ask of attention."""
         return not self.prefix
+
+    @property
+    def may_keep_states(self) -> bool:
+        """Whether modules may keep linear-attention states, which no cache copies for more rows or takes back."""
+        return self.own_states is not False and any(kind.states for kind in self.kinds)
 
     @property
     def paged_layers(self) -> int:
@@ -126,6 +134,10 @@ class Evidence:
         known = set(self.shapes.values())
         self.shapes[layer_idx] = shape
         return set(self.shapes.values()) != known
+
+    def learn_states(self, cache: PagedCache) -> None:
+        """Notes where linear-attention states are that a forward has left."""
+        self.own_states = bool(cache.linear_layers) and not cache.holds_states
 
     def learn_output(self, output: Any) -> None:
         """Notes what a generic decoder returned when it was asked for hidden states alone."""

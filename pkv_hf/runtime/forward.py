@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from typing import Any
 
@@ -22,7 +23,7 @@ from pkv_hf.runtime.graphs import CaptureError
 from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.static import StaticStep
-from pkv_hf.runtime.step import Step, outside_of_steps
+from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 from pkv_hf.runtime.watch import hooks_of
 
 compat.register(compat.NAME, attention, mask)  # where a patched model that is unpickled finds its forward
@@ -40,6 +41,7 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = _on_pages(self, state, admitted, call)
         state.counts.add("pages")
         state.known.served.add(admitted.begin > 0)
+        state.known.learn_states(admitted.cache)
         return output
     except NotServed as error:
         reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
@@ -88,7 +90,8 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
-    with Step(cache, bounds, route, decoder.config, **settings):
+    own_states = taken_back(decoder) if state.known.may_keep_states else contextlib.nullcontext()
+    with own_states, Step(cache, bounds, route, decoder.config, **settings):
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
         state.counts.add("eager")

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
@@ -37,6 +38,26 @@ def launching_on(device: torch.device) -> AbstractContextManager:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+@contextmanager
+def taken_back(decoder: nn.Module) -> Iterator[None]:
+    """Tensors that a decoder's modules keep from call to call, outside of any cache, are as before where this fails."""
+    kept = [
+        (module, name, tensor, None if tensor is None else tensor.clone())
+        for module in decoder.modules()
+        for name, tensor in vars(module).items()
+        if tensor is None or isinstance(tensor, torch.Tensor)
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, name, tensor, value in kept:
+            if tensor is not None and value is not None:
+                with torch.inference_mode():  # in which tensors of either mode may be written
+                    tensor.copy_(value)
+            vars(module)[name] = tensor
+        raise
 
 
 class ShownMask:
