@@ -150,11 +150,16 @@ class Step:
         self._unread.add(layer_idx)
         return k, v
 
+    def attended(self, layer_idx: int) -> bool:
+        """Whether a layer has attended to what it appended: others that do share its K and V."""
+        return layer_idx not in self._unread
+
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scale: float, softcap: float = 0.0
     ) -> torch.Tensor:
         """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended; returns `[rows, q_len, H_q, D]`.
 
+        Queries of a layer that shares K and V may be of the step's last tokens alone.
         A `softcap` other than 0 caps the scores, which torch does on any route.
         """
         layer, bounds = self.cache.layers[layer_idx], self.bounds
@@ -166,9 +171,9 @@ class Step:
         return self._over_pages(layer, q, scale, softcap)
 
     def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
-        bounds = self.bounds
-        if softcap or not bounds.decodes:
-            return over_pages(layer, q, scale, bounds.starts, bounds.begin, softcap).transpose(1, 2)
+        bounds, begin = self.bounds, self.bounds.end - q.shape[2]
+        if softcap or not bounds.decodes or begin > bounds.begin:
+            return over_pages(layer, q, scale, bounds.starts, begin, softcap).transpose(1, 2)
         with launching_on(q.device):
             return self.route.decode(layer, q, scale, bounds)
 
