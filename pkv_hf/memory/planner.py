@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from pkv_hf.arguments import whole
-from pkv_hf.cache.paged import KV_DTYPES, check_kv_dtype, check_page_size
+from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.memory.sizes import QUANTISED_BITS, ModelSizes
@@ -50,7 +50,7 @@ class MemoryPlan:
     max_new_tokens: int
     weights: int
     pages: int
-    """K and V, as `generate()` reserves them, the null page of each layer included."""
+    """K and V, as `generate()` reserves them, the null page of each layer included, and linear-attention states."""
     prefill: int
     """The largest intermediate results of one layer while it takes the prompt."""
     workspace: int
@@ -209,16 +209,18 @@ def _planned(
 def _pages(sizes: ModelSizes, lengths: list[int], max_new_tokens: int, kv_dtype: Any, page_size: int) -> int:
     """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
     dtype = sizes.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
-    token = 2 * sizes.kv_heads * (sizes.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
     longest = max(lengths)
     reserved = math.ceil((longest + max_new_tokens - 1) / page_size)
-    pages = 0
-    for window in sizes.windows:
-        if window:
-            pages += len(lengths) * min(reserved, math.ceil(window / page_size) + 1)
+    nbytes = len(lengths) * sizes.states
+    for layer in sizes.layers:
+        dims = layer.key_dim + layer.value_dim
+        token = layer.kv_heads * (dims * dtype.itemsize + 2 * 4 * (dtype in LARGEST))
+        if layer.window:
+            pages = len(lengths) * min(reserved, math.ceil(layer.window / page_size) + 1)
         else:
-            pages += sum(reserved - (longest - length) // page_size for length in lengths)
-    return (pages + len(sizes.windows)) * page_size * token
+            pages = sum(reserved - (longest - length) // page_size for length in lengths)
+        nbytes += (pages + 1) * page_size * token
+    return nbytes
 
 
 def _token_elements(sizes: ModelSizes) -> int:

@@ -106,9 +106,9 @@ def _check_cache(cache: Any, state: PatchState) -> None:
     """Raises NotServed for a cache that is not of pages, or not of this model's layers."""
     if not isinstance(cache, PagedCache):
         raise NotServed(f"the cache is a {type(cache).__name__}, not a PagedCache")
-    if cache.windows != state.known.windows[: len(cache.layers)]:
+    if cache.kinds != state.known.kinds[: len(cache.layers)]:
         raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
-    if len({layer.length for layer in cache.layers}) > 1:
+    if len({layer.length for layer in cache.paged_layers}) > 1:
         raise NotServed("the PagedCache holds more tokens of some layers than of others")
 
 

@@ -52,7 +52,7 @@ def decide(
         kv_heads=cache.kv_heads or layer.kv_heads,
         head_dim=layer.head_dim,
         page_size=cache.page_size,
-        layers=len(state.known.windows),
+        layers=state.known.paged_layers,
         rows=len(starts),
         tokens=int(lengths.sum()),
         longest=int(lengths.max()),
@@ -84,6 +84,8 @@ def static_step(
         return f"the route {route.name} runs between transformers' layers"
     if not state.fused_forward and (why := uncaptured(state, cache.device)):
         return why
+    if any(layer.record_past for layer in cache.linear_layers):
+        return "states that a crop may take back grow with every step"
     look = state.known.look()
     with state.lock:
         if state.looked is not look.token:

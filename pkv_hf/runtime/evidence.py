@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pkv_hf import compat, origins
+from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.runtime.watch import Watch
 
@@ -82,8 +83,8 @@ class Evidence:
 
     family: origins.Family | None
     """Whose layers the model has, None for those of no known family."""
-    windows: tuple[int, ...]
-    """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
+    kinds: tuple[compat.LayerKind, ...]
+    """What each layer keeps, as the layers were made with."""
     model: Any
     """The causal LM."""
     decoder: Any
@@ -93,6 +94,8 @@ class Evidence:
     """Of the attention layers, by layer; those of a generic model are seen in its forwards."""
     output_type: type[ModelOutput] | None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
+    own_states: bool | None = None
+    """Whether layers keep linear-attention states in modules instead of in the cache; None until a forward shows it."""
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
     last: Look | None = None
@@ -113,6 +116,16 @@ class Evidence:
         return all(getattr(module, "is_causal", True) for module in self.attentions)
 
     @property
+    def may_keep_states(self) -> bool:
+        """Whether modules may keep linear-attention states, which no cache copies for more rows or takes back."""
+        return self.own_states is not False and any(kind.states for kind in self.kinds)
+
+    @property
+    def paged_layers(self) -> int:
+        """How many layers keep K and V."""
+        return sum(kind.window is not None for kind in self.kinds)
+
+    @property
     def torch_alone(self) -> str:
         """Why the layers are left to torch on any device, empty where kernels may serve them."""
         shapes = set(self.shapes.values())
@@ -127,6 +140,10 @@ class Evidence:
         known = set(self.shapes.values())
         self.shapes[layer_idx] = shape
         return set(self.shapes.values()) != known
+
+    def learn_states(self, cache: PagedCache) -> None:
+        """Notes where linear-attention states are that a forward has left."""
+        self.own_states = bool(cache.linear_layers) and not cache.holds_states
 
     def learn_output(self, output: Any) -> None:
         """Notes what a generic decoder returned when it was asked for hidden states alone."""
@@ -223,7 +240,7 @@ def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> Serve
 def _not_served(model: Any, decoder: Any, family: origins.Family | None, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
-        compat.layer_windows(decoder.config)
+        compat.layer_kinds(decoder.config)
     except ValueError as error:
         return str(error)
     if not compat.takes_cache(decoder):

@@ -64,7 +64,8 @@ def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         fresh = inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
         del fresh.layers[len(cache.layers) :]
         for layer, dropped in zip(fresh.layers, cache.layers):
-            layer.record_past = dropped.record_past
+            if hasattr(dropped, "record_past"):
+                layer.record_past = dropped.record_past
     return inputs
 
 
@@ -88,7 +89,8 @@ def prefill(
         cache.expect_prompt(length)
     if copies == 1 or cache.rows not in (0, len(input_ids) // copies):
         return run(input_ids, generation_config, model_kwargs, **settings)
-    prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if state.known.look().shares_prompts else None
+    shares = state.known.look().shares_prompts and not state.known.may_keep_states
+    prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if shares else None
     if prompts is None:
         return run(input_ids, generation_config, model_kwargs, **settings)
     cache.expect_copies(copies, length)
