@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerM
 
 from invariants import Interrupt
 from pkv_hf import PagedCache
+from pkv_hf.cache import paged as paged_module
 
 pytestmark = pytest.mark.contract
 
@@ -173,6 +174,38 @@ def test_reordered_states_stay_where_graphs_read_them():
     paged.reorder_cache(torch.tensor([-1, 0]))
     assert [tensor.data_ptr() for tensor in states(paged)] == places
     assert all(map(torch.equal, states(paged), (tensor[[1, 0]] for tensor in before)))
+
+
+class OnGpu(torch.Tensor):
+    """Says so, and is on the CPU."""
+
+    is_cuda = True
+
+
+def test_states_change_places_at_once_and_pages_when_they_are_asked_for(monkeypatch):
+    class Later:
+        def __init__(self, rows):
+            self.rows = rows.numpy
+
+    monkeypatch.setattr(paged_module, "Reordering", Later)
+    paged, dense = both()
+    places = [tensor.data_ptr() for tensor in states(paged)]
+    paged.reorder_cache(torch.tensor([1, 0]).as_subclass(OnGpu))
+    dense.reorder_cache(torch.tensor([1, 0]))
+    assert paged._tables.reordering is not None
+    assert all(map(torch.equal, states(paged), states(dense)))
+    assert [tensor.data_ptr() for tensor in states(paged)] == places
+    assert all(map(torch.equal, *(appended(cache, 2, 2, 7) for cache in (paged, dense))))
+
+
+def test_states_of_inference_mode_go_on_outside():
+    paged = PagedCache(CONFIG)
+    with torch.inference_mode():
+        appended(paged, 2, 5, 1)
+        fork = paged.fork()
+        fork.batch_repeat_interleave(2)
+    appended(paged, 2, 1, 2)
+    appended(fork, 4, 1, 2)
 
 
 def test_a_reset_cache_takes_other_rows():

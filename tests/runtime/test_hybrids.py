@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime import forward, interface
+from pkv_hf.runtime import choice, forward, interface
+from pkv_hf.runtime.choice import static_step
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.graphs import CaptureError
 from pkv_hf.runtime.static import StaticStep
@@ -55,24 +58,33 @@ def places(cache):
     return [x.data_ptr() for x in states(cache)]
 
 
+def failing(module, run, *args):
+    """Runs with a module whose forward fails when it is done, and has to raise that."""
+    forward = module.forward
+
+    def fails(*inputs, **kwargs):
+        forward(*inputs, **kwargs)
+        raise Stopped
+
+    module.forward = fails
+    try:
+        with pytest.raises(Stopped):
+            run(*args)
+    finally:
+        del module.forward
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("count", [1, 5])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_a_step_that_fails_in_any_layer_leaves_states_and_pages_as_they_were(name, count, monkeypatch):
+def test_a_step_that_fails_in_any_layer_leaves_states_and_pages_as_they_were(name, count):
     model = pkv_hf.patch(hybrid(name))
     decoder = model.get_decoder()
     expected = step(model, *prompted(model, 9, 14), count)
     for layer in decoder.layers:
         cache, mask = prompted(model, 9, 14)
         before, where = held(cache), places(cache)
-
-        def fails(*args, run=layer.forward, **kwargs):
-            run(*args, **kwargs)
-            raise Stopped
-
-        with monkeypatch.context() as patched, pytest.raises(Stopped):
-            patched.setattr(layer, "forward", fails)
-            step(model, cache, mask, count)
+        failing(layer, step, model, cache, mask, count)
         assert all(map(torch.equal, held(cache), before))
         assert places(cache) == where
         torch.testing.assert_close(step(model, cache, mask, count), expected, atol=1e-5, rtol=1e-5)
@@ -80,18 +92,11 @@ def test_a_step_that_fails_in_any_layer_leaves_states_and_pages_as_they_were(nam
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_a_prompt_that_fails_leaves_an_empty_cache_for_any_rows(name, monkeypatch):
+def test_a_prompt_that_fails_leaves_an_empty_cache_for_any_rows(name):
     model = pkv_hf.patch(hybrid(name))
     model(**left_padded(9, 14), **{CACHE: PagedCache(model.config)})  # or the error may be for what layers get
-    cache, last = PagedCache(model.config), model.get_decoder().layers[-1]
-
-    def fails(*args, run=last.forward, **kwargs):
-        run(*args, **kwargs)
-        raise Stopped
-
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(last, "forward", fails)
-        model(**left_padded(9, 14), **{CACHE: cache})
+    cache = PagedCache(model.config)
+    failing(model.get_decoder().layers[-1], lambda: model(**left_padded(9, 14), **{CACHE: cache}))
     assert cache.get_seq_length() == cache.rows == len(states(cache)) == 0
     ours = model(**left_padded(9, 14, 3), **{CACHE: cache}).logits
     fresh = model(**left_padded(9, 14, 3), **{CACHE: PagedCache(model.config)}).logits
@@ -155,7 +160,7 @@ def test_prefixes_go_on_in_continuations_of_one_length(name):
 
 
 @torch.no_grad()
-def test_states_in_modules_are_of_every_row_and_go_back(monkeypatch):
+def test_states_in_modules_are_of_every_row_and_go_back():
     settings = {"lru_width": 64, "attention_window_size": 24, "block_types": ["recurrent", "attention"], "head_dim": 16}
     config = transformers.RecurrentGemmaConfig(**{**COMMON, **settings})
     if not PagedCache(config).linear_layers:
@@ -170,9 +175,7 @@ def test_states_in_modules_are_of_every_row_and_go_back(monkeypatch):
     cache, mask = prompted(model, 9, 14)
     block = model.model.layers[0].temporal_block
     before = block.conv1d_state.clone(), block.rg_lru.recurrent_states.clone()
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(model.model.final_norm, "forward", lambda _: (_ for _ in ()).throw(Stopped()))
-        step(model, cache, mask)
+    failing(model.model.final_norm, step, model, cache, mask)
     assert all(map(torch.equal, (block.conv1d_state, block.rg_lru.recurrent_states), before))
 
 
@@ -199,18 +202,16 @@ def run_static(model, cache, starts, memories=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["delta", "both in one"])
-def test_static_steps_take_states_back_or_give_the_cache_up(name, monkeypatch):
+def test_static_steps_take_states_back_or_give_the_cache_up(name):
     model = pkv_hf.patch(hybrid(name))
-    starts, decoder = np.array([5, 0]), model.get_decoder()
+    starts = np.array([5, 0])
     cache, _ = prompted(model, 9, 14)
     before, where = held(cache), places(cache)
 
-    def stops(*_, **__):
+    def stops():
         raise Stopped
 
-    with monkeypatch.context() as patched, pytest.raises(Stopped):
-        patched.setattr(decoder.layers[-1], "forward", stops)
-        run_static(model, cache, starts)
+    failing(model.get_decoder().layers[-1], run_static, model, cache, starts)
     assert all(map(torch.equal, held(cache), before))
     layer = cache.linear_layers[-1]
 
@@ -233,8 +234,36 @@ def test_static_steps_are_not_for_padding_or_for_states_that_grow(monkeypatch):
     asked = []
     monkeypatch.setattr(forward, "static_step", lambda *args: asked.append(args))
     model, inputs = pkv_hf.patch(hybrid("delta")), left_padded(2, 12)
+    prompted(model, 5)
+    asked.clear()
     cache = PagedCache(model.config)
     for begin, end in ((0, 8), (8, 11), (11, 12)):  # the first row's tokens begin at 10
         chunk = {"input_ids": inputs["input_ids"][:, begin:end], "attention_mask": inputs["attention_mask"][:, :end]}
         model.model(**chunk, **{CACHE: cache})
         assert len(asked) == (begin == 11)
+    monkeypatch.setattr(choice, "captures", lambda *_: True)
+    arguments = (getattr(model, STATE), cache, SimpleNamespace(fuses_rope=True, name="any"), 1, transformers_layers)
+    assert static_step(*arguments) is not None
+    cache.activate_past_recording()
+    assert static_step(*arguments) is None
+
+
+@torch.no_grad()
+def test_a_graph_is_captured_anew_where_states_have_moved():
+    model, captures = pkv_hf.patch(hybrid("convolution")), []
+    cache, _ = prompted(model, 9, 14)
+    memory = Memory(lambda: captures.append(places(cache)))
+    static = StaticStep(model.get_decoder(), transformers_layers, None, ROUTES["sdpa"], 1)
+
+    def run():
+        static.run(cache, torch.full((2, 1), 7), torch.full((2, 1), cache.get_seq_length()), np.array([5, 0]), memory)
+
+    run()
+    run()
+    assert len(captures) == 1
+    cache.reorder_cache(torch.tensor([1, 0]))
+    run()
+    assert len(captures) == 1
+    cache.linear_layers[0].conv_states[0] = cache.linear_layers[0].conv_states[0].clone()
+    run()
+    assert len(captures) == 2
