@@ -254,7 +254,6 @@ def test_a_cache_is_gone_with_its_last_name():
 
 OPERATIONS = {
     "select": lambda cache: cache.batch_select_indices(torch.tensor([1])),
-    "repeat": lambda cache: cache.batch_repeat_interleave(2),
     "reorder": lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
     "crop": lambda cache: cache.crop(-2),
     "reset": lambda cache: cache.reset(),

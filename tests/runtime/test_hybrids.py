@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from hybrid import HYBRIDS, hybrid, states
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pkv_hf
 from pkv_hf import PagedCache
@@ -191,6 +192,38 @@ class Memory:
     def capture(self, run):
         self.captured()
         return self, torch.zeros(2, 1, 64)
+
+
+class NothingRead(TorchDispatchMode):
+    """Fails where an operator waits for the device, which no capture can."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return func(*args, **(kwargs or {}))
+
+
+class Running(Memory):
+    """Runs what is captured, as a replay would."""
+
+    def capture(self, run):
+        with NothingRead():
+            return self, run()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_step_is_captured_as_it_runs(name):
+    """It reads nothing of the host's or the device's, and leaves states where they were."""
+    model = pkv_hf.patch(hybrid(name))
+    cache, mask = prompted(model, 9, 14)
+    starts, other = np.array([5, 0]), cache.fork()
+    for _ in range(2):
+        positions = torch.from_numpy(cache.get_seq_length() - starts)[:, None]
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], dim=1)
+        call = {"attention_mask": mask, "position_ids": positions, CACHE: cache}
+        expected = model.get_decoder()(torch.full((2, 1), 7), **call).last_hidden_state
+        assert torch.equal(run_static(model, other, starts, Running(lambda: None)), expected)
+    assert all(map(torch.equal, states(other), states(cache)))
 
 
 def run_static(model, cache, starts, memories=None):
