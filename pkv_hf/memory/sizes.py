@@ -152,11 +152,11 @@ def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[
         for kind, layer in zip(kinds, held)
         if kind.window is not None and layer.keys is not None
     ]
-    return layers, sum(map(_state_bytes, cache.layers)), widest
+    return layers, sum(map(state_bytes, cache.layers)), widest
 
 
-def _state_bytes(layer: Any) -> int:
-    """Of one row of the linear-attention states that a layer of a cache holds."""
+def state_bytes(layer: Any) -> int:
+    """Of the linear-attention states that a layer of a cache holds."""
     held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
     return sum(state.nbytes for state in held if state is not None)
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+from hybrid import HYBRIDS, hybrid
 from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
@@ -59,6 +60,17 @@ def test_pages_and_weights_are_what_a_model_holds(family, lengths, kv_dtype):
     with pkv_hf.patched(model, **settings):
         output = model.generate(**left_padded(*lengths), max_new_tokens=6, return_dict_in_generate=True)
     assert output[CACHE].memory().held_bytes == plan.pages
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_and_layers_that_differ_count(name):
+    model = hybrid(name)
+    plan = pkv_hf.plan(model, prompt_tokens=(40, 9), max_new_tokens=6, gpu_memory="1GiB")
+    with pkv_hf.patched(model):
+        output = model.generate(**left_padded(40, 9), max_new_tokens=6, return_dict_in_generate=True)
+    assert plan.pages == output[CACHE].memory().held_bytes
+    half = pkv_hf.plan(model.config, prompt_tokens=(40, 9), max_new_tokens=6, gpu_memory="1GiB", dtype=torch.bfloat16)
+    assert plan.pages / 2 <= half.pages < plan.pages  # recurrent states may be float32 whatever the model is
 
 
 def test_the_largest_prompt_and_batch_fit_and_one_more_does_not():
