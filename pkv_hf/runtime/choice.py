@@ -10,8 +10,8 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.captured.static import Forward, StaticStep
 from pkv_hf.runtime.state import PatchState
-from pkv_hf.runtime.static import Forward, StaticStep
 
 
 def choose_route(

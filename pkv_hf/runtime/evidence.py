@@ -20,7 +20,7 @@ from transformers.utils import ModelOutput
 from pkv_hf import compat, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.runtime.watch import Watch
+from pkv_hf.runtime.captured.watch import Watch
 
 
 class LayerShape(NamedTuple):

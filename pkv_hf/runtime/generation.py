@@ -113,12 +113,22 @@ def _prompts(inputs: dict[str, Any], copies: int) -> dict[str, Any] | None:
     if any(_holds_tensors(value) for name, value in inputs.items() if name not in tensors):
         return None
     rows = len(inputs["input_ids"])
-    if any(not value.ndim or len(value) != rows for value in tensors.values()):
-        return None
-    grouped = {name: value.unflatten(0, (-1, copies)) for name, value in tensors.items()}
-    if not all(bool((value == value[:, :1]).all()) for value in grouped.values()):
-        return None
-    return {**inputs, **{name: value[:, 0] for name, value in grouped.items()}}
+    chosen: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        dim = _row_dim(name, value)
+        if value.ndim <= dim or value.shape[dim] != rows:
+            return None
+        grouped = value.unflatten(dim, (-1, copies))
+        first = grouped.narrow(dim + 1, 0, 1)
+        if not bool((grouped == first).all()):
+            return None
+        chosen[name] = first.squeeze(dim + 1)
+    return {**inputs, **chosen}
+
+
+def _row_dim(name: str, value: torch.Tensor) -> int:
+    """Where a tensor has its rows: positions of several axes (mRoPE) are `[axes, rows, tokens]`."""
+    return int(name == "position_ids" and value.ndim == 3)
 
 
 def _holds_tensors(value: Any) -> bool:

@@ -37,7 +37,7 @@ COMMANDS = [
     *[(script, ["--page-size", "7"], "invalid choice: 7") for script in ("benchmark_attention", "benchmark_traces")],
     *[(script, ["--head-dim", "7"], "no route takes such a step") for script in
       ("benchmark_attention", "benchmark_traces")],
-    ("benchmark_attention", ["--engines", "flashinfer"], "(flashinfer: flashinfer is not installed)"),
+    ("benchmark_attention", ["--engines", "flashinfer", "--rows", "1", "--length", "64"], "flashinfer is not"),
     ("benchmark_linear", [], "there is no GPU here"),
     ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
     ("benchmark_traces", ["--trace-file", "missing.csv"], "missing.csv"),

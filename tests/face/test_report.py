@@ -11,8 +11,8 @@ import pkv_hf
 from pkv_hf import reporting
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.admission import _asks_more
-from pkv_hf.runtime.graphs import CaptureError
-from pkv_hf.runtime.static import StaticStep
+from pkv_hf.runtime.captured.graphs import CaptureError
+from pkv_hf.runtime.captured.static import StaticStep
 from tiny import COMMON, left_padded, randomized, tiny
 
 ON_A_CPU = "a CUDA graph needs a GPU, the step is on cpu"

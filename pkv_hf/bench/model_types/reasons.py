@@ -31,6 +31,7 @@ SHARED = {
     r"its positions have \d+ dimensions": "positions of several axes (mRoPE)",
     r"its decoder is given |returns more than hidden states": "its decoder is given, or returns, more than tokens",
     r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
+    r"states that a crop may take back": "states that a crop may take back",
     r"changes with the length": "RoPE that changes with the length",
     # our kernels do not serve the layers
     r"scores are capped": "attention scores are capped",

@@ -13,7 +13,7 @@ from torch import nn
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
-from pkv_hf.runtime.graphs import CaptureError, GraphMemories, GraphMemory
+from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1
