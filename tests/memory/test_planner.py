@@ -10,6 +10,7 @@ import transformers
 from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
+from families.models import family_model
 from pkv_hf.bench.benchmark import SHAPES
 from pkv_hf.compat import CACHE
 from places import ROOT
@@ -129,3 +130,14 @@ def test_bad_input_is_named(monkeypatch):
     for wrong in ("llama", BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=64)):
         with pytest.raises(pkv_hf.UnsupportedModelError):
             pkv_hf.plan(wrong, **good)
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl", "falcon-h1", "gemma4-e2b"])
+def test_a_model_around_a_text_decoder_states_and_shared_layers(family):
+    model = family_model(family)
+    plan = pkv_hf.plan(model, prompt_tokens=(20, 9), max_new_tokens=3, gpu_memory="1GiB")
+    of_config = pkv_hf.plan(model.config, prompt_tokens=(20, 9), max_new_tokens=3, gpu_memory="1GiB")
+    assert (of_config.weights, of_config.pages) == (plan.weights, plan.pages)
+    with pkv_hf.patched(model):
+        output = model.generate(**left_padded(20, 9), max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    assert output[CACHE].memory().held_bytes == plan.pages
