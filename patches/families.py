@@ -1,18 +1,17 @@
-"""Model families: a spec each, by transformers' `model_type`."""
+"""The model families whose layers our kernels run whole."""
 
 from __future__ import annotations
 
 from torch import nn
 
-from pkv_hf.patches.family import Family
 from pkv_hf.patches.llama import LLAMA
 from pkv_hf.patches.mistral import MISTRAL
 from pkv_hf.patches.qwen import QWEN2, QWEN3
 from pkv_hf.runtime.evidence import ServedLayers, served_layers
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3)
 
 
 def served_by_us(model: nn.Module) -> ServedLayers:
     """What `patch` replaces in a model, of one of these families or not. Raises UnsupportedModelError for none."""
-    return served_layers(model, {name: family.prefix for name, family in FAMILIES.items()})
+    return served_layers(model, FAMILIES)

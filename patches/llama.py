@@ -1,5 +1,5 @@
-"""Llama, and the models that ship as it (SmolLM2, TinyLlama, ...)."""
+"""Llama, and the models that ship as it (SmolLM2, TinyLlama, InternLM3, ...)."""
 
-from pkv_hf.patches.family import Family
+from pkv_hf.origins import Family
 
-LLAMA = Family(model_type="llama", prefix="Llama")
+LLAMA = Family(folder="llama", prefix="Llama")

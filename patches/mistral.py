@@ -1,5 +1,5 @@
 """Mistral, with or without its sliding window."""
 
-from pkv_hf.patches.family import Family
+from pkv_hf.origins import Family
 
-MISTRAL = Family(model_type="mistral", prefix="Mistral")
+MISTRAL = Family(folder="mistral", prefix="Mistral")

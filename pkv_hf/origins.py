@@ -2,7 +2,8 @@
 
 A function is known where its own code, and that of all that is wrapped around it, lies in the files of a library. It is
 transformers' own for a place in a family where, beneath such wrappers, it is the very function that the family's file
-defines there. What stands on an instance is never known, unless it only moves tensors between devices.
+defines there. A class is a family's whatever its name and `model_type` are, as long as it runs those functions. What
+stands on an instance is never known, unless it only moves tensors between devices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -69,7 +71,7 @@ def _lies_in(folders: tuple[str, ...], function: Any) -> bool:
 
 def is_own(function: Any, file: str, name: str) -> bool:
     """Whether a function is the one of this full name in a file of transformers, but for wrappers of a library's."""
-    innermost = chain(function)[-1]
+    innermost: Any = next(reversed(chain(function)), None)
     code = code_of(innermost)
     if code is None or code.co_filename != os.path.join(_folder("transformers"), file):
         return False
@@ -87,22 +89,49 @@ def _folder(package: str) -> str:
     return os.path.dirname(file) + os.sep if os.path.basename(file) == "__init__.py" else file
 
 
-def modeling_file(model_type: str) -> str:
-    return os.path.join("models", model_type, f"modeling_{model_type}.py")
+@dataclass(frozen=True)
+class Family:
+    """Models whose layers transformers defines in one file: RMSNorm, q, k, v projections, RoPE, attention, SwiGLU.
+
+    Others that run the very same functions are of the family too, whatever their `model_type` is.
+    """
+
+    folder: str
+    """Where transformers keeps the file, below its `models`."""
+    prefix: str
+    """What the names of its classes begin with."""
+
+    @property
+    def file(self) -> str:
+        """The file, below transformers' own folder."""
+        return os.path.join("models", self.folder, f"modeling_{self.folder}.py")
+
+    @property
+    def namespace(self) -> Any:
+        """The module of that file, None before it was imported."""
+        return sys.modules.get(f"transformers.models.{self.folder}.modeling_{self.folder}")
+
+    def runs(self, of_class: type, kind: str) -> bool:
+        """Whether a class is the family's of a kind ("Attention", say), or a subclass with all its functions."""
+        name = self.prefix + kind
+        for base in of_class.__mro__:
+            own = is_own(
+                vars(base).get("forward"), self.file, f"{name}.forward"
+            )  # transformers gives subclasses it too
+            if own and base.__name__ == name:
+                return True
+            if any(_may_run(key, value) for key, value in vars(base).items() if not (own and key == "forward")):
+                return False
+        return False
 
 
-def modeling_module(model_type: str) -> str:
-    return f"transformers.models.{model_type}.modeling_{model_type}"
+MAKE_MODULES = ("__init__", "__annotate__", "__annotate_func__")
+"""Functions of a class that no call of a module runs: what they have put on it is looked at itself."""
 
 
-def class_name(of_class: type) -> str:
-    """The full name of a class."""
-    return f"{of_class.__module__}.{of_class.__qualname__}"
-
-
-def own_class_name(decoder: Any, prefix: str, kind: str) -> str:
-    """The full name of transformers' class of a kind ("Attention", say) in a decoder's family."""
-    return f"{modeling_module(decoder.config.model_type)}.{prefix}{kind}"
+def _may_run(name: str, value: Any) -> bool:
+    """Whether what a class defines under a name may run where its modules are called: functions, properties."""
+    return name not in MAKE_MODULES and not isinstance(value, type) and (callable(value) or hasattr(value, "__get__"))
 
 
 def foreign(modules: Iterable[nn.Module]) -> str:
@@ -129,11 +158,8 @@ def _compiled(function: Any) -> bool:
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
-def unfamiliar(decoder: Any, prefix: str) -> str:
-    """What of a family's layers is not transformers' own and may compute something else; empty for nothing.
-
-    `prefix` is what the names of the family's classes begin with.
-    """
+def unfamiliar(decoder: Any, family: Family) -> str:
+    """What of a family's layers is not transformers' own and may compute something else; empty for nothing."""
     layers = decoder.layers
     attentions = [getattr(layer, "self_attn", None) for layer in layers]
     norms = [getattr(decoder, "norm", None)]
@@ -148,34 +174,30 @@ def unfamiliar(decoder: Any, prefix: str) -> str:
         "RMSNorm": norms,
     }
     for kind, modules in places.items():
-        if reason := _others_than(modules, decoder, prefix + kind):
+        if reason := _others_than(modules, family, kind):
             return reason
-    return unfamiliar_attention(decoder, attentions, prefix)
+    return unfamiliar_attention(attentions, family)
 
 
-def unfamiliar_attention(decoder: Any, attentions: list[Any], prefix: str) -> str:
+def unfamiliar_attention(attentions: list[Any], family: Family) -> str:
     """What of a family's attention is not transformers' own; empty for nothing."""
-    if reason := _others_than(attentions, decoder, prefix + "Attention", aligned=True):
+    if reason := _others_than(attentions, family, "Attention", aligned=True):
         return reason
-    file = modeling_file(decoder.config.model_type)
-    namespace = sys.modules[modeling_module(decoder.config.model_type)]
     for name in ("apply_rotary_pos_emb", "rotate_half"):
-        if not is_own(getattr(namespace, name, None), file, name):
+        if not is_own(getattr(family.namespace, name, None), family.file, name):
             return f"{name} is not transformers' own"
     return ""
 
 
-def _others_than(modules: list[Any], decoder: Any, name: str, aligned: bool = False) -> str:
-    """Which module is not transformers' class of this name in the decoder's family, or does not run its forward."""
-    file = modeling_file(decoder.config.model_type)
+def _others_than(modules: list[Any], family: Family, kind: str, aligned: bool = False) -> str:
+    """Which module is not of the family's class of a kind, or does not run its forward; empty for none."""
     for of_class in dict.fromkeys(type(module) for module in modules):
-        own = of_class.__name__ == name and is_own(getattr(of_class, "forward", None), file, f"{name}.forward")
-        if not own:
-            return f"a {of_class.__name__} is in the place of transformers' {name}"
+        if not family.runs(of_class, kind):
+            return f"a {of_class.__name__} is in the place of transformers' {family.prefix}{kind}"
     for module in modules:
         set_on = on_instance(module)
         if set_on is not None and not (aligned and _aligns(module)):
-            return f"a {name} has a forward of its own"
+            return f"a {type(module).__name__} has a forward of its own"
     return ""
 
 
@@ -196,15 +218,14 @@ LOOPS_OWN = (
 """What of a causal LM's generation the run-ahead loop takes the place of, or calls as transformers does."""
 
 
-def unfamiliar_loop(model: Any, prefix: str) -> str:
+def unfamiliar_loop(model: Any, family: Family) -> str:
     """What of a causal LM's forward and generation is not as transformers has it for the family; empty for nothing."""
-    name = f"{prefix}ForCausalLM"
-    if reason := _others_than([model], model, name):
+    if reason := _others_than([model], family, "ForCausalLM"):
         return reason
     for method in LOOPS_OWN:
         of_class = getattr(type(model), method)
         if on_instance(model, method) is not None or not is_own(
             of_class, os.path.join("generation", "utils.py"), f"GenerationMixin.{method}"
         ):
-            return f"{method} of the {name} is not transformers' own"
+            return f"{method} of the {type(model).__name__} is not transformers' own"
     return ""

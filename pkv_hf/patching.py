@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
@@ -91,17 +92,17 @@ def patch(
 
 def _patch(model: Any, settings: dict[str, Any]) -> None:
     """Patches a transformers model that is not patched. Where it raises, it has changed nothing."""
-    decoder, prefix, attentions = served_by_us(model)
+    decoder, family, attentions = served_by_us(model)
     compat.warn_of_untested()
     _check_fp8(settings["kv_dtype"], attentions[0])
     known = Evidence(
-        prefix=prefix,
+        family=family,
         windows=tuple(compat.layer_windows(decoder.config)),
         model=model,
         decoder=decoder,
         attentions=attentions,
-        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if prefix else {},
-        output_type=BaseModelOutputWithPast if prefix else None,
+        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if family else {},
+        output_type=BaseModelOutputWithPast if family else None,
     )
     state = PatchState(
         route=settings["route"],
@@ -109,7 +110,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
         kv_dtype=settings["kv_dtype"],
         family=decoder.config.model_type,
         known=known,
-        fused_forward=decode_forward if settings["fuse"] and prefix else None,
+        fused_forward=decode_forward if settings["fuse"] and family else None,
         cuda_graphs=settings["cuda_graphs"],
         settings=settings,
     )
@@ -123,7 +124,8 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
 def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any]) -> None:
     """Puts ours in the place of what the modules have."""
     config = compat.serving_configuration(decoder.config)
-    for module in [decoder, *attentions]:
+    inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.config is decoder.config]
+    for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)
     for module in {id(module): module for module in [model, decoder, *attentions]}.values():
         state.replaced.set(module, STATE, state)

@@ -14,6 +14,7 @@ from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import StepShape
+from pkv_hf.runtime.choice import uncaptured
 from pkv_hf.runtime.counts import Calls, Steps
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.tables import mebibytes
@@ -50,6 +51,12 @@ class Report:
     """The decoder's forwards, by what served them."""
     steps: Steps
     """Decode steps on pages, by how they ran."""
+    last_step: str | None
+    """How the last of them ran, "captured", "static" or "eager"; None before the first."""
+    not_fused: str
+    """Why it ran transformers' own layers, empty where our kernels ran them whole; before it, what forbids that."""
+    not_captured: str
+    """Why it replayed no CUDA graph, empty where it did; before it, what forbids that."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -60,10 +67,23 @@ class Report:
             return None
         return "projections" if self.weight_bytes >= self.kv_bytes else "attention"
 
+    @property
+    def runs(self) -> str:
+        """How the last step ran, in words."""
+        if self.last_step is None:
+            return "none yet"
+        layers = "transformers' own layers run" if self.not_fused else "our kernels run whole layers"
+        return f"{self.last_step}, {layers}"
+
+    def _not_better(self) -> list[str]:
+        if self.not_fused == self.not_captured:
+            return [f"not fused or captured: {self.not_fused}"] * bool(self.not_fused)
+        kinds = {"fused": self.not_fused, "captured": self.not_captured}
+        return [f"not {kind}: {why}" for kind, why in kinds.items() if why]
+
     def __repr__(self) -> str:
         lines = [
-            f"family    {self.family}, {self.layers} attention layers patched"
-            + (", transformers' own layers run" if self.generic else ""),
+            f"family    {self.family}, {self.layers} attention layers patched",
             f"cache     PagedCache, pages of {self.page_size} tokens in {self.kv_dtype}",
             f"route     {self.asked}, last step: {self.route or 'none yet'}",
             f"bytes     a step reads {mebibytes(self.weight_bytes)} of weights"
@@ -75,8 +95,11 @@ class Report:
             f"graphs    {self.graphs} captured, {mebibytes(self.graph_bytes)}"
             if self.graph_bytes
             else "graphs    none",
-            f"calls     {self.calls.pages} on pages, {self.calls.transformers} by transformers",
+            f"calls     {self.calls.pages} on pages, {self.calls.transformers} by transformers"
+            + (f", {self.calls.masked} prompts under the model's own masks" if self.calls.masked else ""),
             f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
+            f"last step {self.runs}",
+            *self._not_better(),
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
@@ -89,6 +112,7 @@ def report(model: nn.Module) -> Report:
     with state.lock:
         graphs = sum(step.captured for step in state.static_steps)
     step = state.decision.shape if state.decision else None
+    last = state.counts.last_step
     return Report(
         family=state.family,
         generic=state.known.generic,
@@ -104,8 +128,23 @@ def report(model: nn.Module) -> Report:
         graph_bytes=state.graph_memories.nbytes,
         calls=state.counts.calls,
         steps=state.counts.steps,
+        last_step=last.how if last else None,
+        not_fused=_not_fused(state),
+        not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
         left=tuple(state.said.values()),
     )
+
+
+def _not_fused(state: PatchState) -> str:
+    """Why the last step ran transformers' own layers, or the first one will; empty where our kernels run them."""
+    look, last = state.known.look(), state.counts.last_step
+    if state.known.generic:
+        return look.layers
+    if state.fused_forward is None:
+        return "patch() was called with fuse=False"
+    if last is None:
+        return look.not_static
+    return last.why if last.how == "eager" else ""
 
 
 def explain(model_or_step: nn.Module | StepShape) -> Decision:

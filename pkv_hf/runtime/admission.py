@@ -17,7 +17,9 @@ import torch
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import NotServed
+from pkv_hf.routes.base import MAX_DECODE_QUERIES
 from pkv_hf.runtime.evidence import drops_out
+from pkv_hf.runtime.masks import Expanded, is_expanded, read_expanded
 from pkv_hf.runtime.state import PatchState
 
 PLAIN_ARGUMENTS = frozenset({"input_ids", "inputs_embeds", "attention_mask", "position_ids", compat.CACHE}) | {
@@ -44,8 +46,14 @@ class Admitted:
     device: torch.device
     dtype: torch.dtype
     """Of the weights."""
-    hidden_alone: bool
-    """The call asks for the last hidden states and nothing else."""
+    asks_more: str
+    """What the call asks for beyond the last hidden states of its tokens; empty for nothing."""
+    expanded: Expanded | None
+    """What its masks say, where the model made them: causal ones have given way to which tokens are real."""
+
+    @property
+    def hidden_alone(self) -> bool:
+        return not self.asks_more
 
 
 def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
@@ -72,9 +80,17 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     rows, q_len = tokens.shape[:2]
     if not rows * q_len:
         raise NotServed(f"the call is of {rows} x {q_len} tokens")
-    starts = _row_starts(call.get("attention_mask"), cache, rows, q_len, state)
-    alone = _hidden_alone(config, call)
-    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, alone)
+    mask, expanded = call.get("attention_mask"), None
+    if is_expanded(mask):
+        expanded = read_expanded(mask, cache, rows, q_len)
+        if expanded.causal:
+            call["attention_mask"] = expanded.real  # of which the decoder makes its own
+        elif cache.get_seq_length() and q_len <= MAX_DECODE_QUERIES:
+            raise NotServed("attention_mask is more than causal, in a decode step")
+        mask = expanded.real
+    starts = _row_starts(mask, cache, rows, q_len, state)
+    asks = _asks_more(config, call)
+    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, expanded)
 
 
 def _lost_cache(decoder: Any) -> str:
@@ -132,13 +148,17 @@ def extra_arguments(call: dict[str, Any]) -> list[str]:
     return [name for name in given if not name.startswith("output_") or call[name]]
 
 
-def _hidden_alone(config: Any, call: dict[str, Any]) -> bool:
-    """Whether a call asks for the last hidden states and nothing else."""
+def _asks_more(config: Any, call: dict[str, Any]) -> str:
+    """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
+    if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
+        return "output_hidden_states=True asks for those of all layers"
+    if extra := extra_arguments(call):
+        return f"its decoder is given {', '.join(extra)}"
+    if call.get("return_dict", getattr(config, "return_dict", True)) is False:
+        return "return_dict=False asks for a tuple"
+    if call.get("use_cache") is False:
+        return "use_cache=False, with a cache"
     positions = call.get("position_ids")
-    return (
-        not extra_arguments(call)
-        and not call.get("output_hidden_states", getattr(config, "output_hidden_states", False))
-        and call.get("return_dict", getattr(config, "return_dict", True)) is not False
-        and call.get("use_cache") is not False
-        and (positions is None or positions.ndim == 2)
-    )
+    if positions is not None and positions.ndim != 2:
+        return f"its positions have {positions.ndim} dimensions (mRoPE)"
+    return ""

@@ -59,27 +59,31 @@ def decide(
         padded=bool(starts.any()),
         windowed=any(windows),
         autocast=torch.is_autocast_enabled(device.type),
-        captured=captures(state, device),
+        captured=not uncaptured(state, device),
         named=state.route != "auto",
         torch_alone=state.known.torch_alone,
     )
     return choose(state.route, shape, cache.last_route, before=state.decision)
 
 
-def captures(state: PatchState, device: torch.device) -> bool:
-    """Whether decode steps on a device are captured in CUDA graphs."""
-    return state.cuda_graphs and device.type == "cuda" and not state.known.not_captured
+def uncaptured(state: PatchState, device: torch.device) -> str:
+    """Why no decode step on a device is captured; empty where they are."""
+    if device.type != "cuda":
+        return f"a CUDA graph needs a GPU, the step is on {device.type}"
+    return state.known.not_captured if state.cuda_graphs else "patch() was called with cuda_graphs=False"
 
 
 def static_step(
     state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: nn.Module | None = None
-) -> StaticStep | None:
-    """The cache's step of a shape over static buffers, None where transformers' layers have to run.
+) -> StaticStep | str:
+    """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are.
 
     `layers` is what runs in it where the family has no fused forward.
     """
-    if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
-        return None
+    if not route.fuses_rope:
+        return f"the route {route.name} runs between transformers' layers"
+    if not state.fused_forward and (why := uncaptured(state, cache.device)):
+        return why
     look = state.known.look()
     with state.lock:
         if state.looked is not look.token:
@@ -88,7 +92,7 @@ def static_step(
                 step.drop()
     if look.not_static:
         state.say(f"the decoder's layers, attention stays on pages: {look.not_static}")
-        return None
+        return look.not_static
     held, key = cache.static_steps, (look.token, cache.rows, q_len, route.name, head is not None)
     if key not in held:
         for stale in [other for other in held if other[0] is not look.token]:

@@ -7,6 +7,7 @@ Some of it is read from the modules when the model is patched (`served_layers`),
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -79,8 +80,8 @@ class Look:
 class Evidence:
     """What is known of one patched model."""
 
-    prefix: str
-    """What the names of the family's classes begin with; empty for a model of no known family."""
+    family: origins.Family | None
+    """Whose layers the model has, None for those of no known family."""
     windows: tuple[int, ...]
     """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
     model: Any
@@ -104,7 +105,12 @@ class Evidence:
     @property
     def generic(self) -> bool:
         """Of no known family: all that is known of the layers is what they ask of attention."""
-        return not self.prefix
+        return self.family is None
+
+    @property
+    def causal(self) -> bool:
+        """Whether all attention modules attend causally where they get no mask."""
+        return all(getattr(module, "is_causal", True) for module in self.attentions)
 
     @property
     def torch_alone(self) -> str:
@@ -138,15 +144,15 @@ class Evidence:
     def _new_look(self) -> Look:
         watch = Watch(self.model, self.decoder.config)
         foreign = origins.foreign(watch.modules)
-        if self.generic:
+        if self.family is None:
             layers = attention = loop = "it is of no family whose layers are known"
             static = compat.not_captured(self.decoder)
         else:
-            static = layers = origins.unfamiliar(self.decoder, self.prefix)
-            attention = origins.unfamiliar_attention(self.decoder, self.attentions, self.prefix)
+            static = layers = origins.unfamiliar(self.decoder, self.family)
+            attention = origins.unfamiliar_attention(self.attentions, self.family)
             loop = "its decoder is another than was patched"
             if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
-                loop = origins.unfamiliar_loop(self.model, self.prefix)
+                loop = origins.unfamiliar_loop(self.model, self.family)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         return Look(watch, foreign, layers, attention, loop, not_static)
 
@@ -187,13 +193,13 @@ class ServedLayers(NamedTuple):
     """What `patch` replaces in a model."""
 
     decoder: Any
-    prefix: str
-    """That of the family's class names; empty for a model whose own layers run."""
+    family: origins.Family | None
+    """Whose attention all the modules are, None for that of no known family."""
     attentions: list[Any]
 
 
-def served_layers(model: nn.Module, prefixes: dict[str, str]) -> ServedLayers:
-    """The decoder and its attention modules; `prefixes` are those of the known families, by model_type.
+def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> ServedLayers:
+    """The decoder and its attention modules, and which of the known families it is of.
 
     Raises UnsupportedModelError with the reason for what cannot be served.
     """
@@ -206,19 +212,18 @@ def served_layers(model: nn.Module, prefixes: dict[str, str]) -> ServedLayers:
     if not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
-    prefix = prefixes.get(decoder.config.model_type, "")
-    own = origins.own_class_name(decoder, prefix, "Attention")
-    if prefix and {origins.class_name(type(module)) for module in attentions} != {own}:
-        prefix = ""
-    if reason := _not_served(model, decoder, prefix, attentions):
+    classes = {type(module) for module in attentions}
+    of_all = [each for each in families if classes and all(each.runs(of_class, "Attention") for of_class in classes)]
+    family = next(iter(of_all), None)
+    if reason := _not_served(model, decoder, family, attentions):
         raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")
-    return ServedLayers(decoder, prefix, attentions)
+    return ServedLayers(decoder, family, attentions)
 
 
-def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) -> str:
+def _not_served(model: Any, decoder: Any, family: origins.Family | None, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
-        windows = compat.layer_windows(decoder.config)
+        compat.layer_windows(decoder.config)
     except ValueError as error:
         return str(error)
     if not compat.takes_cache(decoder):
@@ -231,14 +236,10 @@ def _not_served(model: Any, decoder: Any, prefix: str, attentions: list[Any]) ->
     name = compat.configured_implementation(decoder.config)
     if reason := compat.unfamiliar_implementation(name, compat.implementation_functions(name, attentions[0])):
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
-    if prefix:
+    if family is not None:
         return ""
-    if vars(decoder.config) is not vars(model.config):
-        return f"it is more than its {type(decoder).__name__}, whose configuration is a part of its own"
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
-    if len(attentions) != len(windows):
-        return f"{len(attentions)} modules go through transformers' attention interface, for {len(windows)} layers"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):
             return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"

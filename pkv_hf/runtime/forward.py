@@ -17,7 +17,7 @@ from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
-from pkv_hf.runtime.choice import captures, choose_route, static_step
+from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
 from pkv_hf.runtime.graphs import CaptureError
 from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.state import PatchState
@@ -78,21 +78,37 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
     bounds = Bounds(starts, admitted.begin, q_len)
-    if admitted.hidden_alone and bounds.decodes and call.get("input_ids") is not None and state.known.output_type:
-        static = static_step(state, cache, route, q_len, transformers_layers)
-        if static is not None:
-            return _by_static_step(state, static, admitted, call)
+    static = _static_step(state, admitted, route, call) if bounds.decodes else ""
+    if isinstance(static, StaticStep):
+        return _by_static_step(state, static, admitted, call)
     known = state.known.look()
     if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
-    settings: dict[str, Any] = {"fuses_rope": not known.attention, "shows_masks": known.hooked}
-    with Step(cache, bounds, route, decoder.config, **settings):
+    settings: dict[str, Any] = {
+        "fuses_rope": not known.attention,
+        "shows_masks": known.hooked or not state.known.causal,
+        "expanded": admitted.expanded,
+    }
+    with Step(cache, bounds, route, decoder.config, **settings) as step:
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
-        state.counts.add("eager")
+        state.counts.add_step("eager", static)
+    if step.masked:
+        state.counts.add("masked")
     if admitted.hidden_alone:
         state.known.learn_output(output)
     return output
+
+
+def _static_step(state: PatchState, admitted: Admitted, route: Route, call: dict[str, Any]) -> StaticStep | str:
+    """The step on static buffers that serves a decode step, or why transformers' layers have to run as they are."""
+    if admitted.asks_more:
+        return admitted.asks_more
+    if call.get("input_ids") is None:
+        return "its decoder is given inputs_embeds instead of input_ids"
+    if state.known.output_type is None:
+        return "its decoder returns more than hidden states"
+    return static_step(state, admitted.cache, route, admitted.q_len, transformers_layers)
 
 
 def _packed_prompt(
@@ -139,18 +155,23 @@ def run_static(
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
-    captured = captures(state, step.device) and shape in state.compiled and not step.lacks_memory
+    why = uncaptured(state, step.device)
+    if not why and shape not in state.compiled:
+        why = "the first step of its shape compiles kernels"
+    elif not why and step.lacks_memory:
+        why = "memory ran out when it was to be captured"
     try:
-        output = step.run(cache, tokens, positions, starts, state.graph_memories if captured else None)
+        output = step.run(cache, tokens, positions, starts, None if why else state.graph_memories)
     except CaptureError as error:
+        why = str(error)
         if error.for_memory:
             step.lacks_memory = True
         else:
-            state.known.look().not_captured = str(error)
+            state.known.look().not_captured = why
         state.say(f"CUDA graphs, decode steps run without: {error}")
         output = step.run(cache, tokens, positions, starts, None)
     state.compiled.add(shape)
-    state.counts.add("captured" if step.captured else "static")
+    state.counts.add_step("static" if why else "captured", why)
     return output
 
 

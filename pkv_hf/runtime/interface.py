@@ -84,26 +84,29 @@ def attention(
 
     Raises LayerNotServed, for `decoder_forward`, where a step's layer asks for what pages do not give.
     """
+    arguments = {**kwargs, "dropout": dropout, "scaling": scaling}
+    if softcap is not None:  # an argument that not all of transformers' functions name
+        arguments["softcap"] = softcap
     handle = handle_of(key)
     if handle is None and window_of(attention_mask) is None:
-        function = compat.attention_function(compat.configured_implementation(module.config), module)
-        if softcap is not None:
-            kwargs["softcap"] = softcap
-        return function(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        return _transformers_own(module)(module, query, key, value, attention_mask, **arguments)
     name = type(module).__name__
     if handle is None or handle_of(value) is not handle:
         raise LayerNotServed(f"{name} attends to other keys and values than its cache update returned")
     step, layer_idx = handle
     windows, held = _windows_of(step, attention_mask), step.cache.layers[layer_idx].table.window
-    if not windows:
+    if not windows and (step.causal or step.bounds.decodes):
         raise LayerNotServed(f"{name} has a mask that is more than causal")
-    if held not in windows:
+    by_transformers = not windows or not (step.explicit or step.bounds.q_len == 1 or _is_causal(module, arguments))
+    if by_transformers and (step.bounds.decodes or window_of(attention_mask) is not None):
+        raise NotServed(f"{name} is not causal, in a step of several queries")
+    if windows and held not in windows:
         raise LayerNotServed(
             f"{name} attends to a window of {min(windows) or 'all'} tokens, the cache holds {held or 'all'}"
         )
     if not _fits(query, key, value):
         raise LayerNotServed(f"{name} has queries {list(query.shape)} for keys {list(key.shape)}")
-    _check_asked(module, held, {**kwargs, "dropout": dropout, "scaling": scaling, "softcap": softcap})
+    _check_asked(module, held, arguments)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     _learn(
         module,
@@ -111,7 +114,15 @@ def attention(
         layer_idx,
         LayerShape(query.shape[1] // key.shape[1], key.shape[1], query.shape[3], scale, softcap or 0),
     )
+    if by_transformers:
+        key, value = step.dense(key, value, layer_idx)
+        return _transformers_own(module)(module, query, key, value, attention_mask, **arguments)
     return step.attend(query, key, value, layer_idx, scale, softcap or 0).contiguous(), None
+
+
+def _transformers_own(module: Any) -> Any:
+    """The attention function that a module's user has chosen."""
+    return compat.attention_function(compat.configured_implementation(module.config), module)
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -120,14 +131,17 @@ def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return key.shape == value.shape == (rows, key.shape[1], q_len, head_dim) and heads % key.shape[1] == 0
 
 
+def _is_causal(module: Any, asked: dict[str, Any]) -> bool:
+    """Whether a layer attends causally where no mask says so."""
+    return bool(getattr(module, "is_causal", True) if asked.get("is_causal") is None else asked["is_causal"])
+
+
 def _check_asked(module: Any, window: int, asked: dict[str, Any]) -> None:
     """Raises LayerNotServed for an argument that may change the result in a way that pages do not know."""
     for name, value in asked.items():
         if value is not None and name not in HARMLESS and not _understood(module, window, name, value):
             shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
             raise LayerNotServed(f"{type(module).__name__} asks attention for {name}={shown}")
-    if asked.get("is_causal") is None and not getattr(module, "is_causal", True):
-        raise LayerNotServed(f"{type(module).__name__} is not causal")
 
 
 def _understood(module: Any, window: int, name: str, value: Any) -> bool:

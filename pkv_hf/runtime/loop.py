@@ -210,7 +210,8 @@ class _Forward:
         self.positions: torch.Tensor | None = position_ids[:, -1:]
 
     def _static(self, route: Route) -> StaticStep | None:
-        return static_step(self.state, self.cache, route, 1, transformers_layers, self.model.lm_head)
+        step = static_step(self.state, self.cache, route, 1, transformers_layers, self.model.lm_head)
+        return step if isinstance(step, StaticStep) else None
 
     def _choose_again(self) -> None:
         """Takes another route's step where rows have grown into another route's lengths."""

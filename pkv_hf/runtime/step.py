@@ -15,6 +15,7 @@ from pkv_hf.compat import serving
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import Bounds, Norms, Route
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
+from pkv_hf.runtime.masks import Expanded
 
 
 def current_step() -> Step | None:
@@ -63,7 +64,8 @@ class Step:
     which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
     one row. `captured` says that a CUDA graph keeps what the forward does, `fuses_rope` that layers may call
     `rope_attend` where the route does. `config` is the decoder's own. `shows_masks` gives layers transformers' masks
-    for their hooks to see.
+    for their hooks to see. `expanded` is what masks said that the model
+    made: where they were causal no layer may bring one that is more, which would be made of less.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Step:
         captured: bool = False,
         fuses_rope: bool = False,
         shows_masks: bool = False,
+        expanded: Expanded | None = None,
     ) -> None:
         self.cache = cache
         self.bounds = bounds
@@ -85,7 +88,10 @@ class Step:
         self.captured = captured
         self.fuses_rope = fuses_rope and route.fuses_rope and bounds.begin > 0
         self.shows_masks = shows_masks
+        self.causal = packing is not None or (expanded is not None and expanded.causal)
+        self.explicit = self.causal and expanded is not None and expanded.explicit
         self.masks: list[ShownMask] = []
+        self.masked = False  # some layer's attention was transformers' own, under a mask that the model made
         self._unread: set[int] = set()  # layers that have appended and not attended yet
 
     def __enter__(self) -> Step:
@@ -139,6 +145,20 @@ class Step:
         if not bounds.begin:
             return over_prompt(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
         return self._over_pages(layer, q, scale, softcap)
+
+    def dense(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of all positions that a prompt's queries can see, whose own k and v were appended.
+
+        For attention by transformers, under a mask that the model made.
+        """
+        self._unread.discard(layer_idx)
+        self.masked = True
+        begin = self.bounds.begin
+        if not begin:
+            return k, v
+        layer = self.cache.layers[layer_idx]
+        held_k, held_v = layer.dense(layer.table.first_visible(begin), self.bounds.end)
+        return held_k.to(k.dtype), held_v.to(v.dtype)
 
     def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
         bounds = self.bounds

@@ -74,7 +74,7 @@ class _Code:
         methods = [(c, name) for c in classes for name in ("forward", "__call__")]
         methods += [(type(model), name) for name in LOOPS_OWN if hasattr(model, name)]
         self._methods = [(c, name, getattr(c, name)) for c, name in methods]
-        files = dict.fromkeys(sys.modules.get(c.__module__) for c in classes)
+        files = dict.fromkeys(sys.modules.get(base.__module__) for c in classes for base in c.__mro__)
         beside = [(vars(file), name) for file in files if file is not None for name in NAMED_BY_LAYERS]
         self._functions = [(names, name, names[name]) for names, name in beside if name in names]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pages
+from pkv_hf.bench.model_types.modes import ALIKE, ON_PAGES
 from pkv_hf.bench.model_types.reasons import shared
 from pkv_hf.bench.results.published import Record, markdown, measured_on
 
@@ -13,13 +14,22 @@ PAGE = pages.ROOT / "docs" / "models.md"
 WORDS = {"pages": "on pages", "left": "left", "raises": "refused", "wrong": "wrong", "own error": "not known"}
 NO_GPU = "Triton kernels need a GPU"
 NO_RUN = "No run of all models is committed yet.\n"
+NO_MODES = "The committed run compared none.\n"
+OWN_PATH = ("static cache", "forward")
+"""Modes that are transformers' own path by design."""
 EXAMPLES = 3
+WELL_KNOWN = (
+    "qwen3_vl", "qwen2_5_vl", "gemma4", "gemma3", "mistral3", "internvl", "llama4", "qwen3_5", "qwen3_next",
+    "granitemoehybrid", "falcon_h1", "mamba2", "gpt_oss", "deepseek_v3", "deepseek_v32", "bloom", "mpt", "bart",
+    "t5gemma2", "blip", "gemma3n",
+)  # fmt: skip
+"""Model types that tables name first."""
 
 
 def newest_run() -> list[Record]:
     """The records of the last run of all models by route auto that came to its end, none where there is none."""
     runs: dict[str, list[Record]] = {}
-    for record in pages.read("models.jsonl"):
+    for record in pages.read("models.jsonl", eager=None, modes={}):
         if record["route"] == "auto":
             runs.setdefault(record["date"], []).append(record)
     whole = [run for run in runs.values() if len(run) == run[0]["of"]]
@@ -30,11 +40,21 @@ def why(record: Record) -> str:
     """How the steps of a model on pages run, or why it is not there."""
     if record["status"] != "pages":
         return shared(record["reason"])
-    layers = "its own layers" if record["own_layers"] else "fused layers"
     rejected = record["split_rejected"] or ""
-    return (
-        layers if not rejected or rejected.startswith(NO_GPU) else f"{layers}, attention by torch: {shared(rejected)}"
-    )
+    by_torch = "" if not rejected or rejected.startswith(NO_GPU) else f"; attention by torch: {shared(rejected)}"
+    if not record["own_layers"]:
+        return f"fused layers{by_torch}"
+    if record["eager"] is None:  # of a run that did not say
+        return f"its own layers{by_torch}"
+    graph = f"not captured: {shared(record['eager'])}" if record["eager"] else "captured"
+    return f"its own layers, {graph}{by_torch}"
+
+
+def modes_of(record: Record) -> str:
+    """Which of the other modes are not on pages, though the same; "-" where none was compared."""
+    compared: dict[str, str] = record["modes"] or {}
+    names = [mode for mode, how in compared.items() if how != ON_PAGES and mode not in OWN_PATH]
+    return f"all but {', '.join(names)}" if names else "all" if compared else "-"
 
 
 def summary() -> str:
@@ -50,28 +70,51 @@ def summary() -> str:
     return says + markdown(["status", "models", "published variants"], rows) + measured_on(run)
 
 
-def reasons() -> str:
-    """How many models share a reason: by status, the most frequent ones first."""
-    sharing: dict[tuple[str, str], list[str]] = {}
+def modes() -> str:
+    """How many of the models on pages run a mode in each way; one that differs is wrong and not among them."""
+    run = [r for r in newest_run() if r["modes"] and r["status"] == "pages"]
+    if not run:
+        return NO_MODES
+    rows = [[mode, *(f"{sum(r['modes'][mode] == how for r in run)}" for how in ALIKE)] for mode in run[0]["modes"]]
+    header = ["mode", "the same, on pages", "the same, by transformers", "transformers refuses it"]
+    return f"Of the {len(run)} models and variants on pages:\n\n" + markdown(header, rows)
+
+
+def sharing() -> dict[tuple[str, str], list[str]]:
+    """The model types that share a status and a reason: by status, the most frequent reasons first."""
+    found: dict[tuple[str, str], list[str]] = {}
     for r in newest_run():
         if r["status"] != "pages":
-            sharing.setdefault((r["status"], why(r)), []).append(r["model_type"])
+            found.setdefault((r["status"], why(r)), []).append(r["model_type"])
     order = list(WORDS)
-    rows = []
-    for (status, reason), named in sorted(sharing.items(), key=lambda each: (order.index(each[0][0]), -len(each[1]))):
-        examples = list(dict.fromkeys(named))
-        such_as = ", ".join([*examples[:EXAMPLES], *(["..."] if len(examples) > EXAMPLES else [])])
-        rows.append([cell(reason), WORDS[status], f"{len(named)}", such_as])
+    return dict(sorted(found.items(), key=lambda each: (order.index(each[0][0]), -len(each[1]))))
+
+
+def such_as(model_types: Iterable[str]) -> str:
+    """A few of the model types, those first that many people know."""
+    different = dict.fromkeys(model_types)
+    examples = [*(name for name in WELL_KNOWN if name in different), *(n for n in different if n not in WELL_KNOWN)]
+    return ", ".join([*examples[:EXAMPLES], *(["..."] if len(examples) > EXAMPLES else [])])
+
+
+def reasons() -> str:
+    """How many models share a reason."""
+    rows = [
+        [cell(reason), WORDS[status], f"{len(named)}", such_as(named)] for (status, reason), named in sharing().items()
+    ]
     return texts(["why", "status", "models", "such as"], rows)
 
 
 def every_model() -> str:
+    run = sorted(newest_run(), key=lambda r: (r["model_type"].lower(), r["class"], r["variant"]))
     rows = [
         [f"{r['model_type']}: {r['variant']}" if r["variant"] else r["model_type"], r["class"], WORDS[r["status"]],
-         cell(why(r))]
-        for r in sorted(newest_run(), key=lambda r: (r["model_type"].lower(), r["class"], r["variant"]))
+         cell(why(r)), modes_of(r)]
+        for r in run
     ]  # fmt: skip
-    return texts(["model type", "class", "status", "how its steps run, or why not"], rows)
+    header = ["model type", "class", "status", "how its steps run, or why not", "other modes"]
+    shown = len(header) - (not any(r["modes"] for r in run))
+    return texts(header[:shown], [row[:shown] for row in rows])
 
 
 def texts(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -84,4 +127,4 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-TABLES = {"models-summary": summary, "models-reasons": reasons, "models": every_model}
+TABLES = {"models-summary": summary, "models-modes": modes, "models-reasons": reasons, "models": every_model}

@@ -137,12 +137,20 @@ def models_short() -> str:
     if not run:
         return models.NO_RUN
     on_pages = [r for r in run if r["status"] == "pages"]
+    among = [name for name in models.WELL_KNOWN if name in {r["model_type"] for r in on_pages}]
     fused = sorted({r["class"].removesuffix("ForCausalLM") for r in on_pages if not r["own_layers"]})
     named = " and ".join(filter(None, [", ".join(fused[:-1]), *fused[-1:]]))
+    served = f"{len(on_pages)} run on pages" + (f", among them {', '.join(among)}" if among else "")
     return (
-        f"Of the {len(run)} models in transformers {run[0]['transformers']}, {len(on_pages)} run on pages. "
+        f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}. "
         f"{named} gain most: our kernels run their whole layers, not attention alone.\n"
     )
+
+
+def models_refused() -> str:
+    """The reasons for which `patch` raises, those first that most models share."""
+    refused = [(why, names) for (status, why), names in models.sharing().items() if status == "raises"]
+    return "; ".join(f"{why} ({models.such_as(names)})" for why, names in refused) + ".\n" if refused else models.NO_RUN
 
 
 def quality_short() -> str:
@@ -176,6 +184,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "report": report,
     "requirements": requirements,
     "models-short": models_short,
+    "models-refused": models_refused,
     "memory": memory,
     "quality-short": quality_short,
     "finetune-short": finetune_short,

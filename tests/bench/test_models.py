@@ -7,13 +7,14 @@ import os
 import re
 import time
 
+import pytest
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import pkv_hf
 from jsonl import records
-from pkv_hf.bench.model_types import trial
-from pkv_hf.bench.model_types.building import prompts
+from pkv_hf.bench.model_types import modes, trial
+from pkv_hf.bench.model_types.building import build, prompts
 from pkv_hf.bench.model_types.cases import all_cases
 from pkv_hf.bench.model_types.isolated import run_all
 from pkv_hf.bench.model_types.reasons import shared
@@ -43,8 +44,9 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     found = {r["model_type"]: r for r in records(out) if not r["variant"]}
     assert {name: (r["class"], r["status"]) for name, r in found.items()} == {n: e[:2] for n, e in ENDS.items()}
     assert all(found[name]["reason"].startswith(reason) for name, (*_, reason) in ENDS.items())
-    assert {(n, r["own_layers"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
-        ("llama", False, "sdpa"), ("gemma3_text", True, "sdpa"), ("vipllava", True, "sdpa")
+    embeds = "its decoder is given inputs_embeds instead of input_ids"
+    assert {(n, r["own_layers"], r["eager"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
+        ("llama", False, "", "sdpa"), ("gemma3_text", True, "", "sdpa"), ("vipllava", True, embeds, "sdpa")
     }  # fmt: skip
     assert {"gpu", "torch", "transformers", "commit", "date", "route", "of"} <= set.intersection(
         *map(set, found.values())
@@ -56,6 +58,48 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     assert {name: summary[name] for name in ("records", *trial.STATUSES)} == {
         "records": 7, "pages": 4, "left": 1, "raises": 1, "wrong": 0, "own error": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "deepseek_v3", "mamba2", "qwen3_next"])
+def test_every_vector_of_a_tiny_model_is_drawn(model_type):
+    """Norms, biases, sinks, decays: what zeros or ones stand for would not show."""
+    model = build(*cases(model_type))
+    named = dict([*model.named_parameters(), *model.named_buffers()])
+    vectors = {name: tensor for name, tensor in named.items() if tensor.is_floating_point() and "inv_freq" not in name}
+    assert [name for name, tensor in vectors.items() if len(tensor.unique()) < min(tensor.numel(), 3)] == []
+    assert all(tensor.isfinite().all() for tensor in vectors.values())
+
+
+def test_modes_are_compared_and_recorded(run, tmp_path):
+    out = tmp_path / "models.jsonl"
+    assert run("record_models", "--modes", "--only", "vipllava", "--out", out)[0] == 0
+    (found,) = records(out)
+    own_path = {"static cache": modes.BY_TRANSFORMERS, "forward": modes.BY_TRANSFORMERS}
+    assert found["modes"] == dict.fromkeys(modes.MODES, modes.ON_PAGES) | own_path
+
+
+def test_a_mode_that_differs_is_wrong_and_one_that_transformers_refuses_is_not(monkeypatch):
+    (llama,) = cases("llama")
+
+    def differs(model):
+        return [torch.ones(2) * hasattr(model, STATE)]
+
+    def fails(model):
+        raise ValueError("patched" if hasattr(model, STATE) else "plain")
+
+    def refused(model):
+        raise ValueError("of both")
+
+    drawn = iter(range(9))
+    tried = {"differs": differs, "fails": fails, "refused": refused, "unsteady": lambda _: [torch.tensor(next(drawn))]}
+    monkeypatch.setattr(modes, "MODES", {**tried, "forward": modes.forward})
+    found = trial.run(llama, "auto", modes=True)
+    assert found["modes"] == {
+        "differs": "other tokens or logits", "fails": "ValueError: patched when patched", "refused": modes.REFUSED,
+        "unsteady": modes.REFUSED, "forward": modes.BY_TRANSFORMERS,
+    }  # fmt: skip
+    assert found["status"] == "wrong"
+    assert found["reason"] == "differs: other tokens or logits; fails: ValueError: patched when patched"
 
 
 def test_an_unknown_model_is_named(run, tmp_path):
@@ -154,23 +198,54 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     page = run.load("pages/models")
     readme = run.load("pages/readme")
     monkeypatch.setattr("pages.RESULTS", tmp_path)
-    assert page.summary() == readme.models_short() == "No run of all models is committed yet.\n"
+    assert (
+        page.summary() == readme.models_short() == readme.models_refused() == "No run of all models is committed yet.\n"
+    )
+    assert page.modes() == "The committed run compared none.\n"
     lines = [
         record(date="1", model_type="old"), record(date="1", model_type="older"),
-        record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu"),
+        record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu",
+               eager="", modes={"beams": "on pages", "prompt lookup": "refused", "forward": "by transformers"}),
         record(date="2", model_type="a", status="raises", reason="no layer of A was patched: A attends in chunks: b"),
         record(date="3", model_type="a", route="split"), record(date="3", model_type="b", route="split"),
         record(date="4", model_type="part"),
     ]  # fmt: skip
     (tmp_path / "models.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert page.every_model().splitlines()[2:] == [
-        "| a | A | refused | attention in chunks |", "| b | A | on pages | fused layers |"
+        "| a | A | refused | attention in chunks | - |",
+        "| b | A | on pages | fused layers | all but prompt lookup |",
+    ]
+    assert page.modes().splitlines()[2:] == [
+        "| mode | the same, on pages | the same, by transformers | transformers refuses it |",
+        "| --- | ---: | ---: | ---: |",
+        "| beams | 1 | 0 | 0 |", "| prompt lookup | 0 | 0 | 1 |", "| forward | 0 | 1 | 0 |",
     ]  # fmt: skip
+    assert readme.models_refused() == "attention in chunks (a).\n"
     assert page.reasons().splitlines()[2:] == ["| attention in chunks | refused | 1 | a |"]
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
     assert readme.models_short().startswith("Of the 2 models in transformers 5, 1 run on pages. A gain most")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"eager": ""}, "its own layers, captured"),
+        ({"eager": "its decoder is given inputs_embeds instead of input_ids"},
+         "its own layers, not captured: its decoder is called with embeddings"),
+        ({"eager": None}, "its own layers"),
+        ({"eager": "", "split_rejected": "attention scores are capped"},
+         "its own layers, captured; attention by torch: attention scores are capped"),
+        ({"own_layers": False, "eager": ""}, "fused layers"),
+    ],
+)  # fmt: skip
+def test_the_page_says_how_steps_run(run, fields, says):
+    assert run.load("pages/models").why(record(model_type="a", **fields)) == says
+
+
+def test_tables_name_first_what_many_know(run):
+    assert run.load("pages/models").such_as(["aria", "fuyu", "gemma3", "idefics2", "aria"]) == "gemma3, aria, fuyu, ..."
 
 
 def test_reasons_of_the_committed_run_are_few(run):

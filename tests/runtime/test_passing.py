@@ -143,9 +143,9 @@ def test_a_capture_that_fails(message, monkeypatch):
     model = tiny("llama", num_hidden_layers=1)
     expected = generate(model)
     pkv_hf.patch(model, route="split")
-    captures = choice.captures
+    uncaptured = choice.uncaptured
     for module in (choice, forward):
-        monkeypatch.setattr(module, "captures", lambda state, _: captures(state, torch.device("cuda")))
+        monkeypatch.setattr(module, "uncaptured", lambda state, _: uncaptured(state, torch.device("cuda")))
     monkeypatch.setattr(StaticStep, "_replay", fails)
     every_call = "memory" in message
     for call in range(1, 4):  # of the first, the second step is tried, right after the one before

@@ -10,9 +10,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pkv_hf.bench.model_types.cases import Case
 from pkv_hf.bench.model_types.shrinking import shrink
 
-KEPT = ("A_log", "dt_bias", "correction_bias")
-"""Parameters that only their own initialisation makes sense of."""
-
 SPREAD = 0.2
 """Of weights: enough for attention that is sharp, and for norms and biases that show."""
 
@@ -28,12 +25,14 @@ def build(case: Case) -> Any:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if not parameter.is_floating_point() or any(word in name for word in KEPT):
-                continue
-            if parameter.ndim > 1 or name.endswith(".bias"):
-                parameter.normal_(0, SPREAD, generator=generator)
-            elif name.endswith("norm.weight"):  # around 1 or, where the norm adds 1, around 0
-                parameter.add_(torch.empty_like(parameter).normal_(0, SPREAD, generator=generator))
+            if parameter.is_floating_point():
+                drawn = torch.empty_like(parameter).normal_(0, SPREAD, generator=generator)
+                if parameter.ndim < 2 and not name.endswith(".bias"):  # norms, sinks, decays: around where they begin
+                    drawn += parameter
+                parameter.copy_(drawn)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):  # of experts' scores
+                buffer.normal_(0, SPREAD, generator=generator)
     return model
 
 

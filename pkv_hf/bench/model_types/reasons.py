@@ -11,9 +11,7 @@ SHARED = {
     r"keeps a \w+": "layers that cache something else than keys and values",
     r"attends in chunks": "attention in chunks",
     r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
-    r"whose configuration is a part of its own": "a model around a text decoder (images, sound)",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
-    r"modules go through transformers' attention interface, for": "more or fewer attention modules than layers",
     r"get_decoder\(\) returned|is not a causal LM that generates": "no decoder that transformers' generate() runs",
     # left to transformers
     r"asks attention for s_aux": "attention sinks",
@@ -28,6 +26,12 @@ SHARED = {
     r"pixel_values|input_features": "does not generate from text alone",
     r"^cannot be built": "the tiny model cannot be built",
     r"^cannot be run unpatched": "the tiny model does not generate",
+    # layers are not captured
+    r"given inputs_embeds": "its decoder is called with embeddings",
+    r"its positions have \d+ dimensions": "positions of several axes (mRoPE)",
+    r"its decoder is given |returns more than hidden states": "its decoder is given, or returns, more than tokens",
+    r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
+    r"changes with the length": "RoPE that changes with the length",
     # our kernels do not serve the layers
     r"scores are capped": "attention scores are capped",
     r"layers differ in": "layers differ in heads, head size or scale",

@@ -13,10 +13,12 @@ import torch
 import pkv_hf
 from pkv_hf.bench.model_types.building import build, prompts
 from pkv_hf.bench.model_types.cases import Case
+from pkv_hf.bench.model_types.modes import ALIKE, TOLERANCE, compared, outcomes
+from pkv_hf.replaced import STATE
 
 NEW_TOKENS = 12
-TOLERANCE = 1e-4
-"""Of logits, relative to the largest one."""
+OF_THIS_MACHINE = ("the route ", "a CUDA graph needs a GPU", "the first step of its shape")
+"""How reasons begin why a step is not captured here, and would be in a longer run on a GPU."""
 
 STATUSES = ("pages", "left", "raises", "wrong", "own error")
 """Served on pages; patched and left to transformers; refused by `patch` or by the route that was named; patched and not
@@ -46,8 +48,8 @@ class Generated(NamedTuple):
         return (self.logits - other.logits).abs().max().item() / largest
 
 
-def run(case: Case, route: str, say: Say = lambda stage: None) -> dict[str, Any]:
-    """What a record says of a case: `status`, `reason` and, of what was patched, how it ran."""
+def run(case: Case, route: str, say: Say = lambda stage: None, modes: bool = False) -> dict[str, Any]:
+    """What a record says of a case: `status`, `reason` and, of what was patched, how it ran, in `modes` too."""
     stage = ""
 
     def enter(name: str) -> None:
@@ -57,7 +59,7 @@ def run(case: Case, route: str, say: Say = lambda stage: None) -> dict[str, Any]
 
     try:
         with torch.no_grad():
-            return _run(case, route, enter)
+            return _run(case, route, enter, modes)
     except (pkv_hf.UnsupportedModelError, pkv_hf.RouteError) as error:
         return {"status": "raises", "reason": str(error)}
     except Exception as error:  # of transformers' model or of ours: it is the result
@@ -69,7 +71,7 @@ def failed(stage: str, why: str) -> dict[str, Any]:
     return {"status": STAGES[stage], "reason": f"cannot be {stage}: {' '.join(why.split())[:300]}"}
 
 
-def _run(case: Case, route: str, enter: Say) -> dict[str, Any]:
+def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
     enter("built")
     model = build(case)
     enter("run unpatched")
@@ -78,29 +80,37 @@ def _run(case: Case, route: str, enter: Say) -> dict[str, Any]:
         raise ValueError(f"a second run gives {unsteady}")
     if not expected.logits.isfinite().all():
         raise ValueError("its logits are not finite")
+    expected_in_modes = outcomes(model) if modes else {}
     enter("patched")
     pkv_hf.patch(model, route=route)
     enter("run patched")
     found = _generate(model)
-    ran = pkv_hf.report(model)
+    ran, eager = pkv_hf.report(model), _eager(model)
+    found_in_modes = outcomes(model) if modes else {}
     pkv_hf.unpatch(model)
     wrong = expected.differs(found)
     if not wrong and (kept := expected.differs(_generate(model))):
         wrong = f"after unpatch(): {kept}"
+    in_modes = compared(model, expected_in_modes, found_in_modes)
+    if not wrong:
+        wrong = "; ".join(f"{mode}: {what}" for mode, what in in_modes.items() if what not in ALIKE)
     served = ran.route is not None and not ran.calls.transformers
     return {
         "status": "wrong" if wrong else "pages" if served else "left",
         "reason": wrong or "; ".join(ran.left),
-        "own_layers": ran.generic or _wraps(model),
+        "own_layers": ran.generic or bool(eager),
+        "eager": eager,
         "step_route": ran.route,
         "split_rejected": ran.rejected.get("split"),
         "logits_error": expected.difference(found),
+        "modes": in_modes,
     }
 
 
-def _wraps(model: Any) -> bool:
-    """Whether a model is more than its decoder, which it then calls with embeddings: no fused step takes those."""
-    return vars(model.get_decoder().config) is not vars(model.config)
+def _eager(model: Any) -> str:
+    """Why a patched model's decode steps, on a GPU too, run its layers one by one; empty where they are captured."""
+    why = pkv_hf.report(model).not_captured
+    return getattr(model, STATE).known.look().not_static if why.startswith(OF_THIS_MACHINE) else why
 
 
 def _generate(model: Any) -> Generated:

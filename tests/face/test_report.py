@@ -1,0 +1,150 @@
+"""What `report` says of how decode steps run, and why not better: each reason, as it was when the step ran."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import pkv_hf
+from pkv_hf import reporting
+from pkv_hf.runtime import choice, forward
+from pkv_hf.runtime.admission import _asks_more
+from pkv_hf.runtime.graphs import CaptureError
+from pkv_hf.runtime.static import StaticStep
+from tiny import COMMON, left_padded, randomized, tiny
+
+ON_A_CPU = "a CUDA graph needs a GPU, the step is on cpu"
+NO_FAMILY = "it is of no family whose layers are known"
+
+
+def small():
+    return tiny("llama", num_hidden_layers=1)
+
+
+def olmo2():
+    return randomized(transformers.Olmo2ForCausalLM, transformers.Olmo2Config(**{**COMMON, "num_hidden_layers": 1}))
+
+
+def wrapper():
+    """A Llama that a model for images calls with embeddings."""
+    text = transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 1})
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = transformers.CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    return randomized(
+        LlavaForConditionalGeneration, LlavaConfig(vision_config=vision, text_config=text, image_token_index=127)
+    )
+
+
+def generated(model, **settings) -> reporting.Report:
+    model.generate(**left_padded(7), max_new_tokens=3, do_sample=False, **settings)
+    return pkv_hf.report(model)
+
+
+def hooked(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    return model
+
+
+STEPS = {
+    "fused": (small, {"route": "split"}, {}, "static", "", ON_A_CPU),
+    "hooks": (
+        lambda: hooked(small()), {"route": "split"}, {}, "eager", "modules have forward hooks", "modules have",
+    ),
+    "not fused": (small, {"route": "split", "fuse": False}, {}, "eager", "called with fuse=False", ON_A_CPU),
+    "torch": (small, {}, {}, "eager", "the route sdpa runs between transformers' layers", "the route sdpa runs"),
+    "hidden states": (
+        small, {"route": "split", "run_ahead": False}, {"output_hidden_states": True, "return_dict_in_generate": True},
+        "eager", "output_hidden_states=True asks for those of all layers", "output_hidden_states=True",
+    ),
+    "no family": (olmo2, {"route": "split"}, {}, "eager", NO_FAMILY, ON_A_CPU),
+    "wrapper": (wrapper, {"route": "split"}, {}, "eager", "given inputs_embeds instead of", "given inputs_embeds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_report_says_how_the_last_step_ran_and_why_not_better(name):
+    build, settings, asked, how, not_fused, not_captured = STEPS[name]
+    if "route" in settings:
+        pytest.importorskip("triton")
+    found = generated(pkv_hf.patch(build(), **settings), **asked)
+    assert vars(found.steps) == {"captured": 0, "static": 0, "eager": 0} | {how: 2}
+    assert found.last_step == how
+    assert not_fused in found.not_fused
+    assert bool(found.not_fused) == bool(not_fused)
+    assert not_captured in found.not_captured
+    assert found.runs == f"{how}, " + ("transformers' own layers run" if not_fused else "our kernels run whole layers")
+    lines = str(found).splitlines()
+    assert f"last step {found.runs}" in lines
+    if found.not_fused == found.not_captured:
+        assert f"not fused or captured: {found.not_fused}" in lines
+    else:
+        assert f"not captured: {found.not_captured}" in lines
+        assert (f"not fused: {found.not_fused}" in lines) == bool(not_fused)
+
+
+def test_before_the_first_step_a_report_says_what_forbids_a_better_one(monkeypatch):
+    found = pkv_hf.report(pkv_hf.patch(small()))
+    assert (found.last_step, found.not_fused, found.not_captured) == (None, "", ON_A_CPU)
+    assert "last step none yet" in str(found).splitlines()
+    assert pkv_hf.report(pkv_hf.patch(olmo2())).not_fused == NO_FAMILY
+    monkeypatch.setattr(reporting, "uncaptured", lambda *_: "")  # as on a GPU
+    found = pkv_hf.report(pkv_hf.patch(hooked(small())))
+    assert found.not_fused == found.not_captured == "modules have forward hooks"
+
+
+def fails(message):
+    def replay(*_):
+        raise CaptureError(message)
+
+    return replay
+
+
+@pytest.mark.parametrize("build", [small, olmo2])
+def test_what_keeps_a_step_from_being_captured_on_a_gpu(build, monkeypatch):
+    pytest.importorskip("triton")
+    uncaptured = choice.uncaptured
+    for module in (choice, forward):
+        monkeypatch.setattr(module, "uncaptured", lambda state, _: uncaptured(state, torch.device("cuda")))
+    whole = "" if build is small else NO_FAMILY
+    without = generated(pkv_hf.patch(build(), route="split", cuda_graphs=False))
+    assert without.not_captured == "patch() was called with cuda_graphs=False"
+    assert without.last_step == (
+        "eager" if whole else "static"
+    )  # no graph needs static buffers for transformers' layers
+    model = pkv_hf.patch(build(), route="split")
+    monkeypatch.setattr(StaticStep, "_replay", fails("CUDA error: out of memory"))
+    model.generate(**left_padded(7), max_new_tokens=2, do_sample=False)
+    first = pkv_hf.report(model)
+    assert (first.last_step, first.not_fused) == ("static", whole)
+    assert first.not_captured == "the first step of its shape compiles kernels"
+    assert generated(model).not_captured == "memory ran out when it was to be captured"
+    monkeypatch.setattr(StaticStep, "_replay", fails("operation not permitted"))
+    assert generated(model).not_captured == "operation not permitted"
+    assert generated(model).last_step == ("eager" if whole else "static")
+
+
+def test_a_step_is_captured_where_its_graph_is_replayed(monkeypatch):
+    pytest.importorskip("triton")
+    for module in (choice, forward):
+        monkeypatch.setattr(module, "uncaptured", lambda *_: "")
+    monkeypatch.setattr(StaticStep, "_replay", lambda self, cache, begin, _: self._body(cache, begin))
+    found = generated(pkv_hf.patch(small(), route="split"))
+    assert vars(found.steps) == {"captured": 1, "static": 1, "eager": 0}
+    assert (found.runs, found.not_fused, found.not_captured) == ("captured, our kernels run whole layers", "", "")
+    assert "not captured" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        ({"position_ids": torch.zeros(3, 1, 1)}, "its positions have 3 dimensions (mRoPE)"),
+        ({"token_type_ids": torch.zeros(1, 1), "labels": 1}, "its decoder is given token_type_ids, labels"),
+        ({"return_dict": False}, "return_dict=False asks for a tuple"),
+        ({"use_cache": False}, "use_cache=False, with a cache"),
+        ({"position_ids": torch.zeros(1, 1), "use_cache": True, "output_hidden_states": False}, ""),
+    ],
+)
+def test_what_a_call_asks_for_beyond_hidden_states(call, says):
+    assert _asks_more(transformers.LlamaConfig(), call) == says
