@@ -44,7 +44,7 @@ def choose_tile(
     `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
     end the accumulator passes through the same memory. sm_90 and sm_100, which alone have more than 164 KiB, multiply
     64 rows and more of a half type asynchronously: the tile that is read stays, the weights are elsewhere, and what is
-    unpacked of 8 bits lies beside.
+    unpacked of 8 bits lies beside. So does one operand of float32 that was of 8 bits.
     Products of float32 take their operands from registers, which 8192 elements over 8 warps leave enough of.
     """
     width = next_power_of_2(head_dim)
@@ -58,8 +58,8 @@ def choose_tile(
             tokens = 128
         in_flight, weights = (stages, 0) if asynchronous else (stages - 1, block_m * tokens * 4)
         loop = 2 * in_flight * tokens * width * kv_itemsize + block_m * width * itemsize + weights
-        if asynchronous and kv_itemsize < itemsize:
-            loop += 2 * tokens * width * itemsize
+        if kv_itemsize < itemsize:
+            loop += (2 if asynchronous else itemsize == 4) * tokens * width * itemsize
         if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
             return Tile(tokens, 4 if itemsize == 2 and width <= 256 and block_m * width <= 8192 else 8, stages)
     return None

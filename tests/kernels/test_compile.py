@@ -132,6 +132,8 @@ def test_every_kernel_fits(target):
     cases = [plain(128, 4, 1, half), plain(256, 16, 1, "fp32"), (192, 128, 8, 1, half, 30.0, True, True)]
     if target not in (86, 120):  # which have sm_89's memory, and so its tiles
         cases += [plain(64, 3, 8, half), plain(512, 8, 1, half)]
+    if target == 89:  # where float32 that was of 8 bits has no room to spare
+        cases.append(plain(128, 16, 4, "fp32"))
     if target == 90:  # where the registers are looked at
         cases += [plain(64, 3, 1, "fp32"), plain(128, 4, 1, "fp32"), (256, 512, 2, 1, "fp32", 30.0, True, False)]
     wide = [plain(128, 16, 8, half), plain(256, 16, 8, half)]  # that a small shared memory has no tile for
