@@ -92,7 +92,7 @@ def _found(model: Any) -> tuple[int, int, int]:
     # Or transformers looks for padding, among tokens and in a mask that are not there.
     unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
     with init_empty_weights(include_buffers=True):
-        decoder = type(model)(unpadded).get_decoder()
+        decoder = compat.decoder_of(type(model)(unpadded))
     layers = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
     widest = max(max(weight.shape, default=1) for weight in layers)
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")

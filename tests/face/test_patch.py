@@ -222,10 +222,11 @@ def test_models_that_cannot_be_served_are_named_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("layer_types", "says"), [("chunked_attention", "attends in chunks"), ("linear_attention", "LinearAttentionLayer")]
+    ("layer_types", "says"),
+    [("chunked_attention", "attention_chunk_size"), ("linear_attention", "LinearAttentionLayer")],
 )
-def test_layers_that_are_not_full_or_sliding_attention_are_refused(layer_types, says):
-    model = tiny("qwen2")
+def test_layers_that_cannot_be_held_are_refused(layer_types, says):
+    model = tiny("qwen2")  # which has no size of chunks
     model.config.layer_types = ["full_attention", layer_types, "full_attention"]
     before = attributes(model)
     with pytest.raises(pkv_hf.UnsupportedModelError, match=says):
