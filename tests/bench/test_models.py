@@ -28,7 +28,7 @@ ENDS = {
     "llama": ("LlamaForCausalLM", "pages", ""),
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
     "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
-    "gpt_oss": ("GptOssForCausalLM", "left", "GptOssAttention asks attention for s_aux="),
+    "doge": ("DogeForCausalLM", "left", "DogeAttention has a mask that is more than causal"),
     "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: layer 0 of MambaConfig keeps a"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
 }
