@@ -80,8 +80,8 @@ def static_step(
     """
     if not route.fuses_rope or not (state.fused_forward or captures(state, cache.device)):
         return None
-    if any(layer.record_past for layer in cache.linear_layers):
-        return None  # states that grow with every step are where no step before had them
+    if state.known.may_keep_states or any(layer.record_past for layer in cache.linear_layers):
+        return None  # a graph writes states where they were: not in modules, and not those that grow with every step
     look = state.known.look()
     with state.lock:
         if state.looked is not look.token:
