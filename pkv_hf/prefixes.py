@@ -70,7 +70,7 @@ class Prefix:
         rows = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings)
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         pads = lengths.max() - lengths
-        if pads.any() and self._cache.holds_states:
+        if pads.any() and self._cache.linear_layers:
             raise ValueError(
                 f"continuations are of {lengths.min()} to {lengths.max()} tokens, and the model's linear-attention "
                 "states of the prefix do not go back: pass those of one length together, each length in a call"
@@ -125,8 +125,8 @@ def prefix(
     state: PatchState | None = getattr(inner, STATE, None)
     settings = {} if state is None else {"page_size": state.page_size, "kv_dtype": state.kv_dtype}
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
-    for layer in cache.paged_layers:
-        layer.activate_past_recording()  # shorter continuations move what lies behind a window back into it
+    if not cache.linear_layers:
+        cache.activate_past_recording()  # shorter continuations move what lies behind a window back into it
     with torch.no_grad():
         model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
     if cache.linear_layers and not cache.holds_states:

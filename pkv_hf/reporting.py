@@ -40,7 +40,7 @@ class Report:
     """What a decode step reads of weights, all experts counted."""
     kv_bytes: int | None
     """What the last step read of K and V, None before the first; a sliding layer counts as one of full attention where
-    the model has both."""
+    the model has both. Linear-attention states, and layers that read another's K and V, do not count."""
     rejected: dict[str, str]
     """Why the last step's other candidates were refused, by route."""
     graphs: int

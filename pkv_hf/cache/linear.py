@@ -168,6 +168,10 @@ class Checkpoint:
         for layer in self.layers:
             layer.forget_states()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        for layer in self.layers:
+            LinearLayer.crop(layer, tokens_to_remove)
+
     def select(self, rows: torch.Tensor) -> None:
         """Keeps `rows` of all states, int64 `[count]`, in new tensors."""
         for layer in self.layers:

@@ -14,7 +14,7 @@ from pkv_hf.arguments import whole
 from pkv_hf.cache import linear
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.linear import Checkpoint, LinearLayer
-from pkv_hf.cache.pending import Reordering
+from pkv_hf.cache.pending import Reordering, check_indices
 from pkv_hf.cache.sizes import KV_DTYPES, CacheMemory, check_kv_dtype, check_page_size
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.cache.tables import Tables
@@ -198,11 +198,16 @@ class PagedCache(DynamicCache):
             )
         self._cut(lengths)
 
-    def _cut(self, lengths: list[int]) -> None:
-        with linear.atomic(self.linear_layers) as before:
+    def _cut(self, lengths: list[int], cropped: int | None = None) -> None:
+        """Takes paged layers to their lengths, and all others to nothing where those are 0, or crops them."""
+        with self._tables.atomic(), linear.atomic(self.linear_layers) as before:
             if not any(lengths):
                 before.forget()
+            elif cropped is not None:
+                before.crop(cropped)
             self._tables.cut(lengths)
+        if not any(lengths):
+            self._tables.forget_unfinished()
 
     def _lengths(self) -> list[int]:
         return [self._tables.length(layer_idx) for layer_idx in range(len(self._tables.windows))]
@@ -238,10 +243,7 @@ class PagedCache(DynamicCache):
                     f"tokens_to_remove={tokens_to_remove} needs positions that the sliding window of {table.window} "
                     "has left behind: call activate_past_recording() before appending tokens that may be cropped"
                 )
-        with linear.atomic(self.linear_layers):
-            for layer in self.linear_layers if length else ():
-                LinearLayer.crop(layer, tokens_to_remove)
-            self._cut([max(held + tokens_to_remove, 0) for held in self._lengths()])
+        self._cut([max(held + tokens_to_remove, 0) for held in self._lengths()], tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
@@ -251,7 +253,7 @@ class PagedCache(DynamicCache):
         """
         if not isinstance(beam_idx, torch.Tensor) or not beam_idx.is_cuda or beam_idx.dtype == torch.bool:
             return self.batch_select_indices(beam_idx)
-        self._check_indices(beam_idx)
+        check_indices(beam_idx, self.rows)
         self._tables.settled()
         reordering = Reordering(beam_idx)
         with linear.atomic(self.linear_layers) as before:
@@ -272,7 +274,7 @@ class PagedCache(DynamicCache):
             ValueError: what is not a tensor `[count]` of integers or `[rows]` of booleans, or keeps no row.
             IndexError: a row that is not there.
         """
-        self._check_indices(indices)
+        check_indices(indices, self.rows)
         chosen = indices.cpu().numpy()
         if self.rows:
             self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
@@ -283,13 +285,6 @@ class PagedCache(DynamicCache):
             self._tables.select(rows)
             before.select(torch.from_numpy(rows.astype(np.int64) % held))
         before.keep_places()
-
-    def _check_indices(self, indices: torch.Tensor) -> None:
-        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
-        wrong = wrong or indices.is_floating_point() or indices.is_complex()
-        if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
-            given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
-            raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
 
     def reset(self) -> None:
         """Forgets all tokens and returns their pages; the pools stay for the next ones."""

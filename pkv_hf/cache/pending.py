@@ -12,6 +12,15 @@ from pkv_hf.cache.pool import LayerStorage
 NAMES = ("keys", "values")
 
 
+def check_indices(indices: Any, rows: int) -> None:
+    """Raises ValueError for what does not say which of so many rows to keep."""
+    wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
+    wrong = wrong or indices.is_floating_point() or indices.is_complex()
+    if wrong or (indices.dtype == torch.bool and len(indices) != rows):
+        given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
+        raise ValueError(f"indices is {given}: want integers [count] or booleans [{rows}] in a tensor")
+
+
 class Reordering:
     """Beams' new order on its way from a GPU to the block tables, which are the host's; nobody waits for it."""
 

@@ -24,14 +24,14 @@ def shifted(cache: PagedCache, pads: np.ndarray) -> PagedCache:
 
     Raises PoolAllocationError, with nothing held, where the copies do not fit.
     """
-    assert not (pads.any() and cache.holds_states)
+    assert not (pads.any() and cache.linear_layers)
     fork, length = cache.fork(), cache.get_seq_length()
     for table in fork.tables.values():
         _shift(table, pads, length)
     for layer in fork.paged_layers:
         layer.record_past = False
-    for states in fork.linear_layers:
-        states.select_states(torch.zeros(len(pads), dtype=torch.int64))
+    for of_states in fork.linear_layers:
+        of_states.select_states(torch.zeros(len(pads), dtype=torch.int64))
     return fork
 
 

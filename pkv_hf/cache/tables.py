@@ -93,9 +93,11 @@ class Tables:
                     table.shrink(self.longest(window))
                 else:
                     table.release()
-        if not any(lengths):
-            for table in self.by_window.values():
-                table.pool.forget_unfinished()
+
+    def forget_unfinished(self) -> None:
+        """Where no row is left, drops pools that ran out of memory before all their layers were there."""
+        for table in self.by_window.values():
+            table.pool.forget_unfinished()
 
     def _forget_pending(self) -> None:
         self.states, self.reordering = {}, None

@@ -54,7 +54,8 @@ class MemoryPlan:
     prefill: int
     """The largest intermediate results of one layer while it takes the prompt."""
     workspace: int
-    """cuBLAS's workspaces, the decode kernels' partial results, the masks of blocks of a prompt in chunks."""
+    """cuBLAS's workspaces, the decode kernels' partial results, copies of linear-attention states, masks of a prompt
+    in chunks."""
     graphs: int
     """Intermediate results of a decode step, which its CUDA graph keeps; logits included."""
     context: int = CUDA_CONTEXT
@@ -200,7 +201,10 @@ def _planned(
         weights=sizes.weights,
         pages=_pages(sizes, lengths, max_new_tokens, kv_dtype, page_size),
         prefill=tokens * _token_elements(sizes) * width,
-        workspace=2 * CUBLAS_WORKSPACE + _partials(sizes) + (0 if whole else _over_pages(sizes, longest)),
+        workspace=2 * CUBLAS_WORKSPACE
+        + _partials(sizes)
+        + 2 * len(lengths) * sizes.states  # copies, of the first decode step and around it
+        + (0 if whole else _over_pages(sizes, longest)),
         graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
         + len(lengths) * sizes.vocabulary * (width + 4),  # and float32 scores
     )

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pkv_hf import compat
 from pkv_hf.compat import LayerKind, unwrap
@@ -20,6 +27,10 @@ from pkv_hf.patches.families import served_by_us
 
 QUANTISED_BITS = {4: 4.5, 8: 8.0}
 """bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
+
+
+GENERATE: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""transformers' models that generate text; the first that has a configuration counts."""
 
 
 class LayerSizes(NamedTuple):
@@ -104,12 +115,12 @@ class ModelSizes:
 
 
 def _empty(config: PreTrainedConfig) -> Any:
-    """A causal LM without storage. Raises UnsupportedModelError where transformers has none of the configuration."""
-    try:
-        with init_empty_weights(include_buffers=True):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # needs no other package
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(config).__name__} is of no causal LM of transformers: {error}") from None
+    """A model without storage that generates text. Raises UnsupportedModelError where transformers has none."""
+    auto = next((auto for auto in GENERATE if type(config) in auto._model_mapping), None)
+    if auto is None:
+        raise UnsupportedModelError(f"{type(config).__name__} is of no model of transformers that generates text")
+    with init_empty_weights(include_buffers=True):
+        return auto.from_config(config, attn_implementation="eager")  # needs no other package
 
 
 def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[list[LayerSizes], int, int]:
@@ -141,11 +152,11 @@ def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[
         for kind, layer in zip(kinds, held)
         if kind.window is not None and layer.keys is not None
     ]
-    return layers, sum(map(_state_bytes, cache.layers)), widest
+    return layers, sum(map(state_bytes, cache.layers)), widest
 
 
-def _state_bytes(layer: Any) -> int:
-    """Of one row of the linear-attention states that a layer of a cache holds."""
+def state_bytes(layer: Any) -> int:
+    """Of the linear-attention states that a layer of a cache holds."""
     held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
     return sum(state.nbytes for state in held if state is not None)
 

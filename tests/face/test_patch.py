@@ -222,11 +222,15 @@ def test_models_that_cannot_be_served_are_named_with_the_reason():
 
 
 @pytest.mark.parametrize(
-    ("layer_types", "says"), [("chunked_attention", "attends in chunks"), ("linear_attention", "LinearAttentionLayer")]
+    ("layer_types", "says"),
+    [
+        (["full_attention", "chunked_attention", "full_attention"], "attends in chunks"),
+        (["linear_attention"] * 3, "every layer of Qwen2Config keeps a LinearAttentionLayer: pages would hold nothing"),
+    ],
 )
 def test_layers_that_are_not_full_or_sliding_attention_are_refused(layer_types, says):
     model = tiny("qwen2")
-    model.config.layer_types = ["full_attention", layer_types, "full_attention"]
+    model.config.layer_types = layer_types
     before = attributes(model)
     with pytest.raises(pkv_hf.UnsupportedModelError, match=says):
         pkv_hf.patch(model)

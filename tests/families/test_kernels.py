@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from families.compare import check
-from families.models import family_model
+from families.compare import Subject, check
 from families.modes import seen, text
 from jsonl import records
 from pkv_hf.routes.triton import Workqueue
@@ -29,7 +28,7 @@ ASKED = {
 @pytest.mark.parametrize("route", ["split", "workqueue"])
 @pytest.mark.parametrize("family", ASKED)
 def test_as_without(family, route):
-    said = check(family_model(family), family, "greedy", ASKED[family], route=route)
+    said = check(Subject(family), "greedy", ASKED[family], route=route)
     assert said.route == route
 
 

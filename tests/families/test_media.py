@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from families.compare import check
-from families.models import WRAPPERS, family_model
+from families.compare import Subject, check
+from families.models import WRAPPERS
 from families.modes import BOTH, MEDIA_MODES, OWN_PATH, media
 
 AUDIO = ("qwen2-audio", "voxtral")
@@ -18,25 +18,20 @@ SEE_AHEAD = ("gemma3", "gemma4", "molmo2", "paligemma")
 
 
 @pytest.fixture(scope="module", params=WRAPPERS)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return family_model(family)
+def subject(request):
+    return Subject(request.param)
 
 
 @pytest.mark.parametrize("mode", MEDIA_MODES)
-def test_as_without(family, model, mode):
-    said = check(model, family, mode, MEDIA_MODES[mode], refused=family in REFUSED.get(mode, ()))
-    assert bool(said.calls.masked) == (family in SEE_AHEAD and mode not in OWN_PATH)
+def test_as_without(subject, mode):
+    said = check(subject, mode, MEDIA_MODES[mode], refused=subject.family in REFUSED.get(mode, ()))
+    assert bool(said.calls.masked) == (subject.family in SEE_AHEAD and mode not in OWN_PATH)
 
 
 @torch.no_grad()
-def test_another_image_gives_other_logits(family, model):
-    inputs = media(model, family, BOTH)
-    name = "input_features" if family in AUDIO else "pixel_values"
-    logits = [model(**{**inputs, name: values}).logits[:, -1] for values in (inputs[name], 1 - inputs[name])]
+def test_another_image_gives_other_logits(subject):
+    inputs = media(subject.model, subject.family, BOTH)
+    name = "input_features" if subject.family in AUDIO else "pixel_values"
+    logits = [subject.model(**{**inputs, name: values}).logits[:, -1] for values in (inputs[name], 1 - inputs[name])]
     moved = (logits[0] - logits[1]).abs().amax(dim=-1) / logits[0].abs().max()
     assert (moved > 1e-2).all()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from families.compare import check
-from families.models import FAMILIES, HYBRIDS, family_model
+from families.compare import Subject, check
+from families.models import FAMILIES, HYBRIDS
 from families.modes import TEXT_MODES
 from pkv_hf.bench.model_types.building import prompts
 
@@ -23,28 +23,23 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def model(family):
-    return family_model(family)
+def subject(request):
+    return Subject(request.param)
 
 
 @pytest.mark.parametrize("mode", TEXT_MODES)
-def test_as_without(family, model, mode):
-    said = check(model, family, mode, TEXT_MODES[mode], refused=family in REFUSED.get(mode, ()))
+def test_as_without(subject, mode):
+    said = check(subject, mode, TEXT_MODES[mode], refused=subject.family in REFUSED.get(mode, ()))
     assert not said.calls.masked
 
 
 @torch.no_grad()
-def test_what_is_long_past_counts(model):
+def test_what_is_long_past_counts(subject):
     """Tokens that the first tokens did not reach would be right whatever the cache holds."""
     inputs, last = prompts(14, 9), []
     for token in (5, 6):
         inputs["input_ids"][0, 0] = token
-        last.append(model(**inputs, use_cache=False).logits[:, -1])
+        last.append(subject.model(**inputs, use_cache=False).logits[:, -1])
     moved = (last[0] - last[1]).abs().amax(dim=-1) / last[0].abs().max()
     assert moved[0] > 1e-3
     assert moved[1] < 1e-5

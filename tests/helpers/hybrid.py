@@ -1,4 +1,4 @@
-"""Tiny random models whose layers keep linear-attention states, beside pages, with K and V, or nothing at all."""
+"""Tiny random models whose layers keep linear-attention states, beside pages, with K and V, or nothing of their own."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ HYBRIDS: dict[str, tuple[str, str, dict]] = {
     "both in one": ("FalconH1Config", "FalconH1ForCausalLM", {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16,
         "head_dim": 16,
+    }),
+    "shared": ("Gemma4TextConfig", "Gemma4ForCausalLM", {
+        "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "sliding_window": 24, "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 128, "num_global_key_value_heads": 2,
     }),
     "nothing": ("NemotronHConfig", "NemotronHForCausalLM", {
         **MAMBA, "layers_block_type": ["mlp", "linear_attention", "full_attention"], "head_dim": 16,

@@ -50,7 +50,9 @@ ASKING = {
     "granite-swa": Family("GraniteSWAForCausalLM", "granite_swa"),
     "granite-moe-swa": Family("GraniteMoeSWAForCausalLM", "granitemoe_swa"),
     "mimo-v2": Family(
-        "MiMoV2FlashForCausalLM", "mimo_v2_flash", "values of another head size than keys (all published)"
+        "MiMoV2FlashForCausalLM",
+        "mimo_v2_flash",
+        fields={"head_dim": 48, "v_head_dim": 32, "swa_head_dim": 48, "swa_v_head_dim": 32},  # as 192 to 128
     ),
     "gemma2": Family("Gemma2ForCausalLM", "gemma2"),
     "gemma3n": Family("Gemma3nForCausalLM", "gemma3n_text", "shared K and V (all published)"),

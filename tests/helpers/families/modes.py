@@ -33,7 +33,7 @@ def text(lengths: tuple[int, ...] = (14, 9), **settings: Any) -> Ask:
 
 def turns(first: Tensors, second: Tensors, model: PreTrainedModel) -> ModelOutput:
     """A second turn on the first one's cache. It begins with tokens that have no K and V yet."""
-    before = answer_to(model, first)
+    before = answer_to(model, first, new_tokens=AFTER_MEDIA)
     rows, answered = before.sequences.shape[0], before.sequences.shape[1] - first["input_ids"].shape[1]
     mask = torch.ones(rows, answered, dtype=torch.long)
     joined = {
@@ -43,7 +43,7 @@ def turns(first: Tensors, second: Tensors, model: PreTrainedModel) -> ModelOutpu
     }
     for types in first.keys() & {"token_type_ids", "mm_token_type_ids"}:
         joined[types] = torch.cat([first[types], torch.zeros_like(mask), second[types]], dim=1)
-    return answer_to(model, {**joined, CACHE: before[CACHE]})
+    return answer_to(model, {**joined, CACHE: before[CACHE]}, new_tokens=AFTER_MEDIA)
 
 
 TEXT_MODES: dict[str, Ask] = {
@@ -54,6 +54,9 @@ OWN_PATH = ("static cache", "forward")
 """Modes that are transformers' own path, to the letter."""
 REPEATING = ("beams", "sampling")
 """Modes of several rows a prompt."""
+
+AFTER_MEDIA = 4
+"""New tokens: what images change is the prompt."""
 
 Rows = tuple[tuple[int, int, int], ...]
 BOTH: Rows = ((6, 1, 8), (2, 1, 5))
@@ -68,6 +71,7 @@ def media(model: PreTrainedModel, family: str, rows: Rows, seed: int = 1) -> Ten
 
 
 def seen(rows: Rows = BOTH, **settings: Any) -> Ask:
+    settings = {"new_tokens": AFTER_MEDIA, **settings}
     return lambda model, family: answer_to(model, media(model, family, rows), **settings)
 
 
