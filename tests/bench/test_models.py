@@ -83,7 +83,7 @@ def test_a_mode_that_differs_is_wrong_and_one_that_transformers_refuses_is_not(m
     (llama,) = cases("llama")
 
     def differs(model):
-        return CausalLMOutput(logits=torch.ones(1, 2) * hasattr(model, STATE))
+        return CausalLMOutput(logits=torch.tensor([[1.0, 2.0], [3.0, hasattr(model, STATE)]]))
 
     def fails(model):
         raise ValueError("patched" if hasattr(model, STATE) else "plain")

@@ -7,8 +7,8 @@ import re
 SHARED = {
     # patch() raises
     r"is an encoder-decoder": "encoder-decoder",
-    r"keeps a \w*LinearAttention\w*": "recurrent or linear-attention layers",
-    r"keeps a \w+": "layers that cache something else than keys and values",
+    r"every layer of \w+ keeps a \w*LinearAttention\w*": "recurrent layers alone: pages would hold nothing",
+    r"keeps a \w+": "layers that cache something else than keys and values (indexers)",
     r"attends in chunks": "attention in chunks",
     r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
@@ -20,6 +20,7 @@ SHARED = {
     r"attends to other keys and values": "keys or values changed after the cache",
     r"attends to a window of": "a window other than its cache keeps",
     r"PagedCache has other windows": "layers that run several times, each with a cache of its own",
+    r"the cache is a \w+, not a PagedCache": "its generate() makes a cache of another kind",
     r"does not go through transformers' cache": "attention or cache by the model's own code",
     # transformers alone fails
     r"requires the \w+ library": "needs a package that is not installed here",
