@@ -220,8 +220,7 @@ def attention_modules(decoder: nn.Module) -> list[Any]:
     return [
         module
         for module in decoder.modules()
-        if getattr(module, "config", None) is config
-        and {"_attn_implementation", "get_interface"} <= set(_names(type(module).forward))
+        if getattr(module, "config", None) is config and "_attn_implementation" in _names(type(module).forward)
     ]
 
 
