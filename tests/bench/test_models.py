@@ -29,7 +29,7 @@ ENDS = {
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
     "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
     "gpt_oss": ("GptOssForCausalLM", "left", "GptOssAttention asks attention for s_aux="),
-    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: layer 0 of MambaConfig keeps a"),
+    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: every layer of MambaConfig keeps"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
 }
 
