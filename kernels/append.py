@@ -70,8 +70,8 @@ def _store_halves(pages_ptr, scales_ptr, d, a, b, mask, write, HALF: tl.constexp
 def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_ptr, table_ptr, first_ptr, ends_ptr,
                   q_len, stride_kb, stride_kh, stride_kt, stride_vb, stride_vh, stride_vt,
                   stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
-                  D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, LARGEST: tl.constexpr,
-                  PDL: tl.constexpr):  # fmt: skip
+                  D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+                  LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     release(PDL)
     wait(PDL)
     t = tl.program_id(0)
@@ -85,8 +85,10 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_p
     k = tl.load(k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt + d, mask=mask, other=0.0)
     at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
     _store(at, k_scale_ptr + scale_at, d, k, mask, write, LARGEST)
+    d = tl.arange(0, BLOCK_DV)
+    mask = (d < DV) & write
     v = tl.load(v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt + d, mask=mask, other=0.0)
-    at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
+    at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * DV
     _store(at, v_scale_ptr + scale_at, d, v, mask, write, LARGEST)
 
 
@@ -167,21 +169,22 @@ def append(
 ) -> None:
     """Writes k and v `[rows, H_kv, q_len, head_dim]` into pages, as each row's last q_len positions before `ends`.
 
-    Positions before `first_held` (int32 `[rows]`) are in the null page and are left out. Quantised pages get the values
-    and, in `scales`, the scales that `kernels.quantize` defines.
+    K and V may differ in head_dim. Positions before `first_held` (int32 `[rows]`) are in the null page and are left
+    out. Quantised pages get the values and, in `scales`, the scales that `kernels.quantize` defines.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
     key = described(k_pages, v_pages, k, v, block_table, first_held, ends, *(scales or ()))
     if key not in _checked:
         rows_tensors = {"block_table": block_table, "first_held": first_held, "ends": ends}
-        check_pages(k_pages, v_pages, {"k": k, "v": v}, rows_tensors)
+        check_pages(k_pages, v_pages, {"k": k}, {"v": v}, rows_tensors)
         check_scales(k_pages, v_pages, scales)
-        if k.shape != v.shape or k.shape[1] != k_pages.shape[1]:
+        if k.shape[:3] != v.shape[:3] or k.shape[1] != k_pages.shape[1]:
             raise ValueError(f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads")
         _checked[key] = None
     rows, num_kv_heads, q_len, head_dim = k.shape
-    constants = head_dim, k_pages.shape[2], next_power_of_2(head_dim), LARGEST.get(k_pages.dtype, 0.0)
+    dims, blocks = (head_dim, v.shape[3]), (next_power_of_2(head_dim), next_power_of_2(v.shape[3]))
+    constants = *dims, k_pages.shape[2], *blocks, LARGEST.get(k_pages.dtype, 0.0)
     _append(
         (k.dtype, v.dtype, k_pages.dtype, k.device, *constants), (q_len, num_kv_heads, rows),
         (k, v, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends),
@@ -250,7 +253,7 @@ def _check_rope(
 ) -> None:
     """Raises ValueError, naming the argument, for what `rope_append` cannot take."""
     q, k, v = states.values()
-    check_pages(k_pages, v_pages, states, held)
+    check_pages(k_pages, v_pages, {"q": q, "k": k}, {"v": v}, held)
     check_scales(k_pages, v_pages, scales)
     if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
         raise ValueError(

@@ -12,6 +12,14 @@ from pkv_hf.kernels.quantize import LARGEST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+MOST_HEAD_DIM = 512
+
+
+def is_head_dim(elements: int) -> bool:
+    """Whether the attention kernels take heads of so many elements."""
+    return elements % 16 == 0 and 16 <= elements <= MOST_HEAD_DIM
+
+
 PROGRAMS_PER_SM = 2
 """Programs that share a multiprocessor, in every route."""
 
@@ -31,11 +39,12 @@ def choose_tile(
 ) -> Tile | None:
     """The tile of a launch that fits `shared_memory` bytes, None where the queries leave no room for any.
 
-    `itemsize` is that of the queries, `kv_itemsize` that of the pages where it is another.
+    `head_dim` is the larger one of K's and V's, `itemsize` that of the queries, `kv_itemsize` that of the pages where
+    it is another.
     `num_stages - 1` tiles of K and of V are in flight at once, beside the padded queries and a tile's weights; at the
     end the accumulator passes through the same memory. sm_90 and sm_100, which alone have more than 164 KiB, multiply
     64 rows and more of a half type asynchronously: the tile that is read stays, the weights are elsewhere, and what is
-    unpacked of 8 bits lies beside.
+    unpacked of 8 bits lies beside. So does one operand of float32 that was of 8 bits.
     Products of float32 take their operands from registers, which 8192 elements over 8 warps leave enough of.
     """
     width = next_power_of_2(head_dim)
@@ -49,10 +58,10 @@ def choose_tile(
             tokens = 128
         in_flight, weights = (stages, 0) if asynchronous else (stages - 1, block_m * tokens * 4)
         loop = 2 * in_flight * tokens * width * kv_itemsize + block_m * width * itemsize + weights
-        if asynchronous and kv_itemsize < itemsize:
-            loop += 2 * tokens * width * itemsize
+        if kv_itemsize < itemsize:
+            loop += (2 if asynchronous else itemsize == 4) * tokens * width * itemsize
         if max(loop, block_m * width * 4 + 8192) + 2048 <= shared_memory:
-            return Tile(tokens, 4 if itemsize == 2 and block_m * width <= 8192 else 8, stages)
+            return Tile(tokens, 4 if itemsize == 2 and width <= 256 and block_m * width <= 8192 else 8, stages)
     return None
 
 
@@ -133,32 +142,41 @@ def described(*tensors: torch.Tensor | None) -> tuple:
 
 
 def check_pages(
-    k_pages: torch.Tensor, v_pages: torch.Tensor, states: dict[str, torch.Tensor], rows: dict[str, torch.Tensor]
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    states: dict[str, torch.Tensor],
+    values: dict[str, torch.Tensor],
+    rows: dict[str, torch.Tensor],
 ) -> None:
     """Raises ValueError, naming the argument, for tensors that the kernels cannot take.
 
-    `states` are queries, keys or values `[rows, heads, q_len, head_dim]`, `rows` the block table and the bounds.
+    `states` are queries or keys `[rows, heads, q_len, head_dim]` of K's head_dim, `values` are of V's, `rows` the block
+    table and the bounds.
     """
-    if k_pages.shape != v_pages.shape:
-        raise ValueError(f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)} differ in shape")
-    _, _, page_size, head_dim = k_pages.shape
+    if k_pages.shape[:3] != v_pages.shape[:3]:
+        raise ValueError(
+            f"k_pages {list(k_pages.shape)} and v_pages {list(v_pages.shape)} differ in shape, not in head_dim alone"
+        )
+    page_size = k_pages.shape[2]
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        head_dim = pages.shape[3]
         if pages.stride(3) != 1 or pages.stride(2) != head_dim:
             raise ValueError(f"{name} has strides {pages.stride()}: a head's tokens of one page must be contiguous")
-    if head_dim % 16 or not 16 <= head_dim <= 256:
-        raise ValueError(f"head_dim={head_dim} is not a multiple of 16 from 16 to 256")
+        if not is_head_dim(head_dim):
+            raise ValueError(f"{name} has head_dim={head_dim}, not a multiple of 16 from 16 to {MOST_HEAD_DIM}")
     if page_size & (page_size - 1) or not 16 <= page_size <= 256:
         raise ValueError(f"page_size={page_size} is not a power of two from 16 to 256")
     count = 0
-    for name, tensor in states.items():
-        count = count or len(tensor)
-        if len(tensor) != count or tensor.shape[3] != head_dim or tensor.stride(3) != 1:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {count} rows and a contiguous "
-                f"head_dim of {head_dim}"
-            )
+    for pages, of_pages in ((k_pages, states), (v_pages, values)):
+        for name, tensor in of_pages.items():
+            count = count or len(tensor)
+            if len(tensor) != count or tensor.shape[3] != pages.shape[3] or tensor.stride(3) != 1:
+                raise ValueError(
+                    f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {count} rows and a "
+                    f"contiguous head_dim of {pages.shape[3]}"
+                )
     check_rows(rows, count)
-    for name, tensor in (states | rows).items():
+    for name, tensor in (states | values | rows).items():
         if tensor.device != k_pages.device:
             raise ValueError(f"{name} is on {tensor.device}, the pages on {k_pages.device}: move one to the other")
 

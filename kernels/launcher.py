@@ -39,18 +39,18 @@ class Launcher:
         self,
         kind: Hashable,
         grid: tuple[int, int, int],
-        tensors: Sequence[torch.Tensor],
+        tensors: Sequence[torch.Tensor | None],
         numbers: Sequence[float],
         constants: Sequence[Any],
         **options: Any,
     ) -> None:
         """Launches on the current device. `kind` says all that the tensors' dtypes, the constants and Triton's options
-        depend on, and the device."""
+        depend on, which tensors are None, and the device."""
         options["enable_fp_fusion"] = self.fp_fusion
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         low_bits = sizes = 0
         for address in addresses:
-            low_bits |= address
+            low_bits |= address or 0
         for place in self._sizes:
             sizes |= numbers[place]  # type: ignore[operator]
         if not self._compiles or (low_bits | sizes) % ALIGNED or sizes >= 2**31:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import fields
+from types import CodeType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -51,10 +52,12 @@ if Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS):  # or the 
         LinearAttentionLayer,
     )
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+    from transformers.masking_utils import chunked_overlay
     from transformers.modeling_outputs import BaseModelOutputWithPast
 
     _fields = {field.name for field in fields(BaseModelOutputWithPast)}
     CACHE = next((name for name in CACHE_NAMES if name in _fields), "")
+    _CHUNKS = next(code for code in chunked_overlay.__code__.co_consts if isinstance(code, CodeType))
 
 SUPPORTED = bool(CACHE)
 
@@ -139,13 +142,6 @@ def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
 
     Raises ValueError where a layer keeps something else (an index, latents), or none keeps keys and values.
     """
-    text_config = config.get_text_config(decoder=True)
-    if getattr(text_config, "attention_chunk_size", None) or "chunked_attention" in (
-        getattr(text_config, "layer_types", None) or ()
-    ):
-        raise ValueError(
-            f"{type(config).__name__} attends in chunks: pages hold full and sliding-window attention only"
-        )
     try:
         layers = DynamicCache(config=config).layers
     except AttributeError as error:
@@ -211,6 +207,13 @@ def not_captured(decoder: Any) -> str:
     return ""
 
 
+def decoder_of(model: Any) -> Any:
+    """What a model's get_decoder() returns, or its `model` where that is the model itself: Llama 4 does not find it."""
+    decoder = model.get_decoder()
+    inner = getattr(model, "model", None)
+    return inner if decoder is model and isinstance(inner, nn.Module) else decoder
+
+
 def attention_modules(decoder: nn.Module) -> list[Any]:
     """The modules that look their attention function up by the decoder's own configuration."""
     config = decoder.config
@@ -245,6 +248,13 @@ def mask_window(mask_arguments: dict[str, Any]) -> int:
     return mask_arguments.get("local_size") or 0
 
 
+def mask_chunked(mask_arguments: dict[str, Any]) -> bool:
+    """Whether that window counts the tokens of chunks, each of which attends to itself."""
+    cells = getattr(mask_arguments.get("mask_function"), "__closure__", None) or ()
+    parts = (part for cell in cells if isinstance(cell.cell_contents, tuple) for part in cell.cell_contents)
+    return any(getattr(part, "__code__", None) is _CHUNKS for part in parts)
+
+
 def is_inert(hook: Callable) -> bool:
     """Whether a forward hook does nothing in a forward that keeps neither gradients nor intermediate results.
 
@@ -276,6 +286,13 @@ def attention_function(name: str, module: nn.Module) -> Any:
     """The attention function that transformers itself would call for an implementation's name; None for none."""
     eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     return AttentionInterface().get_interface(name, eager)
+
+
+def adds_sinks(name: str, module: nn.Module, sinks: torch.Tensor) -> bool:
+    """Whether an attention implementation adds the sinks that a module hands it: sdpa has none, eager takes its own."""
+    if name == "eager":
+        return "sinks" in _names(attention_function(name, module)) and getattr(module, "sinks", None) is sinks
+    return name != "sdpa"
 
 
 def mask_function(name: str) -> Callable:

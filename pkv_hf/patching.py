@@ -184,9 +184,8 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
 
 def _shape(config: Any, attention: Any) -> LayerShape:
     """The shape of a known family's attention layer."""
-    return LayerShape(
-        attention.num_key_value_groups, config.num_key_value_heads, attention.head_dim, attention.scaling, 0
-    )
+    head_dim = attention.head_dim
+    return LayerShape(attention.num_key_value_groups, config.num_key_value_heads, head_dim, head_dim)
 
 
 def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:

@@ -111,7 +111,7 @@ def report(model: nn.Module) -> Report:
     state = _state_of(model)
     with state.lock:
         graphs = sum(step.captured for step in state.static_steps)
-    step = state.decision.shape if state.decision else None
+    steps = state.decision.shapes if state.decision else ()
     last = state.counts.last_step
     return Report(
         family=state.family,
@@ -122,7 +122,7 @@ def report(model: nn.Module) -> Report:
         asked=state.route,
         route=state.decision.route.name if state.decision else None,
         weight_bytes=step_weight_bytes(state.known.model),
-        kv_bytes=step.tokens * step.kv_heads * step.token_bytes * step.layers if step else None,
+        kv_bytes=sum(step.tokens * step.kv_heads * step.token_bytes * step.layers for step in steps) or None,
         rejected=state.decision.rejected if state.decision else {},
         graphs=graphs,
         graph_bytes=state.graph_memories.nbytes,

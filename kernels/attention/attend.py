@@ -5,17 +5,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.attention.tile import attend_tiles, load_queries
+from pkv_hf.kernels.attention.tile import add_sinks, attend_tiles, load_queries
 from pkv_hf.kernels.attention.tile8 import attend_tiles_8bit
 
 
 @triton.jit
-def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_head, start, end, q_len, window,
-           first_tile, num_tiles, scale_log2, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
+def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len, window,
+           first_tile, num_tiles, ends_row, scale, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
            stride_vh, stride_sp, stride_sh, stride_tb,
-           G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr,
-           BLOCK_D: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """(m, l, acc) of the queries of a row and KV head over tiles [first_tile, first_tile + num_tiles)."""
+           G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+           EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr, CAP: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
+    """(m, l, acc) of the queries of a row and KV head over tiles [first_tile, first_tile + num_tiles).
+
+    Sinks, where there are any, belong to the range that `ends_row`: one range of a row's tiles does, if it has tiles.
+    """
     q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
@@ -23,12 +27,14 @@ def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_hea
     if EIGHT_BIT:
         m_i, l_i, acc = attend_tiles_8bit(
             q, k_ptr, v_ptr, k_scale_ptr + kv_head * stride_sh, v_scale_ptr + kv_head * stride_sh, table_ptr, start,
-            end, q_len, window, first_tile, num_tiles, scale_log2, stride_kp, stride_vp, stride_sp,
-            G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT == 2, NATIVE,
+            end, q_len, window, first_tile, num_tiles, scale, stride_kp, stride_vp, stride_sp,
+            G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, CAP, CHUNKED, EIGHT_BIT == 2, NATIVE,
         )  # fmt: skip
     else:
         m_i, l_i, acc = attend_tiles(
-            q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale_log2, stride_kp,
-            stride_vp, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES,
+            q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale, stride_kp,
+            stride_vp, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, CAP, CHUNKED,
         )  # fmt: skip
+    if sinks_ptr is not None:
+        m_i, l_i, acc = add_sinks(m_i, l_i, acc, sinks_ptr + kv_head * G, ends_row, G, BLOCK_M)
     return m_i, l_i, acc

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(math.log2(math.e))
+
 
 @triton.jit
-def first_seen(start, end, q_len, window):
-    """The first position that any of a row's queries attends to."""
-    if window > 0:
+def first_seen(start, end, q_len, window, CHUNKED: tl.constexpr):
+    """The first position that any of a row's queries attends to: of a window, or of a chunk of that many tokens."""
+    if CHUNKED:
+        start += tl.maximum(end - q_len - start, 0) // window * window
+    elif window > 0:
         start = tl.maximum(start, end - q_len - window + 1)
     return start
 
 
 @triton.jit
-def tile_range(start, end, q_len, window, TOKENS: tl.constexpr):
+def tile_range(start, end, q_len, window, TOKENS: tl.constexpr, CHUNKED: tl.constexpr):
     """First tile and number of tiles that a row's queries attend to. Tiles count from position 0."""
-    first = first_seen(start, end, q_len, window) // TOKENS
+    first = first_seen(start, end, q_len, window, CHUNKED) // TOKENS
     return first, tl.maximum(tl.cdiv(end, TOKENS) - first, 0)
 
 
@@ -41,10 +47,31 @@ def add_compensated(total, part, lost):
 
 
 @triton.jit
-def mask_scores(s, n, live, positions, window):
+def _tanh(x):
+    """To 2 units in the last place: by a series near 0, where the difference beyond would cancel."""
+    square = x * x
+    series = -0.33333150 + square * (0.13325988 + square * (-0.05305301 + square * 0.01725713))  # fitted to [0, 1/2]
+    t = tl.exp2(tl.abs(x) * (-2 * LOG2E))
+    beyond = (1.0 - t) / (1.0 + t)
+    return tl.where(square < 0.25, x + x * square * series, tl.where(x < 0, -beyond, beyond))
+
+
+@triton.jit
+def cap_scores(s, CAP: tl.constexpr):
+    """CAP tanh(s) of scores s that were scaled by `score_scale`; as they are where CAP is 0."""
+    if CAP > 0:
+        s = CAP * _tanh(s)
+    return s
+
+
+@triton.jit
+def mask_scores(s, n, live, positions, start, window, CHUNKED: tl.constexpr):
     """Scores s [BLOCK_M, TOKENS] of queries at `positions` and tokens at n, -inf where a query cannot see a token."""
     seen = live[None, :] & (n[None, :] <= positions[:, None])
-    if window > 0:
+    if CHUNKED:
+        first = start + (positions - start) // window * window
+        seen = seen & (n[None, :] >= first[:, None])
+    elif window > 0:
         seen = seen & (n[None, :] > positions[:, None] - window)
     return tl.where(seen, s, float("-inf"))
 
@@ -59,9 +86,10 @@ def softmax_step(m_i, s):
 
 @triton.jit
 def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
-                 scale_log2, stride_kp, stride_vp,
-                 G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                 scale, stride_kp, stride_vp,
+                 G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+                 CAP: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
     """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
 
     k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Returns (m, l, acc), fp32:
@@ -71,13 +99,14 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
     COMPENSATED: tl.constexpr = q.dtype == tl.float32
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if COMPENSATED:
         l_lost = l_i
         lost = acc
     d = tl.arange(0, BLOCK_D)
+    dv = tl.arange(0, BLOCK_DV)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
-    lowest = first_seen(start, end, q_len, window)
+    lowest = first_seen(start, end, q_len, window, CHUNKED)
     n = first_tile * TOKENS + tl.arange(0, TOKENS)
     next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
@@ -90,9 +119,11 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         slot = ((n % PAGE) * D).to(tl.int64)
         mask = live[:, None] & (d < D)[None, :]
         k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, window))
-        v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
+        s = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, CAP)
+        m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, start, window, CHUNKED))
+        slot = ((n % PAGE) * DV).to(tl.int64)
+        mask = live[:, None] & (dv < DV)[None, :]
+        v = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + dv[None, :], mask=mask, other=0.0)
         l_i = l_i * alpha
         acc = acc * alpha[:, None]
         if COMPENSATED:
@@ -105,12 +136,25 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
 
 
 @triton.jit
-def store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh,
-                 G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """acc / l to the output [rows, q_len, H_q, D]; 0 for queries that saw no token."""
+def add_sinks(m_i, l_i, acc, sinks_ptr, holds, G: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Adds the sink of each query head, a score without a value, to a softmax that `holds` it; sinks_ptr points at the
+    first one's of the KV head's group."""
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    mask = (m >= 0) & holds
+    sinks = tl.load(sinks_ptr + m % G, mask=mask, other=float("-inf")).to(tl.float32) * LOG2E
+    m_new = tl.maximum(m_i, sinks)
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    alpha = tl.exp2(m_i - m_safe)
+    return m_new, l_i * alpha + tl.exp2(sinks - m_safe), acc * alpha[:, None]
+
+
+@triton.jit
+def store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh,
+                 G: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):  # fmt: skip
+    """acc / l to the output [rows, q_len, H_q, DV]; 0 for queries that saw no token."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_DV)
     out = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     offsets = (m // G) * stride_ot + (kv_head * G + m % G) * stride_oh
-    mask = (m < q_len * G)[:, None] & (d < D)[None, :]
+    mask = (m < q_len * G)[:, None] & (d < DV)[None, :]
     tl.store(out_ptr + row * stride_ob + offsets[:, None] + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

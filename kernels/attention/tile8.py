@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.attention.tile import add_compensated, first_seen, mask_scores, softmax_step
+from pkv_hf.kernels.attention.tile import add_compensated, cap_scores, first_seen, mask_scores, softmax_step
 
 
 @triton.jit
@@ -43,19 +43,19 @@ def _unpack(words, FP8: tl.constexpr, OPERAND: tl.constexpr, NATIVE: tl.constexp
 
 
 @triton.jit
-def _split_queries(q, scale_log2, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
+def _split_queries(q, scale, OPERAND: tl.constexpr, BLOCK_M: tl.constexpr, HALF: tl.constexpr):
     """The even and the odd elements of q as OPERAND, [BLOCK_M, HALF] each, and what scales each query's scores.
 
     float16 has not the range of bfloat16: such a query is divided by a power of two, which goes into its scale.
     """
-    scale = tl.full([BLOCK_M], 1.0, tl.float32) * scale_log2
+    scales = tl.full([BLOCK_M], 1.0, tl.float32) * scale
     if q.dtype == tl.bfloat16:
         largest = tl.max(tl.abs(q.to(tl.float32)), 1)
         power = tl.exp2(tl.floor(tl.log2(tl.where(largest > 0.0, largest, 1.0))))
         q = q.to(tl.float32) / power[:, None]
-        scale *= power
+        scales *= power
     even, odd = tl.split(tl.reshape(q.to(OPERAND), [BLOCK_M, HALF, 2]))
-    return even, odd, scale
+    return even, odd, scales
 
 
 @triton.jit
@@ -70,12 +70,12 @@ def _add_rescaled(total, alpha, part, lost, COMPENSATED: tl.constexpr):
 
 @triton.jit
 def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, end, q_len, window, first_tile,
-                      num_tiles, scale_log2, stride_kp, stride_vp, stride_sp,
-                      G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
-                      FP8: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
-    """`attend_tiles` where k_ptr and v_ptr point at words [..., D // 2], with their strides, and the scale pointers at
-    the KV head's scales in page 0.
+                      num_tiles, scale, stride_kp, stride_vp, stride_sp,
+                      G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+                      CAP: tl.constexpr, CHUNKED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
+    """`attend_tiles` where k_ptr and v_ptr point at words [..., D // 2] and [..., DV // 2], with their strides, and the
+    scale pointers at the KV head's scales in page 0.
 
     Products are in float16, where 8-bit values are exact (float32 for queries of that type). K's scales multiply the
     scores. V's multiply the weights, as shares of the tile's largest, which multiplies the product: by themselves they
@@ -84,17 +84,19 @@ def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, star
     OPERAND: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
     COMPENSATED: tl.constexpr = q.dtype == tl.float32
     HALF: tl.constexpr = BLOCK_D // 2
-    q_even, q_odd, q_scale = _split_queries(q, scale_log2, OPERAND, BLOCK_M, HALF)
+    HALF_V: tl.constexpr = BLOCK_DV // 2
+    q_even, q_odd, q_scale = _split_queries(q, scale, OPERAND, BLOCK_M, HALF)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     l_lost = l_i
-    even = tl.zeros([BLOCK_M, HALF], tl.float32)
+    even = tl.zeros([BLOCK_M, HALF_V], tl.float32)
     odd = even
     even_lost = even
     odd_lost = even
     d = tl.arange(0, HALF)
+    dv = tl.arange(0, HALF_V)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
-    lowest = first_seen(start, end, q_len, window)
+    lowest = first_seen(start, end, q_len, window, CHUNKED)
     n = first_tile * TOKENS + tl.arange(0, TOKENS)
     next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
@@ -113,12 +115,15 @@ def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, star
         s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision="ieee")
         k_scale = tl.load(k_scale_ptr + scale_at, mask=live, other=0.0)
         s *= q_scale[:, None] * k_scale[None, :]
-        m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, window))
+        s = cap_scores(s, CAP)
+        m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, start, window, CHUNKED))
         v_scale = tl.load(v_scale_ptr + scale_at, mask=live, other=0.0)
         largest = tl.max(v_scale, 0)
         shares = v_scale / tl.where(largest > 0.0, largest, 1.0)
         weights = (p * shares[None, :]).to(OPERAND)
-        v_words = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + d[None, :], mask=mask, other=0)
+        slot = ((n % PAGE) * (DV // 2)).to(tl.int64)
+        mask = live[:, None] & (dv < DV // 2)[None, :]
+        v_words = tl.load(v_ptr + (page * stride_vp + slot)[:, None] + dv[None, :], mask=mask, other=0)
         v_even, v_odd = _unpack(v_words, FP8, OPERAND, NATIVE)
         even_part = tl.dot(weights, v_even, input_precision="ieee") * largest
         odd_part = tl.dot(weights, v_odd, input_precision="ieee") * largest

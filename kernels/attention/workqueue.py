@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.attention.attend import attend
-from pkv_hf.kernels.attention.layout import layout_of, log2_scale, words
+from pkv_hf.kernels.attention.layout import layout_of, score_scale, words
 from pkv_hf.kernels.attention.merge import merge_states, states_of, store_state
 from pkv_hf.kernels.attention.tile import store_output, tile_range
 from pkv_hf.kernels.launch import MERGED_AT_ONCE, PROGRAMS_PER_SM, Scales, device_limits, next_power_of_2
@@ -26,27 +26,29 @@ MOST_ROWS_AT_ONCE = 64
 
 
 @triton.jit
-def _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.constexpr):
+def _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS: tl.constexpr, CHUNKED: tl.constexpr):
     """Tiles of a row, or of a block of rows; none beyond the last row."""
     there = row < rows
     start = tl.load(starts_ptr + row, mask=there, other=0)
     end = tl.load(ends_ptr + row, mask=there, other=0)
-    _, tiles = tile_range(start, end, q_len, window, TOKENS)
+    _, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
     return tl.where(there, tiles, 0)
 
 
 @triton.jit
-def _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+def _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window,
+               TOKENS: tl.constexpr, CHUNKED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """Tiles of all items of the first `rows` rows."""
     total = tl.zeros([], tl.int32)
     for begin in range(0, rows, ROWS):
         block = begin + tl.arange(0, ROWS)
-        total += tl.sum(_row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS), 0)
+        total += tl.sum(_row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS, CHUNKED), 0)
     return total.to(tl.int64) * num_kv_heads
 
 
 @triton.jit
-def _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+def _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window,
+              TOKENS: tl.constexpr, CHUNKED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The row that holds a tile, and the first tile of that row: before it are all rows that end at or before the tile.
 
     ROWS rows are looked at in one go. Ends ascend, so that the largest of the rows before is where the row begins.
@@ -56,7 +58,7 @@ def _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOK
     row_begin = tl.zeros([], tl.int64)
     for begin in range(0, rows, ROWS):
         block = begin + tl.arange(0, ROWS)
-        tiles = _row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS)
+        tiles = _row_tiles(starts_ptr, ends_ptr, block, rows, q_len, window, TOKENS, CHUNKED)
         row_ends = (head_tiles + tl.cumsum(tiles, 0)).to(tl.int64) * num_kv_heads
         before = (block < rows) & (row_ends <= tile)
         row += tl.sum(before.to(tl.int32), 0)
@@ -66,11 +68,12 @@ def _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOK
 
 
 @triton.jit
-def _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS: tl.constexpr, ROWS: tl.constexpr):
+def _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window,
+               TOKENS: tl.constexpr, CHUNKED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """The item that holds a tile, and how many tiles of the item come before the tile."""
-    row, row_begin = _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    row, row_begin = _find_row(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, CHUNKED, ROWS)
     row = tl.minimum(row, rows - 1)  # where no row has a tile, the last row stands in
-    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
+    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS, CHUNKED)
     tile_in_row = tile - row_begin
     kv_head = tl.minimum(tile_in_row // tl.maximum(tiles, 1), num_kv_heads - 1).to(tl.int32)
     return row * num_kv_heads + kv_head, tile_in_row.to(tl.int32) - kv_head * tiles
@@ -88,49 +91,50 @@ def _program_of(tile, total, programs):
     return ((tile + 1) * programs - 1) // total
 
 
-RUNTIME = ["scale_log2", "rows", "num_kv_heads", "q_len", "window", "stride_tb"]
+RUNTIME = ["scale", "rows", "num_kv_heads", "q_len", "window", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr, state_ptr,
-                     scale_log2, rows, num_kv_heads, q_len, window, stride_tb,
+def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr,
+                     state_ptr, scale, rows, num_kv_heads, q_len, window, stride_tb,
                      stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp,
                      stride_sh, stride_ob, stride_ot, stride_oh,
-                     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr,
-                     NATIVE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """A program's share of the tiles: whole items to out [rows, q_len, H_q, D], parts of items to their slots."""
+                     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+                     EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr, CAP: tl.constexpr, CHUNKED: tl.constexpr,
+                     ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """A program's share of the tiles: whole items to out [rows, q_len, H_q, DV], parts of items to their slots."""
     wait(PDL)
     program = tl.program_id(0).to(tl.int64)
-    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + tl.num_programs(0), BLOCK_M, BLOCK_D)
-    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + tl.num_programs(0), BLOCK_M, BLOCK_DV)
+    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, CHUNKED, ROWS)
     programs = tl.maximum(tl.minimum(tl.num_programs(0), total), 1)
     if program >= programs:
         return
     tile = _share_begin(program, total, programs)
     left = (_share_begin(program + 1, total, programs) - tile).to(tl.int32)
-    item, skipped = _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
+    item, skipped = _find_item(tile, starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, CHUNKED, ROWS)
     while left > 0:
         row = (item // num_kv_heads).to(tl.int64)
         kv_head = (item % num_kv_heads).to(tl.int64)
         start = tl.load(starts_ptr + row)
         end = tl.load(ends_ptr + row)
-        first, tiles = tile_range(start, end, q_len, window, TOKENS)
+        first, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
         count = tl.minimum(tiles - skipped, left)
         if count > 0:  # an item whose row has nothing to attend to has no tiles
             m_i, l_i, acc = attend(
-                q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, row, kv_head, start, end, q_len, window,
-                first + skipped, count, scale_log2, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
-                stride_vh, stride_sp, stride_sh, stride_tb, G, D, PAGE, TOKENS, BLOCK_M, BLOCK_D, STAGES, EIGHT_BIT,
-                NATIVE,
+                q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len,
+                window, first + skipped, count, skipped + count == tiles, scale, stride_qb, stride_qh, stride_qt,
+                stride_kp, stride_kh, stride_vp, stride_vh, stride_sp, stride_sh, stride_tb, G, D, DV, PAGE, TOKENS,
+                BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, EIGHT_BIT, NATIVE, CAP, CHUNKED,
             )  # fmt: skip
             if count == tiles:
                 store_output(
-                    out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, D, BLOCK_M, BLOCK_D
+                    out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, DV, BLOCK_M, BLOCK_DV
                 )
             else:
-                store_state(ml_ptr, acc_ptr, item + program, m_i, l_i, acc, q_len, G, BLOCK_M, BLOCK_D)
+                store_state(ml_ptr, acc_ptr, item + program, m_i, l_i, acc, q_len, G, BLOCK_M, BLOCK_DV)
         left -= count
         skipped = tl.zeros([], tl.int32)
         item += 1
@@ -138,19 +142,19 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, s
 
 @triton.jit(do_not_specialize=["rows", "num_kv_heads", "q_len", "window", "programs"])
 def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_heads, q_len, window, programs,
-                       stride_ob, stride_ot, stride_oh, G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr,
-                       BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
-                       PDL: tl.constexpr):  # fmt: skip
+                       stride_ob, stride_ot, stride_oh, G: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+                       BLOCK_DV: tl.constexpr, TOKENS: tl.constexpr, CHUNKED: tl.constexpr, PARTS: tl.constexpr,
+                       ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up what the programs left of an item, to 0 where it has no tiles; leaves alone what one wrote whole."""
     wait(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = item // num_kv_heads
     kv_head = item % num_kv_heads
-    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + programs, BLOCK_M, BLOCK_D)
-    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, ROWS)
-    row_begin = _all_tiles(starts_ptr, ends_ptr, row, num_kv_heads, q_len, window, TOKENS, ROWS)
-    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS)
+    ml_ptr, acc_ptr = states_of(state_ptr, rows * num_kv_heads + programs, BLOCK_M, BLOCK_DV)
+    total = _all_tiles(starts_ptr, ends_ptr, rows, num_kv_heads, q_len, window, TOKENS, CHUNKED, ROWS)
+    row_begin = _all_tiles(starts_ptr, ends_ptr, row, num_kv_heads, q_len, window, TOKENS, CHUNKED, ROWS)
+    tiles = _row_tiles(starts_ptr, ends_ptr, row, rows, q_len, window, TOKENS, CHUNKED)
     begin = row_begin + kv_head * tiles
     first = tl.zeros([], tl.int64)
     count = tl.zeros([], tl.int32)
@@ -160,7 +164,7 @@ def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_he
         count = (_program_of(begin + tiles - 1, total, programs) - first + 1).to(tl.int32)
     if count != 1:
         out = out_ptr + row.to(tl.int64) * stride_ob + (m_row // G) * stride_ot + (kv_head * G + m_row % G) * stride_oh
-        merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, D, BLOCK_M, BLOCK_D, PARTS)
+        merge_states(ml_ptr, acc_ptr, out, m_row, item + first, count, DV, BLOCK_M, BLOCK_DV, PARTS)
 
 
 _workqueue, _merge = Launcher(workqueue_kernel, fp_fusion=True), Launcher(merge_items_kernel, fp_fusion=True)
@@ -176,6 +180,9 @@ def decode_workqueue(
     *,
     scale: float,
     window: int = 0,
+    chunked: bool = False,
+    softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
     programs: int | None = None,
     scales: Scales | None = None,
     out: torch.Tensor | None = None,
@@ -183,11 +190,11 @@ def decode_workqueue(
     """Attention of q `[rows, H_q, q_len, head_dim]` over pages, as `kernels.reference.paged_attention` defines it.
 
     `programs` defaults to two for each multiprocessor. fp16, bf16 or fp32; `scales` are those of quantised pages.
-    Returns `[rows, q_len, H_q, head_dim]`, `out` if it is given.
+    Returns `[rows, q_len, H_q, value_dim]`, `out` if it is given.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    layout = layout_of(q, k_pages, v_pages, block_table, starts, ends, scales)
+    layout = layout_of(q, k_pages, v_pages, block_table, starts, ends, scales, sinks, softcap, window, chunked)
     if programs is None:
         programs = PROGRAMS_PER_SM * device_limits(q.device)[0]
     if programs < 1:
@@ -200,14 +207,14 @@ def decode_workqueue(
     of_scales = (out, out) if scales is None else scales
     _workqueue(
         kind, (programs, 1, 1),
-        (q, words(k_pages), words(v_pages), *of_scales, block_table, starts, ends, out, states),
-        (log2_scale(scale), *counts, block_table.stride(0), *layout.strides, *out.stride()[:3]),
+        (q, words(k_pages), words(v_pages), *of_scales, sinks, block_table, starts, ends, out, states),
+        (score_scale(scale, softcap), *counts, block_table.stride(0), *layout.strides, *out.stride()[:3]),
         (*layout.constants, rows_at_once, overlap), num_warps=layout.tile.num_warps, **options(q.device),
     )  # fmt: skip
     _merge(
         kind, (layout.items, layout.q_len * layout.group, 1), (starts, ends, states, out),
         (*counts, programs, *out.stride()[:3]),
-        (*layout.merge_constants, layout.tile.tokens, MERGED_AT_ONCE, rows_at_once, overlap),
+        (*layout.merge_constants, layout.tile.tokens, chunked, MERGED_AT_ONCE, rows_at_once, overlap),
         num_warps=layout.merge_warps, **options(q.device),
     )  # fmt: skip
     return out

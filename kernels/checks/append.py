@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pkv_hf.kernels import append as kernels
-from pkv_hf.kernels.checks.attention import HEAD_DIMS, PAGE_SIZES, log_uniform, poisoned_scratch
+from pkv_hf.kernels.checks.attention import PAGE_SIZES, log_uniform, poisoned_scratch, random_head_dim
 from pkv_hf.kernels.checks.layers import EPS, Draw, Result, beside, same
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
 from pkv_hf.kernels.reference import normed, rotated
@@ -30,6 +30,8 @@ class AppendCase:
     """int8 or float8_e4m3fn for quantised pages, None for the states' own."""
     roped: bool
     norm: bool
+    value_dim: int = 0
+    """V's head_dim where it is another, else 0; never with RoPE."""
     ends: tuple[int, ...] = ()
     first_held: tuple[int, ...] = ()
     q_len: int = 1
@@ -50,11 +52,12 @@ class AppendCase:
         roped = bool(rng.random() < 0.6)
         return cls(
             dtype,
-            head_dim=int(rng.choice(HEAD_DIMS)) if rng.random() < 0.5 else 16 * int(rng.integers(1, 17)),
+            head_dim=random_head_dim(rng),
             page_size=int(rng.choice(PAGE_SIZES)),
             kv_dtype=(None, None, *LARGEST)[int(rng.integers(2 + len(LARGEST)))],
             roped=roped,
             norm=roped and bool(rng.random() < 0.4),
+            value_dim=0 if roped or rng.random() < 0.5 else random_head_dim(rng),
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> AppendCase:
@@ -131,18 +134,20 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _states(case: AppendCase, draw: Draw) -> list[torch.Tensor]:
     """q, k and v `[rows, heads, q_len, head_dim]` in the case's layout, vectors of many magnitudes, some of zeros."""
     rows, heads = len(case.ends), [case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads]
+    dims = [case.head_dim, case.head_dim, case.value_dim or case.head_dim]
 
     def drawn(*shape: int) -> torch.Tensor:
-        sizes = torch.rand((rows, *shape, 1), generator=draw.generator, device=draw.generator.device)
+        sizes = torch.rand((rows, *shape[:-1], 1), generator=draw.generator, device=draw.generator.device)
         scale = torch.where(sizes < 0.05, 0.0, 10 ** (4 * sizes - 2))
-        return draw(rows, *shape, case.head_dim, scale=scale)
+        return draw(rows, *shape, scale=scale)
 
     if case.layout == "together":
-        return list(drawn(case.q_len, sum(heads)).transpose(1, 2).split(heads, dim=1))
+        states = drawn(case.q_len, sum(heads), max(dims)).transpose(1, 2).split(heads, dim=1)
+        return [state[..., :dim] for state, dim in zip(states, dims)]
     by_heads = {"heads": (True, True, True), "tokens": (False, False, False), "mixed": (False, False, True)}
     return [
-        drawn(count, case.q_len) if whole else drawn(case.q_len, count).transpose(1, 2)
-        for count, whole in zip(heads, by_heads[case.layout])
+        drawn(count, case.q_len, dim) if whole else drawn(case.q_len, count, dim).transpose(1, 2)
+        for count, whole, dim in zip(heads, by_heads[case.layout], dims)
     ]
 
 
@@ -158,10 +163,14 @@ def _memory(case: AppendCase, draw: Draw) -> tuple[list[torch.Tensor], list[torc
     table = torch.where(held, order.view(rows, width), 0).to(torch.int32)
     shape = (case.num_kv_heads, pages) if case.head_major else (pages, case.num_kv_heads)
     page = (*shape, case.page_size)
-    filled = torch.full((*page, case.head_dim), float("nan"), dtype=case.dtype, device=device)
-    if case.kv_dtype:
-        filled = torch.full(filled.shape, 0x7F, dtype=torch.uint8, device=device).view(case.kv_dtype)  # NaN in float8
-    pools = [filled, filled.clone()]
+    pools = []
+    for head_dim in (case.head_dim, case.value_dim or case.head_dim):
+        filled = torch.full((*page, head_dim), float("nan"), dtype=case.dtype, device=device)
+        if case.kv_dtype:
+            filled = torch.full(filled.shape, 0x7F, dtype=torch.uint8, device=device).view(
+                case.kv_dtype
+            )  # NaN if it has
+        pools.append(filled)
     scales = [torch.full(page, float("nan"), device=device) for _ in pools] if case.kv_dtype else []
     if case.head_major:
         pools, scales = ([tensor.transpose(0, 1) for tensor in tensors] for tensors in (pools, scales))

@@ -133,7 +133,7 @@ def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[
     unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
     unpadded._experts_implementation = "batched_mm"  # others ask which experts there are tokens for
     with init_empty_weights(include_buffers=True):
-        decoder = type(model)(unpadded).get_decoder().to(dtype)
+        decoder = compat.decoder_of(type(model)(unpadded)).to(dtype)
     modules = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
     widest = max(max(weight.shape, default=1) for weight in modules)
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")

@@ -38,10 +38,17 @@ class Decision:
     constants: Constants
     answers: dict[str, str | None]
     """Why each route rejects steps of this kind, None where it takes them."""
-    contenders: dict[str, RouteConstants]
-    """The routes that take such steps and can be predicted."""
+    contenders: dict[str, tuple[RouteConstants, ...]]
+    """The routes that take such steps and can be predicted, for each kind of layer."""
     seconds: dict[str, float]
     """What each of these is predicted to take a layer."""
+    others: tuple[StepShape, ...] = ()
+    """The step by its layers of other heads, or that do other things with scores, than `shape` says."""
+
+    @property
+    def shapes(self) -> tuple[StepShape, ...]:
+        """The step by its layers of every kind."""
+        return self.shape, *self.others
 
     @property
     def source(self) -> str:
@@ -64,13 +71,13 @@ class Decision:
         return {other.route: other.rejected for other in self.candidates if other.rejected is not None}
 
     def __repr__(self) -> str:
-        shape = self.shape
         lines = [
             f"step       {shape.rows} x {shape.q_len} queries over {shape.tokens:,} tokens, {shape.longest:,} at most; "
             f"{shape.layers} layers, {shape.kv_heads} KV heads of {shape.head_dim}, {shape.group} query heads each, "
-            f"{str(shape.dtype).removeprefix('torch.')}, {'replayed' if shape.captured else 'not captured'}",
-            f"constants  {self.source}",
+            f"{str(shape.dtype).removeprefix('torch.')}, {'replayed' if shape.captured else 'not captured'}"
+            for shape in self.shapes
         ]
+        lines.append(f"constants  {self.source}")
         rows = [
             (
                 candidate.route,
@@ -88,37 +95,56 @@ def choose(
     last: str | None = None,
     constants: Constants | None = None,
     before: Decision | None = None,
+    others: tuple[StepShape, ...] = (),
 ) -> Decision:
     """Decides on a step: the route `name`, or for "auto" the fastest by prediction; `last` is the cache's last route.
 
-    `constants` are those stored for the device where none are given. What routes answered to `before` holds for a step
-    that differs in its rows alone. `sdpa` has no prediction and is taken where no other route can be.
+    `others` are the step by its layers of other kinds: a route serves all of them or none. `constants` are those stored
+    for the device where none are given. What routes answered to `before` holds for a step that differs in its rows
+    alone. `sdpa` has no prediction and is taken where no other route can be.
 
     Raises RouteError where the caller named a route that rejects the step.
     """
     constants = constants or constants_for(shape.device)
-    if before is not None and before.constants is constants and before.shape.kind() == shape.kind():
+    shapes = shape, *others
+    kinds = [each.kind() for each in shapes]
+    if before is not None and before.constants is constants and [each.kind() for each in before.shapes] == kinds:
         answers, contenders = before.answers, before.contenders
     else:
-        answers = {route.name: _reason(route, shape) for route in ROUTES.values()}
-        measured = constants.of("graph" if shape.captured else "eager", shape.group)
-        contenders = {name: measured[name] for name, reason in answers.items() if reason is None and name in measured}
+        answers = {route.name: _reason(route, shapes) for route in ROUTES.values()}
+        measured = [constants.of("graph" if each.captured else "eager", each.group) for each in shapes]
+        contenders = {
+            name: tuple(routes[name] for routes in measured)
+            for name, reason in answers.items()
+            if reason is None and all(name in routes for routes in measured)
+        }
     seconds = {
-        name: predict(work, of_route, shape.layers)
-        for name, of_route in contenders.items()
-        if (work := ROUTES[name].work(shape)) is not None
+        route: predicted
+        for route, of_route in contenders.items()
+        if (predicted := _seconds(ROUTES[route], shapes, of_route)) is not None
     }
     fastest = min(seconds, key=seconds.__getitem__, default="sdpa")
     if last in seconds and seconds[fastest] > seconds[last] * (1 - HYSTERESIS):
         fastest = last
     taken = fastest if name == "auto" else name
-    decision = Decision(ROUTES[taken], shape, constants, answers, contenders, seconds)
+    decision = Decision(ROUTES[taken], shape, constants, answers, contenders, seconds, others)
     if answers[taken] is not None:
         reasons = "; ".join(f"{route}: {reason}" for route, reason in decision.rejected.items())
         raise RouteError(f"route={name!r} cannot serve this step ({reasons}). Use route='auto' or {fastest!r}.")
     return decision
 
 
-def _reason(route: Route, shape: StepShape) -> str | None:
-    answer = route.supports(shape)
-    return answer.reason if isinstance(answer, Rejected) else None
+def _reason(route: Route, shapes: tuple[StepShape, ...]) -> str | None:
+    answers = map(route.supports, shapes)
+    return next((answer.reason for answer in answers if isinstance(answer, Rejected)), None)
+
+
+def _seconds(route: Route, shapes: tuple[StepShape, ...], constants: tuple[RouteConstants, ...]) -> float | None:
+    """What a route is predicted to take a layer, over layers of all kinds; None where it has no prediction."""
+    layers, seconds = sum(shape.layers for shape in shapes), 0.0
+    for shape, of_shape in zip(shapes, constants):
+        work = route.work(shape)
+        if work is None:
+            return None
+        seconds += predict(work, of_shape, layers) * (shape.layers / layers)
+    return seconds

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 import operator
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -29,6 +29,23 @@ Norms = tuple[torch.Tensor, torch.Tensor, float]
 """The weights `[D]` of an RMSNorm of every head of q and of k, and its epsilon."""
 
 
+class Scores(NamedTuple):
+    """What a layer does with its scores, from queries and keys to weights."""
+
+    scale: float
+    softcap: float = 0.0
+    """Scores are `softcap * tanh(scores / softcap)`; 0 for scores as they are."""
+    sinks: torch.Tensor | None = None
+    """`[H_q]`: of every query head one more score in the softmax, which has no value."""
+    chunked: bool = False
+    """Rows are cut into chunks of as many tokens as the layer's window has, and each attends to itself."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether a causal softmax of scaled scores is all."""
+        return not (self.softcap or self.chunked) and self.sinks is None
+
+
 @dataclass(frozen=True)
 class Accepted:
     pass
@@ -41,7 +58,7 @@ class Rejected:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What routes and the policy decide on: one step, by its layers of full attention if it has any.
+    """What routes and the policy decide on: one step, by its layers of one kind, those of full attention if it has any.
 
     Lengths and counts are in tokens and rows; `tokens` and `longest` are of what rows attend to, by their windows.
     """
@@ -54,6 +71,7 @@ class StepShape:
     """Query heads a KV head."""
     kv_heads: int
     head_dim: int
+    """Of K, and of V unless `value_head_dim` says otherwise."""
     page_size: int
     layers: int
     rows: int
@@ -69,8 +87,17 @@ class StepShape:
     """A CUDA graph replays the step."""
     named: bool
     """The caller asked for one route by name, so that Triton's interpreter counts as a device too."""
-    torch_alone: str = ""
-    """Why no kernel of ours or FlashInfer's serves the layers, empty where one may."""
+    value_head_dim: int = 0
+    """V's, 0 where it is K's."""
+    softcap: float = 0.0
+    sinks: bool = False
+    chunked: bool = False
+    """These as in `Scores`."""
+
+    @property
+    def value_dim(self) -> int:
+        """V's head_dim."""
+        return self.value_head_dim or self.head_dim
 
     @functools.cached_property
     def processors(self) -> int:
@@ -82,12 +109,13 @@ class StepShape:
         """The tile of the Triton routes, None where the queries leave no room for any."""
         shared_memory = device_limits(self.device)[1]
         queries, itemsize = self.q_len * self.group, self.dtype.itemsize
-        return choose_tile(self.head_dim, itemsize, queries, shared_memory, self.kv_dtype.itemsize)
+        head_dim = max(self.head_dim, self.value_dim)
+        return choose_tile(head_dim, itemsize, queries, shared_memory, self.kv_dtype.itemsize)
 
     @functools.cached_property
     def token_bytes(self) -> int:
         """Bytes of a token's K and V of one head."""
-        return 2 * (self.head_dim * self.kv_dtype.itemsize + 4 * (self.kv_dtype in LARGEST))
+        return (self.head_dim + self.value_dim) * self.kv_dtype.itemsize + 8 * (self.kv_dtype in LARGEST)
 
     def kind(self) -> tuple[Any, ...]:
         """All that routes look at when they take a step or reject it: what is not of its rows."""
@@ -100,7 +128,7 @@ class StepShape:
             kv_bytes=heads_tokens * self.token_bytes,
             parallel=max(heads_tokens, 1) / (max(tokens_a_program, 1) * self.processors),
             launches=launches,
-            merge_bytes=2 * partials * self.q_len * self.group * (self.head_dim + 2) * 4,
+            merge_bytes=2 * partials * self.q_len * self.group * (self.value_dim + 2) * 4,
         )
 
 
@@ -126,7 +154,7 @@ class Bounds:
 
     @property
     def decodes(self) -> bool:
-        """Whether a route attends, unless scores are capped; to prompts and longer blocks torch does."""
+        """Whether a route attends; to prompts and longer blocks torch does."""
         return self.begin > 0 and self.q_len <= MAX_DECODE_QUERIES
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -153,7 +181,7 @@ class Route(Protocol):
         ...
 
     def append(self, layer: PagedLayer, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> None:
-        """Writes k and v `[rows, H_kv, q_len, D]` to a layer's pages at the step's positions."""
+        """Writes k and v `[rows, H_kv, q_len, D]`, each of its own D, to a layer's pages at the step's positions."""
         ...
 
     def rope_append(
@@ -166,8 +194,8 @@ class Route(Protocol):
         """
         ...
 
-    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
-        """Attention of q `[rows, H_q, q_len, D]` over a layer's pages, as `[rows, q_len, H_q, D]`."""
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
+        """Attention of q `[rows, H_q, q_len, D]` over a layer's pages, as `[rows, q_len, H_q, V's D]`."""
         ...
 
 

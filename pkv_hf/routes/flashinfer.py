@@ -9,7 +9,7 @@ from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.kernels.flashinfer import PLANNED_GROUPS, XQA_CAPABILITIES, XQA_PAGE_SIZES, Planned, Xqa
 from pkv_hf.kernels.launch import capability
-from pkv_hf.routes.base import Accepted, Bounds, Rejected, StepShape, installed
+from pkv_hf.routes.base import Accepted, Bounds, Rejected, Scores, StepShape, installed
 from pkv_hf.routes.costs import Work
 from pkv_hf.routes.triton import Triton
 
@@ -28,6 +28,10 @@ class _FlashInfer(Triton):
             return Rejected(f"{shape.dtype} is not one of float16, bfloat16")
         if shape.head_dim not in (64, 128, 256):
             return Rejected(f"head_dim {shape.head_dim} is not one of 64, 128, 256")
+        if shape.value_dim != shape.head_dim:
+            return Rejected(f"keys have head_dim {shape.head_dim}, values {shape.value_dim}: FlashInfer takes one")
+        if shape.softcap or shape.sinks or shape.chunked:
+            return Rejected("FlashInfer is given no sinks, no soft-cap and no chunks")
         if shape.kv_dtype != shape.dtype:
             return Rejected(f"queries are {shape.dtype}, pages {shape.kv_dtype}")
         if shape.padded:
@@ -60,14 +64,14 @@ class FlashInfer(_FlashInfer):
         programs = 2 * shape.processors
         return shape.work(-(-shape.tokens * shape.kv_heads // programs), 2, programs)
 
-    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         table = layer.table
         key = (self.name, q.device)
         if key not in bounds.plans:
             planned = table.held_by_routes.get(key) or Planned(q.device, tensor_cores=self.tensor_cores)
             pages = table.pages[:, : -(-bounds.end // table.page_size)]
             indices = torch.from_numpy(pages.reshape(-1).copy()).to(q.device)
-            planned.plan(indices, np.full(table.rows, bounds.end), q, layer.pages[0], scale)
+            planned.plan(indices, np.full(table.rows, bounds.end), q, layer.pages[0], scores.scale)
             bounds.plans[key] = table.held_by_routes[key] = planned
         return bounds.plans[key].run(q, *layer.pages)
 
@@ -101,7 +105,7 @@ class FlashInferXqa(_FlashInfer):
         if (self.name, device) not in table.held_by_routes:
             table.held_by_routes[self.name, device] = Xqa(device)
 
-    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         self.prepare(layer.table, q.device)
         xqa = layer.table.held_by_routes[self.name, q.device]
-        return xqa.run(q, *layer.pages, layer.table.on(q.device)[0], bounds.on(q.device)[1], scale)
+        return xqa.run(q, *layer.pages, layer.table.on(q.device)[0], bounds.on(q.device)[1], scores.scale)

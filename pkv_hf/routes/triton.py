@@ -8,9 +8,17 @@ import torch
 
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.table import BlockTable
-from pkv_hf.kernels.launch import PROGRAMS_PER_SM, capability, device_limits, has_dtypes, splits_for
+from pkv_hf.kernels.launch import (
+    MOST_HEAD_DIM,
+    PROGRAMS_PER_SM,
+    capability,
+    device_limits,
+    has_dtypes,
+    is_head_dim,
+    splits_for,
+)
 from pkv_hf.kernels.quantize import LARGEST
-from pkv_hf.routes.base import Accepted, Bounds, Norms, Rejected, StepShape, installed
+from pkv_hf.routes.base import Accepted, Bounds, Norms, Rejected, Scores, StepShape, installed
 from pkv_hf.routes.costs import Work
 
 
@@ -21,8 +29,6 @@ class Triton:
     fuses_rope = True
 
     def supports(self, shape: StepShape) -> Accepted | Rejected:
-        if shape.torch_alone:
-            return Rejected(shape.torch_alone)
         if not installed("triton"):
             return Rejected("triton is not installed")
         interpreted = shape.named and os.environ.get("TRITON_INTERPRET") == "1"
@@ -39,8 +45,9 @@ class Triton:
             return Rejected(f"bfloat16 needs sm_80 or newer, this is sm_{major}{minor}")
         if not has_dtypes(shape.device, shape.kv_dtype):
             return Rejected(f"fp8 pages need sm_89 or newer, this is sm_{major}{minor}: use int8")
-        if shape.head_dim % 16 or not 16 <= shape.head_dim <= 256:
-            return Rejected(f"head_dim {shape.head_dim} is not a multiple of 16 up to 256")
+        for head_dim in (shape.head_dim, shape.value_dim):
+            if not is_head_dim(head_dim):
+                return Rejected(f"head_dim {head_dim} is not a multiple of 16 up to {MOST_HEAD_DIM}")
         if not 1 <= shape.group <= 16:
             return Rejected(f"{shape.group} query heads a KV head, at most 16 are served")
         if shape.tile is None:
@@ -82,7 +89,7 @@ class Split(Triton):
         merges = splits > 1
         return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
 
-    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         from pkv_hf.kernels.attention.split import decode_split
 
         table, _ = layer.table.on(q.device)
@@ -92,7 +99,15 @@ class Split(Triton):
         if window:
             longest = min(longest, window + bounds.q_len)
         return decode_split(
-            q, *layer.pages, table, starts, ends, scale=scale, window=window, longest=longest, scales=layer.scales
+            q,
+            *layer.pages,
+            table,
+            starts,
+            ends,
+            window=window,
+            longest=longest,
+            scales=layer.scales,
+            **scores._asdict(),
         )
 
 
@@ -108,13 +123,15 @@ class Workqueue(Triton):
         items = shape.rows * shape.kv_heads
         return shape.work(-(-tiles // programs) * tile, 2, items + programs)
 
-    def decode(self, layer: PagedLayer, q: torch.Tensor, scale: float, bounds: Bounds) -> torch.Tensor:
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         from pkv_hf.kernels.attention.workqueue import decode_workqueue
 
         table, _ = layer.table.on(q.device)
         bounds_there = bounds.on(q.device)
         window = layer.table.window
-        return decode_workqueue(q, *layer.pages, table, *bounds_there, scale=scale, window=window, scales=layer.scales)
+        return decode_workqueue(
+            q, *layer.pages, table, *bounds_there, window=window, scales=layer.scales, **scores._asdict()
+        )
 
 
 def _tokens(shape: StepShape) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import nn
@@ -36,34 +38,33 @@ def decide(
     """
     if not state.known.shapes:
         return None
-    layer = next(iter(state.known.shapes.values()))
-    begin, windows = cache.get_seq_length(), list(cache.tables)
+    begin, kinds = cache.get_seq_length(), state.known.by_shape
     lengths = begin + q_len - starts
     if not begin or q_len > MAX_DECODE_QUERIES:
         q_len = 1
-    if 0 not in windows:
-        lengths = np.minimum(lengths, min(windows) + q_len - 1)
-    shape = StepShape(
-        device=device,
-        dtype=dtype,
-        kv_dtype=next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
-        q_len=q_len,
-        group=layer.group,
-        kv_heads=cache.kv_heads or layer.kv_heads,
-        head_dim=layer.head_dim,
-        page_size=cache.page_size,
-        layers=state.known.paged_layers,
-        rows=len(starts),
-        tokens=int(lengths.sum()),
-        longest=int(lengths.max()),
-        padded=bool(starts.any()),
-        windowed=any(windows),
-        autocast=torch.is_autocast_enabled(device.type),
-        captured=not uncaptured(state, device),
-        named=state.route != "auto",
-        torch_alone=state.known.torch_alone,
-    )
-    return choose(state.route, shape, cache.last_route, before=state.decision)
+    common: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "kv_dtype": next((other for other in cache.dtypes if other != dtype), cache.kv_dtype or dtype),
+        "q_len": q_len,
+        "page_size": cache.page_size,
+        "rows": len(starts),
+        "padded": bool(starts.any()),
+        "autocast": torch.is_autocast_enabled(device.type),
+        "captured": not uncaptured(state, device),
+        "named": state.route != "auto",
+    }
+    shapes: list[StepShape] = []
+    for layer, indices in kinds.items():
+        windows = {cache.layers[i].window for i in indices if i < len(cache.layers)}
+        seen = lengths if 0 in windows or not windows else np.minimum(lengths, min(windows) + q_len - 1)
+        heads: dict[str, Any] = layer._asdict()
+        if len(kinds) == 1:
+            heads["kv_heads"] = cache.kv_heads or layer.kv_heads
+        tokens: dict[str, Any] = {"tokens": int(seen.sum()), "longest": int(seen.max()), "windowed": any(windows)}
+        shape = StepShape(layers=len(indices), **heads, **tokens, **common)
+        shapes.insert(0 if 0 in windows else len(shapes), shape)
+    return choose(state.route, shapes[0], cache.last_route, before=state.decision, others=tuple(shapes[1:]))
 
 
 def uncaptured(state: PatchState, device: torch.device) -> str:

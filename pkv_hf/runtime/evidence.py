@@ -30,9 +30,11 @@ class LayerShape(NamedTuple):
     """Query heads a KV head."""
     kv_heads: int
     head_dim: int
-    scale: float
-    softcap: float
-    """Scores are `softcap * tanh(scores / softcap)`; 0 for scores as they are."""
+    value_head_dim: int
+    softcap: float = 0.0
+    sinks: bool = False
+    chunked: bool = False
+    """These as in `routes.base.Scores`."""
 
 
 @dataclass
@@ -99,6 +101,7 @@ class Evidence:
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
     last: Look | None = None
+    _by_shape: dict[LayerShape, list[int]] | None = None
     _implementation: tuple[dict[str, Any], str] | None = None
     """What computed attention when that was last looked at, and why it is not known."""
 
@@ -126,19 +129,20 @@ class Evidence:
         return sum(kind.window is not None for kind in self.kinds)
 
     @property
-    def torch_alone(self) -> str:
-        """Why the layers are left to torch on any device, empty where kernels may serve them."""
-        shapes = set(self.shapes.values())
-        if len(shapes) > 1:
-            return "layers differ in their heads, head_dim or scale"
-        return "attention scores are capped" if any(shape.softcap for shape in shapes) else ""
+    def by_shape(self) -> dict[LayerShape, list[int]]:
+        """The layers of each shape."""
+        if self._by_shape is None:
+            self._by_shape = {}
+            for layer_idx, shape in self.shapes.items():
+                self._by_shape.setdefault(shape, []).append(layer_idx)
+        return self._by_shape
 
     def learn(self, layer_idx: int, shape: LayerShape) -> bool:
         """Notes the shape of a layer that asked for attention. Returns whether that tells more of a generic model."""
         if not self.generic or self.shapes.get(layer_idx) == shape:
             return False
         known = set(self.shapes.values())
-        self.shapes[layer_idx] = shape
+        self.shapes[layer_idx], self._by_shape = shape, None
         return set(self.shapes.values()) != known
 
     def learn_states(self, cache: PagedCache) -> None:
@@ -225,7 +229,7 @@ def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> Serve
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder: pages serve decoder-only models")
-    decoder: Any = model.get_decoder()
+    decoder: Any = compat.decoder_of(model)
     if not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
@@ -259,8 +263,5 @@ def _not_served(model: Any, decoder: Any, family: origins.Family | None, attenti
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):
-            return f"{type(module).__name__} is latent attention (MLA): pages hold keys and values of one head_dim"
-        dim = getattr(module, "qk_head_dim", getattr(module, "head_dim", None))
-        if dim != getattr(module, "v_head_dim", dim):
-            return f"its keys have {dim} dimensions and its values {module.v_head_dim}: pages hold one head_dim"
+            return f"{type(module).__name__} is latent attention (MLA): pages hold the keys and values of heads"
     return ""

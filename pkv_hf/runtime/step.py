@@ -14,7 +14,7 @@ from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import serving
 from pkv_hf.errors import LayerNotServed
-from pkv_hf.routes.base import Bounds, Norms, Route
+from pkv_hf.routes.base import Bounds, Norms, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 from pkv_hf.runtime.masks import Expanded
 
@@ -62,13 +62,15 @@ def taken_back(decoder: nn.Module) -> Iterator[None]:
 
 
 class ShownMask:
-    """A mask of transformers' own that a step gave its layers, and the window that it stands for (0: full attention).
+    """A mask of transformers' own that a step gave its layers, and what it stands for: a window (0: full attention), or
+    chunks of so many tokens.
 
     Hooks may hand layers another, or write into this one: only a mask of the values that were given is causal alone.
     """
 
-    def __init__(self, mask: torch.Tensor | None, window: int) -> None:
+    def __init__(self, mask: torch.Tensor | None, window: int, chunked: bool) -> None:
         self.window = window
+        self.chunked = chunked
         self._mask = mask
         self._values = None if mask is None else mask.clone()
 
@@ -142,7 +144,12 @@ class Step:
         """
         layer = self.cache.layers[layer_idx]
         rows, tokens = (1, self.packing.tokens) if self.packing else (len(self.bounds.starts), self.bounds.q_len)
-        if k.shape != v.shape or k.shape[0] != rows or k.shape[2] != tokens or layer.length != self.bounds.begin:
+        if (
+            k.shape[:3] != v.shape[:3]
+            or k.shape[0] != rows
+            or k.shape[2] != tokens
+            or layer.length != self.bounds.begin
+        ):
             raise LayerNotServed(
                 f"layer {layer_idx} keeps keys {list(k.shape)} and values {list(v.shape)} after {layer.length} tokens, "
                 f"in a step of {rows} x {tokens} after {self.bounds.begin}"
@@ -160,21 +167,18 @@ class Step:
         """Whether a layer has attended to what it appended: others that do share its K and V."""
         return layer_idx not in self._unread
 
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scale: float, softcap: float = 0.0
-    ) -> torch.Tensor:
-        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended; returns `[rows, q_len, H_q, D]`.
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scores: Scores) -> torch.Tensor:
+        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended: `[rows, q_len, H_q, V's D]`.
 
         Queries of a layer that shares K and V may be of the step's last tokens alone.
-        A `softcap` other than 0 caps the scores, which torch does on any route.
         """
         layer, bounds = self.cache.layers[layer_idx], self.bounds
         self._unread.discard(layer_idx)
         if self.packing is not None:
-            return over_packed_prompt(q, k, v, scale, self.packing, layer.table.window).transpose(1, 2)
+            return over_packed_prompt(q, k, v, scores, self.packing, layer.table.window).transpose(1, 2)
         if not bounds.begin:
-            return over_prompt(q, k, v, scale, bounds.starts, layer.table.window, softcap).transpose(1, 2)
-        return self._over_pages(layer, q, scale, softcap)
+            return over_prompt(q, k, v, scores, bounds.starts, layer.table.window).transpose(1, 2)
+        return self._over_pages(layer, q, scores)
 
     def dense(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of all positions that a prompt's queries can see, whose own k and v were appended.
@@ -190,12 +194,12 @@ class Step:
         held_k, held_v = layer.dense(layer.table.first_visible(begin), self.bounds.end)
         return held_k.to(k.dtype), held_v.to(v.dtype)
 
-    def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scale: float, softcap: float = 0.0) -> torch.Tensor:
+    def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scores: Scores) -> torch.Tensor:
         bounds, begin = self.bounds, self.bounds.end - q.shape[2]
-        if softcap or not bounds.decodes or begin > bounds.begin:
-            return over_pages(layer, q, scale, bounds.starts, begin, softcap).transpose(1, 2)
+        if not bounds.decodes or begin > bounds.begin:
+            return over_pages(layer, q, scores, bounds.starts, begin).transpose(1, 2)
         with launching_on(q.device):
-            return self.route.decode(layer, q, scale, bounds)
+            return self.route.decode(layer, q, scores, bounds)
 
     def rope_attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
@@ -205,7 +209,7 @@ class Step:
         layer = self.cache.layers[layer_idx]
         with launching_on(q.device):
             q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
-        return self._over_pages(layer, q, scale)
+        return self._over_pages(layer, q, Scores(scale))
 
 
 def handle_of(states: torch.Tensor) -> tuple[Step, int] | None:

@@ -28,8 +28,8 @@ ENDS = {
     "llama": ("LlamaForCausalLM", "pages", ""),
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
     "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
-    "gpt_oss": ("GptOssForCausalLM", "left", "GptOssAttention asks attention for s_aux="),
-    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: every layer of MambaConfig keeps"),
+    "doge": ("DogeForCausalLM", "left", "DogeAttention has a mask that is more than causal"),
+    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: every layer of Mamba"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
 }
 

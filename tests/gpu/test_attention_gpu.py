@@ -9,6 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pkv_hf.cache.packing import Packing
 from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.routes.base import Scores
 from pkv_hf.routes.sdpa import over_packed_prompt
 
 pytestmark = pytest.mark.gpu
@@ -22,9 +23,9 @@ def test_packed_rows_are_as_exact_as_row_by_row(dtype, group, head_dim, window):
     packing = Packing(np.array([0, 199, 137, 72]), 200)  # the second row has one token
     shapes = [(1, heads, packing.tokens, head_dim) for heads in (2 * group, 2, 2)]
     q, k, v = (torch.randn(shape, device="cuda").to(dtype) for shape in shapes)
-    ours = over_packed_prompt(q, k, v, head_dim**-0.5, packing, window)
+    ours = over_packed_prompt(q, k, v, Scores(head_dim**-0.5), packing, window)
     rows = Packing(packing.starts, packing.length)
-    exact = over_packed_prompt(*(states.double().cpu() for states in (q, k, v)), head_dim**-0.5, rows, window)
+    exact = over_packed_prompt(*(states.double().cpu() for states in (q, k, v)), Scores(head_dim**-0.5), rows, window)
     module = torch.nn.Module()
     module.num_key_value_groups, module.is_causal = group, True
     theirs = [

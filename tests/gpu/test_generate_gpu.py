@@ -9,6 +9,7 @@ import torch
 
 import pkv_hf
 from pkv_hf.compat import CACHE
+from pkv_hf.routes.base import Scores
 from pkv_hf.routes.sdpa import attend_block
 from tiny import FAMILIES, assert_on_pages, left_padded, tiny
 
@@ -50,7 +51,7 @@ def test_queries_that_follow_others_are_as_exact_as_under_a_mask(dtype, group):
         torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=mask, enable_gqa=True)
         for states in ((q.double(), k.double(), v.double()), (q, k, v))
     )
-    ours = attend_block(q, k, v, 64**-0.5, 230, 0, 0)
+    ours = attend_block(q, k, v, Scores(64**-0.5), 230, 0, 0)
     assert (ours - exact).square().mean() <= 4 * (masked - exact).square().mean()
 
 

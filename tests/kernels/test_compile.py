@@ -32,18 +32,20 @@ POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_p
 def compiled(target, launcher, dtype, constants, warps, **alike):
     kernel = launcher.kernel
     constants, signature = {**constants, "PDL": target.arch >= 90}, {}
+    if "sinks_ptr" in kernel.arg_names and "sinks_ptr" not in alike:
+        constants["sinks_ptr"] = None
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + POINTERS.get(name, dtype)
         else:
-            signature[name] = "fp32" if name in ("scale_log2", "eps") else "i32"
+            signature[name] = "fp32" if name in ("scale", "eps") else "i32"
     signature.update(alike)
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # as at run time: pointers are aligned; strides but for the block table's, and widths, are multiples of 16
-    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params
-               if p.name.endswith("_ptr") or p.name.startswith(("stride_", "inputs")) and not p.do_not_specialize}
+    aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if p.name not in constants
+               and (p.name.endswith("_ptr") or p.name.startswith(("stride_", "inputs")) and not p.do_not_specialize)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
     assert launcher.fp_fusion or "fma.rn.f32" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
@@ -59,44 +61,47 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
 
 target, shared, cases = json.loads(sys.argv[1])
 gpu, used = GPUTarget("cuda", target, 32), {}
-for head_dim, group, q_len, dtype in cases:
-    if choose_tile(head_dim, ELEMENT[dtype], q_len * group, shared) is None:
+for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
+    query_rows, wider = q_len * group, max(head_dim, value_dim)
+    if choose_tile(wider, ELEMENT[dtype], query_rows, shared) is None:
         continue
-    block_m, block_d = padded_queries(q_len * group), next_power_of_2(head_dim)
-    common = dict(G=group, D=head_dim, BLOCK_M=block_m, BLOCK_D=block_d)
-    case = f"D{head_dim} G{group} q{q_len} {dtype}"
+    block_m, block_d, block_dv = padded_queries(query_rows), next_power_of_2(head_dim), next_power_of_2(value_dim)
+    merged = dict(G=group, DV=value_dim, BLOCK_M=block_m, BLOCK_DV=block_dv, PARTS=32)
+    case = f"D{head_dim},{value_dim} G{group} q{q_len} {dtype} cap{cap} sinks{sinks} chunked{chunked}"
+    of_sinks = {"sinks_ptr": "*" + dtype} if sinks else {}
 
     def attend(nbytes, eight_bit):
-        tile = choose_tile(head_dim, ELEMENT[dtype], q_len * group, shared, nbytes)
-        return tile.num_warps, dict(**common, PAGE=16, TOKENS=tile.tokens, STAGES=tile.num_stages, EIGHT_BIT=eight_bit,
-                                    NATIVE=True)
+        tile = choose_tile(wider, ELEMENT[dtype], query_rows, shared, nbytes)
+        return tile.num_warps, dict(G=group, D=head_dim, DV=value_dim, PAGE=16, TOKENS=tile.tokens, BLOCK_M=block_m,
+                                    BLOCK_D=block_d, BLOCK_DV=block_dv, STAGES=tile.num_stages, EIGHT_BIT=eight_bit,
+                                    NATIVE=True, CAP=cap, CHUNKED=chunked)
 
     warps, constants = attend(None, 0)
     for direct in (False, True):
         state = {"state_ptr": "*" + dtype} if direct else {}
         used[f"split {case} {direct}"] = compiled(
-            gpu, split._split, dtype, dict(**constants, DIRECT=direct), warps, **state)
-    used[f"workqueue {case}"] = compiled(gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps)
-    used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, dict(**common, PARTS=32), 4)
+            gpu, split._split, dtype, dict(**constants, DIRECT=direct), warps, **state, **of_sinks)
+    used[f"workqueue {case}"] = compiled(
+        gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **of_sinks)
+    used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, merged, 4)
     used[f"merge_items {case}"] = compiled(
-        gpu, workqueue._merge, dtype, dict(**common, TOKENS=constants["TOKENS"], PARTS=32, ROWS=64), 4)
-    width = dict(D=head_dim, PAGE=16)
-    half_d = next_power_of_2(head_dim // 2)
-    quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if head_dim == 128 else []
+        gpu, workqueue._merge, dtype, dict(**merged, TOKENS=constants["TOKENS"], CHUNKED=chunked, ROWS=64), 4)
+    quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if 128 in (head_dim, value_dim) else []
     for pages, largest in ((dtype, 0.0), *quantized):
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
         if largest:
             warps, constants = attend(1, 1 + (pages != "i8"))
             used[f"split {case} {pages}"] = compiled(
-                gpu, split._split, dtype, dict(**constants, DIRECT=False), warps, **held)
+                gpu, split._split, dtype, dict(**constants, DIRECT=False), warps, **held, **of_sinks)
             used[f"workqueue {case} {pages}"] = compiled(
-                gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **held)
+                gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **held, **of_sinks)
         held = {"k_pages_ptr": "*" + pages, "v_pages_ptr": "*" + pages}
         used[f"append {case} {pages}"] = compiled(
-            gpu, append._append, dtype, dict(**width, BLOCK_D=block_d, LARGEST=largest), 1, **held)
-        rope = dict(**width, BLOCK_HALF=half_d, NORM=True, LARGEST=largest)
+            gpu, append._append, dtype,
+            dict(D=head_dim, DV=value_dim, PAGE=16, BLOCK_D=block_d, BLOCK_DV=block_dv, LARGEST=largest), 1, **held)
+        rope = dict(D=head_dim, PAGE=16, BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=True, LARGEST=largest)
         used[f"rope_append {case} {pages}"] = compiled(gpu, append._rope_append, dtype, rope, 1, **held)
-half = next(dtype for *_, dtype in cases if dtype != "fp32")
+half = next(case[4] for case in cases if case[4] != "fp32")
 for rows in (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
         block = linear.choose_block(rows, inputs, 6144 if weights == 3 else 4096, 1, shared)
@@ -116,15 +121,22 @@ print(json.dumps(used))
 """
 
 
+def plain(head_dim: int, group: int, q_len: int, dtype: str) -> tuple:
+    """Heads of one size, scores as they are: head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked."""
+    return head_dim, head_dim, group, q_len, dtype, 0.0, False, False
+
+
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_every_kernel_fits(target):
     half = "fp16" if target == 75 else "bf16"  # sm_75 has no bfloat16
-    cases = [(128, 4, 1, half), (256, 16, 1, "fp32")]
+    cases = [plain(128, 4, 1, half), plain(256, 16, 1, "fp32"), (192, 128, 8, 1, half, 30.0, True, True)]
     if target not in (86, 120):  # which have sm_89's memory, and so its tiles
-        cases.append((64, 3, 8, half))
+        cases += [plain(64, 3, 8, half), plain(512, 8, 1, half)]
+    if target == 89:  # where float32 that was of 8 bits has no room to spare
+        cases.append(plain(128, 16, 4, "fp32"))
     if target == 90:  # where the registers are looked at
-        cases += [(64, 3, 1, "fp32"), (128, 4, 1, "fp32")]
-    wide = [(128, 16, 8, half), (256, 16, 8, half)]  # query blocks that a small shared memory has no tile for
+        cases += [plain(64, 3, 1, "fp32"), plain(128, 4, 1, "fp32"), (256, 512, 2, 1, "fp32", 30.0, True, False)]
+    wide = [plain(128, 16, 8, half), plain(256, 16, 8, half)]  # that a small shared memory has no tile for
     must = len(cases) + (len(wide) if target in (80, 90, 100) else 0)
     cases += wide if target not in (86, 120) else []
     arguments = json.dumps([target, SHARED_KIB[target] * 1024, cases])

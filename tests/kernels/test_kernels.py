@@ -117,6 +117,32 @@ def test_quantized_pages(kv_dtype, dtype, route):
         assert_right(case_of(dtype=dtype, kv_dtype=kv_dtype, **settings), route)
 
 
+ASKED: dict[str, dict] = {
+    "sinks": {"sinks": torch.float32, "parts": 3},
+    "sinks, whole rows": {"sinks": torch.bfloat16, "dtype": torch.bfloat16, "parts": 1, "group": 16},
+    "sinks over 8 bits": {"sinks": torch.float16, "dtype": torch.float16, "kv_dtype": torch.int8, "parts": 50},
+    "soft cap": {"softcap": 1.5},
+    "soft cap over 8 bits": {"softcap": 1.5, "dtype": torch.bfloat16, "kv_dtype": torch.float8_e4m3fn},
+    "keys wider than values": {"head_dim": 192, "value_dim": 128, "group": 8, "dtype": torch.bfloat16},
+    "values wider than keys": {"head_dim": 48, "value_dim": 320, "group": 1, "parts": 3},
+    "both over 8 bits": {"head_dim": 80, "value_dim": 16, "kv_dtype": torch.int8, "dtype": torch.float16},
+    "wide heads over 8 bits": {"head_dim": 512, "kv_dtype": torch.int8, "dtype": torch.bfloat16, "group": 2},
+    "chunks": {"chunked": True, "window": 17, "parts": 3},
+    "chunks of a block": {"chunked": True, "window": 3, "q_len": 5, "ends": (11, 64, 83)},
+    "chunks over 8 bits": {"chunked": True, "window": 40, "kv_dtype": torch.int8, "q_len": 2, "ends": (8, 64, 83)},
+    "all": {
+        "sinks": torch.float32, "softcap": 1.5, "head_dim": 64, "value_dim": 96, "chunked": True, "window": 30,
+        "q_len": 3, "ends": (9, 64, 83),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("asked", ASKED)
+def test_what_layers_ask_for(asked, route):
+    assert_right(case_of(**ASKED[asked]), route)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("poison", POISONS)
 def test_infinities_and_nan_in_unread_slots_reach_no_output(poison, route):
@@ -144,20 +170,29 @@ def test_a_row_without_tokens_is_zero(route):
     assert torch.isfinite(out[0]).all()
 
 
-def test_the_reference_is_attention():
-    case = case_of(q_len=3, ends=(9, 64, 83))
+@pytest.mark.parametrize("sinks", [None, torch.float64])
+@pytest.mark.parametrize("softcap", [0.0, 0.7])
+@pytest.mark.parametrize(("window", "chunked"), [(0, False), (20, False), (20, True)])
+def test_the_reference_is_attention(window, chunked, softcap, sinks):
+    case = case_of(q_len=3, ends=(9, 64, 83), window=window, chunked=chunked, value_dim=32, sinks=sinks)
     inputs = {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in build(case, "cpu").items()
     }
-    out = paged_attention(**inputs, scale=0.3)
+    out = paged_attention(**inputs, scale=0.3, window=window, chunked=chunked, softcap=softcap)
     for row, (start, end) in enumerate(zip(case.starts, case.ends)):
-        positions = torch.arange(start, end)
-        pages, slots = inputs["block_table"][row, positions // 16].long(), positions % 16
-        k, v = (inputs[name][pages, :, slots].repeat_interleave(4, 1) for name in ("k_pages", "v_pages"))
         for t in range(3):
-            seen = positions <= end - 3 + t
-            scores = torch.einsum("hd,thd->ht", inputs["q"][row, :, t], k[seen]) * 0.3
-            torch.testing.assert_close(out[row, t], torch.einsum("ht,thd->hd", scores.softmax(-1), v[seen]))
+            last = end - 3 + t
+            positions = torch.arange(start, last + 1)
+            if chunked:
+                positions = positions[(positions - start) // window == (last - start) // window]
+            elif window:
+                positions = positions[-window:]
+            pages, slots = inputs["block_table"][row, positions // 16].long(), positions % 16
+            k, v = (inputs[name][pages, :, slots].repeat_interleave(4, 1) for name in ("k_pages", "v_pages"))
+            scores = torch.einsum("hd,thd->ht", inputs["q"][row, :, t], k) * 0.3
+            weights = (softcap * (scores / softcap).tanh() if softcap else scores).exp()
+            total = weights.sum(-1, keepdim=True) + (0 if sinks is None else inputs["sinks"].exp()[:, None])
+            torch.testing.assert_close(out[row, t], torch.einsum("ht,thd->hd", weights / total, v))
 
 
 @pytest.mark.parametrize(
@@ -169,6 +204,9 @@ def test_the_reference_is_attention():
         ({"starts": torch.zeros(3, dtype=torch.int64)}, "starts is torch.int64"),
         ({"ends": torch.zeros(2, dtype=torch.int32)}, r"ends is torch.int32 \[2\]"),
         ({"v_pages": torch.zeros(14, 2, 16, 64)}, "differ in shape"),
+        ({"v_pages": torch.zeros(13, 2, 16, 528)}, "v_pages has head_dim=528"),
+        ({"sinks": torch.zeros(2, 4)}, r"sinks are torch.float32 \[2, 4\]"),
+        ({"sinks": torch.zeros(8, dtype=torch.float64)}, "sinks are torch.float64"),
         ({"k_pages": torch.zeros(13, 2, 64, 16).transpose(2, 3)}, "k_pages has strides"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
@@ -179,6 +217,16 @@ def test_bad_arguments_are_named(route, change, named):
     inputs = {**build(case, DEVICE), **{name: torch.zeros(13, 2, 16, 64) for name in ("k_pages", "v_pages")}, **change}
     with pytest.raises(ValueError, match=named):
         run(case, route, {name: tensor.to(DEVICE) for name, tensor in inputs.items()}, torch.empty(3, 1, 8, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"chunked": True}, "chunked=True with window=0"), ({"softcap": -1.0}, "softcap=-1.0")]
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_bad_settings_are_named(route, change, named):
+    inputs = build(case_of(), DEVICE)
+    with pytest.raises(ValueError, match=named):
+        run(case_of(**change), route, inputs, torch.empty(3, 1, 8, 64))
 
 
 @pytest.mark.parametrize("route", ROUTES)

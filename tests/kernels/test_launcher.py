@@ -71,3 +71,11 @@ def test_misaligned_launches_are_never_remembered(kernel):
     for _ in range(3):
         launch("kind", GRID, (x, x), (5, 32), (128,))
     assert len(kernel.looked_at) == 3
+
+
+def test_a_tensor_that_is_not_there_stays_none(kernel):
+    launch, x = Launcher(kernel, fp_fusion=True), torch.zeros(64)
+    for _ in range(2):
+        launch("kind", GRID, (x, None), (5, 32), (128,))
+    assert kernel.looked_at[0][1] == (x, None, 5, 32, 128)
+    assert kernel.past == [(x.data_ptr(), None, 5, 32, 128)]

@@ -13,13 +13,10 @@ import transformers
 import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.tables import Tables
-from pkv_hf.compat import CACHE
-from pkv_hf.errors import RouteError
+from pkv_hf.compat import CACHE, decoder_of
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.routes.sdpa import over_pages, over_prompt
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import Step
@@ -29,6 +26,8 @@ pytestmark = pytest.mark.contract
 
 WINDOW = 24
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
+SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 SERVED: dict[str, tuple[str, str, dict]] = {
     "gemma2": (
         "Gemma2Config",
@@ -49,19 +48,19 @@ SERVED: dict[str, tuple[str, str, dict]] = {
     "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16}),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": WINDOW}),
     "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
+    "gpt-oss": ("GptOssConfig", "GptOssForCausalLM", {**ROPE, "head_dim": 16, **SLIDING, "num_local_experts": 4}),
+    "mimo": (
+        "MiMoV2FlashConfig",
+        "MiMoV2FlashForCausalLM",
+        {**EXPERTS, **SLIDING, "head_dim": 32, "v_head_dim": 16, "n_routed_experts": 4, "moe_layer_freq": [0, 1, 1]},
+    ),
+    "llama4": (
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {"head_dim": 16, "attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "num_local_experts": 4},
+    ),
 }
 LEFT: dict[str, tuple[str, str, dict, str]] = {
-    "gpt-oss": (
-        "GptOssConfig",
-        "GptOssForCausalLM",
-        {
-            "head_dim": 16,
-            "sliding_window": WINDOW,
-            "num_local_experts": 4,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-        },
-        "asks attention for s_aux",
-    ),
     "doge": ("DogeConfig", "DogeForCausalLM", {}, "Doge"),
     "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", {}, "other keys and values than its cache"),
 }
@@ -125,7 +124,17 @@ def test_tokens_are_identical_and_pages_are_read(name, mode, attended):
     assert "transformers' own layers run" in str(report)
 
 
-@pytest.mark.parametrize(("name", "route"), [("phi3", "split"), ("gemma3", "workqueue")])
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [
+        ("phi3", "split"),
+        ("gemma3", "workqueue"),
+        ("gemma2", "split"),
+        ("gpt-oss", "workqueue"),
+        ("mimo", "split"),
+        ("llama4", "workqueue"),
+    ],
+)
 def test_the_triton_routes_give_the_same_tokens(name, route, attended):
     pytest.importorskip("triton")
     model, inputs = build(*SERVED[name]), left_padded(20, 9)
@@ -161,20 +170,20 @@ def test_steps_on_static_buffers_give_the_same_tokens(name, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("name", SERVED)
 def test_a_captured_step_depends_on_no_length_of_the_host(name):
-    """What a graph would keep: the length that the model asks its cache for. OPT does."""
+    """What a graph would keep: the length that the model asks its cache for. OPT and Llama 4 do."""
     model = pkv_hf.patch(build(*SERVED[name]))
-    decoder, cache = model.get_decoder(), PagedCache(model.config)
+    decoder, cache = decoder_of(model), PagedCache(model.config)
     decoder(torch.tensor([[5, 6, 7]]), **{CACHE: cache})
     step = Step(cache, Bounds(np.zeros(1, dtype=np.int64), 3, 1), ROUTES["sdpa"], decoder.config, captured=True)
     call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
-    if name == "opt":
+    if name in ("opt", "llama4"):
         with pytest.raises(RuntimeError, match="length of its cache"), step:
             transformers_layers(*call)
         assert cache.get_seq_length() == 3
     else:
         with step:
             hidden = transformers_layers(*call)
-        expected = pkv_hf.unpatch(model).get_decoder()(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
+        expected = decoder_of(pkv_hf.unpatch(model))(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
         torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-4, rtol=1e-4)
 
 
@@ -248,16 +257,18 @@ def test_a_bias_in_a_fused_decode_step_is_not_ignored():
         torch.testing.assert_close(last(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_layers_of_different_shapes_are_served_by_torch(attended):
+@pytest.mark.parametrize("route", ["auto", "split"])
+def test_layers_of_different_shapes_are_served(route, attended):
     model, inputs = build(*SERVED["olmo2"]), left_padded(30, 9)
     other = build("Olmo2Config", "Olmo2ForCausalLM", {"num_key_value_heads": 4}).model.layers[1].self_attn
     other.config = model.config
     model.model.layers[1].self_attn = other
     expected = generate(model, inputs).sequences
-    with pkv_hf.patched(model):
+    with pkv_hf.patched(model, route=route):
         assert torch.equal(generate(model, inputs).sequences, expected)
         assert_on_pages(model)
-        assert pkv_hf.report(model).rejected["split"] == "layers differ in their heads, head_dim or scale"
+        shapes = pkv_hf.explain(model).shapes
+        assert sorted((shape.layers, shape.kv_heads, shape.group) for shape in shapes) == [(1, 4, 1), (2, 2, 2)]
 
 
 @torch.no_grad()
@@ -277,39 +288,6 @@ def test_a_cap_that_sdpa_does_not_know_is_left_to_it():
     pkv_hf.patch(model)
     torch.testing.assert_close(outcome(**{CACHE: PagedCache(model.config)}), expected)
     assert expected.shape != capped.shape or not torch.allclose(capped, expected, atol=1e-2)
-
-
-def test_a_named_kernel_cannot_cap_scores():
-    model = pkv_hf.patch(build(*SERVED["gemma2"]), route="split")
-    with pytest.raises(RouteError, match="split: attention scores are capped"):
-        generate(model, left_padded(9))
-
-
-@pytest.mark.parametrize("window", [0, 30])
-@pytest.mark.parametrize("pads", [(0, 0), (7, 50)])
-def test_capped_scores(pads, window):
-    """Against the formula in float64, for prompts, blocks of queries and single ones."""
-    layer, softcap, scale = PagedLayer(Tables([window], 16), 0), 2.0, 0.5
-    layer.table.start(len(pads), np.array(pads))
-    layer.table.keep_past = True
-    q, k, v = torch.randn(2, 6, 90, 32), torch.randn(2, 2, 90, 32), torch.randn(2, 2, 90, 32)
-    layer.write(k, v)
-    expected = torch.zeros_like(q, dtype=torch.float64)
-    for row, pad in enumerate(pads):
-        positions = torch.arange(pad, 90)
-        seen = positions <= positions[:, None]
-        if window:
-            seen &= positions > positions[:, None] - window
-        keys, values = (states[row, :, pad:].double().repeat_interleave(3, dim=0) for states in (k, v))
-        scores = softcap * torch.tanh(q[row, :, pad:].double() @ keys.mT * scale / softcap)
-        expected[row, :, pad:] = scores.masked_fill(~seen, float("-inf")).softmax(-1) @ values
-    starts = np.array(pads)
-    torch.testing.assert_close(
-        over_prompt(q, k, v, scale, starts, window, softcap).double(), expected, atol=2e-6, rtol=1e-5
-    )
-    for count in (1, 20):
-        out = over_pages(layer, q[:, :, -count:], scale, starts, 90 - count, softcap)
-        torch.testing.assert_close(out.double(), expected[:, :, -count:], atol=2e-6, rtol=1e-5)
 
 
 REFUSED: dict[str, tuple[str, str, dict, str]] = {
