@@ -85,6 +85,8 @@ def static_step(
         return f"the route {route.name} runs between transformers' layers"
     if not state.fused_forward and (why := uncaptured(state, cache.device)):
         return why
+    if state.known.may_keep_states:
+        return "its modules may keep states, which a graph would write where they were"
     if any(layer.record_past for layer in cache.linear_layers):
         return "states that a crop may take back grow with every step"
     look = state.known.look()

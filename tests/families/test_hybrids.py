@@ -277,6 +277,9 @@ def test_static_steps_are_not_for_padding_or_for_states_that_grow(monkeypatch):
     monkeypatch.setattr(choice, "captures", lambda *_: True)
     arguments = (getattr(model, STATE), cache, SimpleNamespace(fuses_rope=True, name="any"), 1, transformers_layers)
     assert static_step(*arguments) is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(arguments[0].known, "own_states", True)
+        assert static_step(*arguments) is None
     cache.activate_past_recording()
     assert static_step(*arguments) is None
 
