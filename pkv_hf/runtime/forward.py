@@ -88,7 +88,7 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if admitted.hidden_alone and causal and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {
-        "fuses_rope": not known.attention,
+        "fuses_rope": not (known.attention or known.hooked),  # a hook may hand a layer another mask
         "shows_masks": known.hooked or not state.known.causal,
         "expanded": admitted.expanded,
     }
