@@ -29,7 +29,7 @@ ENDS = {
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
     "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
     "doge": ("DogeForCausalLM", "left", "DogeAttention has a mask that is more than causal"),
-    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: layer 0 of MambaConfig keeps a"),
+    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: every layer of MambaConfig"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
 }
 
