@@ -19,10 +19,10 @@ from pkv_hf.errors import LayerNotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import choice, forward, interface
+from pkv_hf.runtime.captured.graphs import CaptureError
+from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import static_step
 from pkv_hf.runtime.forward import transformers_layers
-from pkv_hf.runtime.graphs import CaptureError
-from pkv_hf.runtime.static import StaticStep
 from tiny import COMMON, assert_on_pages, left_padded, randomized
 
 pytestmark = pytest.mark.contract
