@@ -86,7 +86,7 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
     used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, merged, 4)
     used[f"merge_items {case}"] = compiled(
         gpu, workqueue._merge, dtype, dict(**merged, TOKENS=constants["TOKENS"], CHUNKED=chunked, ROWS=64), 4)
-    quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if 128 in (head_dim, value_dim) else []
+    quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if head_dim == 128 else []
     for pages, largest in ((dtype, 0.0), *quantized):
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
         if largest:
@@ -101,6 +101,12 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
             dict(D=head_dim, DV=value_dim, PAGE=16, BLOCK_D=block_d, BLOCK_DV=block_dv, LARGEST=largest), 1, **held)
         rope = dict(D=head_dim, PAGE=16, BLOCK_HALF=next_power_of_2(head_dim // 2), NORM=True, LARGEST=largest)
         used[f"rope_append {case} {pages}"] = compiled(gpu, append._rope_append, dtype, rope, 1, **held)
+if target == 89:  # float32 that was of 8 bits, where there is least to spare
+    tile = choose_tile(128, 4, 64, shared, 1)
+    constants = dict(G=16, D=128, DV=128, PAGE=16, TOKENS=tile.tokens, BLOCK_M=64, BLOCK_D=128, BLOCK_DV=128,
+                     STAGES=tile.num_stages, EIGHT_BIT=1, NATIVE=True, CAP=0.0, CHUNKED=False, DIRECT=False)
+    used["split of 64 queries"] = compiled(
+        gpu, split._split, "fp32", constants, tile.num_warps, k_ptr="*i16", v_ptr="*i16")
 half = next(case[4] for case in cases if case[4] != "fp32")
 for rows in (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -129,11 +135,11 @@ def plain(head_dim: int, group: int, q_len: int, dtype: str) -> tuple:
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_every_kernel_fits(target):
     half = "fp16" if target == 75 else "bf16"  # sm_75 has no bfloat16
-    cases = [plain(128, 4, 1, half), plain(256, 16, 1, "fp32"), (192, 128, 8, 1, half, 30.0, True, True)]
+    cases = [plain(128, 4, 1, half), plain(256, 16, 1, "fp32")]
     if target not in (86, 120):  # which have sm_89's memory, and so its tiles
-        cases += [plain(64, 3, 8, half), plain(512, 8, 1, half)]
-    if target == 89:  # where float32 that was of 8 bits has no room to spare
-        cases.append(plain(128, 16, 4, "fp32"))
+        cases.append(plain(64, 3, 8, half))
+    if target in (75, 80, 89, 90):  # one of each memory's size
+        cases += [plain(512, 8, 1, half), (192, 128, 8, 1, half, 30.0, True, True)]
     if target == 90:  # where the registers are looked at
         cases += [plain(64, 3, 1, "fp32"), plain(128, 4, 1, "fp32"), (256, 512, 2, 1, "fp32", 30.0, True, False)]
     wide = [plain(128, 16, 8, half), plain(256, 16, 8, half)]  # that a small shared memory has no tile for

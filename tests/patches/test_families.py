@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from served import SERVED, build, generate
 
 import pkv_hf
 from pkv_hf import PagedCache
@@ -24,42 +25,6 @@ from tiny import COMMON, assert_on_pages, left_padded, randomized
 
 pytestmark = pytest.mark.contract
 
-WINDOW = 24
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}
-SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
-SERVED: dict[str, tuple[str, str, dict]] = {
-    "gemma2": (
-        "Gemma2Config",
-        "Gemma2ForCausalLM",
-        {"head_dim": 32, "sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24},
-    ),
-    "gemma3": (
-        "Gemma3TextConfig",
-        "Gemma3ForCausalLM",
-        {"head_dim": 16, "sliding_window": WINDOW, "layer_types": ["sliding_attention", *["full_attention"] * 2]},
-    ),
-    "phi3": ("Phi3Config", "Phi3ForCausalLM", {"sliding_window": WINDOW}),
-    "granite": ("GraniteConfig", "GraniteForCausalLM", {"attention_multiplier": 0.3, "logits_scaling": 4.0}),
-    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {}),
-    "smollm3": ("SmolLM3Config", "SmolLM3ForCausalLM", {"no_rope_layer_interval": 2}),
-    "glm4": ("Glm4Config", "Glm4ForCausalLM", {"head_dim": 16}),
-    "qwen2-moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**EXPERTS, "shared_expert_intermediate_size": 32}),
-    "qwen3-moe": ("Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**EXPERTS, "head_dim": 16}),
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4, "sliding_window": WINDOW}),
-    "opt": ("OPTConfig", "OPTForCausalLM", {"ffn_dim": 96, "word_embed_proj_dim": 64}),
-    "gpt-oss": ("GptOssConfig", "GptOssForCausalLM", {**ROPE, "head_dim": 16, **SLIDING, "num_local_experts": 4}),
-    "mimo": (
-        "MiMoV2FlashConfig",
-        "MiMoV2FlashForCausalLM",
-        {**EXPERTS, **SLIDING, "head_dim": 32, "v_head_dim": 16, "n_routed_experts": 4, "moe_layer_freq": [0, 1, 1]},
-    ),
-    "llama4": (
-        "Llama4TextConfig",
-        "Llama4ForCausalLM",
-        {"head_dim": 16, "attention_chunk_size": WINDOW, "no_rope_layers": [1, 0, 1], "num_local_experts": 4},
-    ),
-}
 LEFT: dict[str, tuple[str, str, dict, str]] = {
     "doge": ("DogeConfig", "DogeForCausalLM", {}, "Doge"),
     "diffllama": ("DiffLlamaConfig", "DiffLlamaForCausalLM", {}, "other keys and values than its cache"),
@@ -71,20 +36,6 @@ MODES: dict[str, tuple[tuple[int, ...], dict]] = {
     "ragged": ((30, 21, 3), {}),
     "beams": ((17, 9), {"num_beams": 2}),
 }
-
-
-def build(config: str, model: str, settings: dict) -> transformers.PreTrainedModel:
-    settings = {**COMMON, "tie_word_embeddings": False, **settings}
-    built = randomized(getattr(transformers, model), getattr(transformers, config)(**settings))
-    if "attn_logit_softcapping" in settings:
-        built.set_attn_implementation("eager")  # caps scores, in all releases
-    return built
-
-
-def generate(model, inputs, new_tokens=40, **settings):
-    return model.generate(
-        **inputs, max_new_tokens=new_tokens, return_dict_in_generate=True, **{"do_sample": False, **settings}
-    )
 
 
 @pytest.fixture
@@ -255,39 +206,6 @@ def test_a_bias_in_a_fused_decode_step_is_not_ignored():
     expected = last(transformers.DynamicCache(config=model.config))
     with pkv_hf.patched(model, route="split"):
         torch.testing.assert_close(last(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("route", ["auto", "split"])
-def test_layers_of_different_shapes_are_served(route, attended):
-    model, inputs = build(*SERVED["olmo2"]), left_padded(30, 9)
-    other = build("Olmo2Config", "Olmo2ForCausalLM", {"num_key_value_heads": 4}).model.layers[1].self_attn
-    other.config = model.config
-    model.model.layers[1].self_attn = other
-    expected = generate(model, inputs).sequences
-    with pkv_hf.patched(model, route=route):
-        assert torch.equal(generate(model, inputs).sequences, expected)
-        assert_on_pages(model)
-        shapes = pkv_hf.explain(model).shapes
-        assert sorted((shape.layers, shape.kv_heads, shape.group) for shape in shapes) == [(1, 4, 1), (2, 2, 2)]
-
-
-@torch.no_grad()
-def test_a_cap_that_sdpa_does_not_know_is_left_to_it():
-    """Some releases of transformers leave it out, others raise."""
-    model, ids = build(*SERVED["gemma2"]), left_padded(12)["input_ids"]
-    capped = model(ids).logits
-    model.config._attn_implementation = "sdpa"
-
-    def outcome(**settings):
-        try:
-            return model(ids, **settings).logits
-        except ValueError as error:
-            return torch.tensor([len(str(error))])
-
-    expected = outcome()
-    pkv_hf.patch(model)
-    torch.testing.assert_close(outcome(**{CACHE: PagedCache(model.config)}), expected)
-    assert expected.shape != capped.shape or not torch.allclose(capped, expected, atol=1e-2)
 
 
 REFUSED: dict[str, tuple[str, str, dict, str]] = {

@@ -90,6 +90,28 @@ def test_the_fastest_by_prediction_is_taken():
     assert choose("auto", shape_of([8192]), constants=constants(split=EQUAL, workqueue=slow)).route.name == "split"
 
 
+def test_layers_of_several_kinds_take_one_route():
+    slow = dataclasses.replace(EQUAL, bandwidth=0.2e12)
+    known = Constants({"graph": {1: {"split": EQUAL, "workqueue": slow}, 8: {"split": slow, "workqueue": EQUAL}}}, "")
+    few, many = shape_of([8192], group=1, layers=2), shape_of([8192], group=8, layers=30)
+    assert choose("auto", few, constants=known, others=(many,)).route.name == "workqueue"
+    more = dataclasses.replace(few, layers=200)
+    decision = choose("auto", more, constants=known, others=(many,))
+    assert decision.route.name == "split"
+    by_kind = [choose("auto", shape, constants=known).seconds["split"] for shape in (more, many)]
+    assert decision.seconds["split"] == pytest.approx((200 * by_kind[0] + 30 * by_kind[1]) / 230)
+    assert repr(decision).count("KV heads of 128") == 2
+
+
+def test_a_route_serves_layers_of_every_kind_or_none():
+    plain, odd = shape_of([8192]), shape_of([8192], head_dim=72)
+    decision = choose("auto", plain)
+    again = choose("auto", plain, others=(odd,), before=decision)
+    assert (decision.route.name, again.route.name) == ("split", "sdpa")
+    assert again.rejected["split"] == "head_dim 72 is not a multiple of 16 up to 512"
+    assert choose("auto", plain, before=again).route.name == "split"
+
+
 def test_constants_of_the_nearest_group_and_of_the_mode_count():
     slow = dataclasses.replace(EQUAL, bandwidth=0.2e12)
     split_best, queue_best = {"split": EQUAL, "workqueue": slow}, {"split": slow, "workqueue": EQUAL}
@@ -180,6 +202,10 @@ def test_what_no_kernel_takes_goes_to_torch_and_raises_where_it_was_named(change
         ({"padded": True}, "flashinfer_xqa", "left padding"),
         ({"windowed": True}, "flashinfer_tc", "sliding window"),
         ({"group": 7}, "flashinfer", "7 query heads a KV head"),
+        ({"value_head_dim": 64}, "flashinfer_tc", "keys have head_dim 128, values 64"),
+        ({"sinks": True}, "flashinfer_xqa", "no sinks"),
+        ({"softcap": 30.0}, "flashinfer_tc", "no soft-cap"),
+        ({"chunked": True}, "flashinfer_xqa", "no chunks"),
         ({"captured": True}, "flashinfer_tc", "cuda_graphs=False"),
         ({"page_size": 256}, "flashinfer_xqa", "page_size 256"),
     ],
