@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from pkv_hf import compat
+from pkv_hf import compat, configurations
 from pkv_hf.arguments import flags
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
@@ -123,7 +123,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
 
 def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any]) -> None:
     """Puts ours in the place of what the modules have."""
-    config = compat.serving_configuration(decoder.config)
+    config = configurations.serving_configuration(decoder.config)
     inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.config is decoder.config]
     for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)

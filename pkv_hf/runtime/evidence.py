@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
-from pkv_hf import compat, origins
+from pkv_hf import compat, configurations, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.runtime.captured.watch import Watch
@@ -179,7 +179,7 @@ class Evidence:
 
     def unfamiliar_implementation(self) -> str:
         """Why pages cannot stand for the attention function that the model's user has chosen; empty where they can."""
-        name = compat.configured_implementation(self.decoder.config)
+        name = configurations.configured_implementation(self.decoder.config)
         functions, last = compat.implementation_functions(name, self.attentions[0]), self._implementation
         if last is None or last[0] != functions:
             last = self._implementation = functions, compat.unfamiliar_implementation(name, functions)
@@ -254,7 +254,7 @@ def _not_served(model: Any, decoder: Any, family: origins.Family | None, attenti
         )
     if not attentions:
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
-    name = compat.configured_implementation(decoder.config)
+    name = configurations.configured_implementation(decoder.config)
     if reason := compat.unfamiliar_implementation(name, compat.implementation_functions(name, attentions[0])):
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
     if family is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from pkv_hf import compat
+from pkv_hf import compat, configurations
 from pkv_hf.errors import LayerNotServed, NotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Scores
@@ -50,7 +50,7 @@ def mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
     seen = compat.mask_window(kwargs), compat.mask_chunked(kwargs)
     if step is not None and causal and not step.shows_masks:
         return torch.empty((1 + seen[1], 1 + seen[0], 0, 0), dtype=torch.bool, device="cpu")
-    made = compat.mask_function(compat.configured_implementation(config))(*args, config=config, **kwargs)
+    made = compat.mask_function(configurations.configured_implementation(config))(*args, config=config, **kwargs)
     if step is not None and causal:
         step.masks.append(ShownMask(made, *seen))
     return made
@@ -129,7 +129,7 @@ def attention(
 
 def _transformers_own(module: Any) -> Any:
     """The attention function that a module's user has chosen."""
-    return compat.attention_function(compat.configured_implementation(module.config), module)
+    return compat.attention_function(configurations.configured_implementation(module.config), module)
 
 
 def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: bool) -> bool:
@@ -162,7 +162,7 @@ def _are_sinks(module: Any, heads: int, value: Any) -> bool:
     """Whether a value is one score for each query head that transformers would add to its softmax."""
     if not isinstance(value, torch.Tensor) or value.shape != (heads,):
         return False
-    return compat.adds_sinks(compat.configured_implementation(module.config), module, value)
+    return compat.adds_sinks(configurations.configured_implementation(module.config), module, value)
 
 
 def _understood(module: Any, window: int, name: str, value: Any) -> bool:
@@ -171,7 +171,9 @@ def _understood(module: Any, window: int, name: str, value: Any) -> bool:
         return isinstance(value, (int, float))
     if name == "softcap":  # transformers' sdpa attention does not cap scores: what it does instead is left to it
         return (
-            isinstance(value, (int, float)) and value > 0 and compat.configured_implementation(module.config) != "sdpa"
+            isinstance(value, (int, float))
+            and value > 0
+            and configurations.configured_implementation(module.config) != "sdpa"
         )
     if name == "sliding_window":
         return not value or value == window

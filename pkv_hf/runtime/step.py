@@ -12,7 +12,7 @@ from torch import nn
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
-from pkv_hf.compat import serving
+from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import Bounds, Norms, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt

@@ -13,7 +13,7 @@ from places import ROOT
 ROOMS = ("kernels", "cache", "routes", "policy", "runtime", "patches", "memory", "face", "bench", "cli")
 """From the bottom: the folders of the package, and the modules that users call."""
 
-GROUND = ("compat", "origins", "replaced", "arguments", "errors", "tables", "version")
+GROUND = ("compat", "configurations", "origins", "replaced", "arguments", "errors", "tables", "version")
 """Modules that all rooms but `kernels` may import, and that import no room."""
 
 FACE = ("__init__", "patching", "prefixes", "reporting")
