@@ -33,6 +33,12 @@ def test_as_without(subject, mode):
     assert not said.calls.masked
 
 
+@pytest.mark.contract
+@pytest.mark.parametrize("family", ["qwen3.5", "falcon-h1", "gpt-oss", "gemma4-e2b", "llama4", "qwen3-vl", "gemma3"])
+def test_with_every_release(family):
+    check(Subject(family), "greedy", TEXT_MODES["greedy"])
+
+
 @torch.no_grad()
 def test_what_is_long_past_counts(subject):
     """Tokens that the first tokens did not reach would be right whatever the cache holds."""
