@@ -286,9 +286,19 @@ def attention_function(name: str, module: nn.Module) -> Any:
 
 
 def adds_sinks(name: str, module: nn.Module, sinks: torch.Tensor) -> bool:
-    """Whether an attention implementation adds the sinks that a module hands it: sdpa has none, eager takes its own."""
+    """Whether an attention implementation is known to add the sinks that a module hands it.
+
+    Eager functions take the module's own. Of flash attention's functions some take them and some drop them.
+    """
     if name == "eager":
         return "sinks" in _names(attention_function(name, module)) and getattr(module, "sinks", None) is sinks
+    return name == "flex_attention"
+
+
+def caps_scores(name: str, module: nn.Module) -> bool:
+    """Whether an attention implementation caps scores where a module asks for it. sdpa does not."""
+    if name == "eager":
+        return "softcap" in inspect.signature(attention_function(name, module)).parameters
     return name != "sdpa"
 
 

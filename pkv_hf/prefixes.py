@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from pkv_hf.compat import unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.replaced import STATE
 from pkv_hf.runtime.state import PatchState
+from pkv_hf.runtime.step import taken_back
 
 
 class Prefix:
@@ -127,10 +129,11 @@ def prefix(
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
     if not cache.linear_layers:
         cache.activate_past_recording()  # shorter continuations move what lies behind a window back into it
-    with torch.no_grad():
+    own_states = taken_back(inner) if cache.linear_layers else contextlib.nullcontext()
+    with torch.no_grad(), own_states:
         model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
-    if cache.linear_layers and not cache.holds_states:
-        raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which keeps states in its modules")
+        if cache.linear_layers and not cache.holds_states:
+            raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which keeps states in its modules")
     padding: Any = getattr(inner.config.get_text_config(decoder=True), "pad_token_id", None)
     if not isinstance(padding, int) or not 0 <= padding < vocabulary:
         padding = 0

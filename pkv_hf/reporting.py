@@ -116,7 +116,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         family=state.family,
         generic=state.known.generic,
-        layers=state.known.paged_layers,
+        layers=len(state.known.attentions),
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,

@@ -191,12 +191,17 @@ class PagedCache(DynamicCache):
         """
         length = whole("length", length, 0, "pass the tokens to keep")
         lengths = [min(held, length) for held in self._lengths()]
-        if length and lengths != self._lengths() and self.holds_states:
+        if length and lengths != self._lengths() and self.linear_layers:
             raise RuntimeError(
                 f"length={length} takes linear-attention states back, which hold all tokens in one: take a "
                 "checkpoint() before, or a fork()"
             )
         self._cut(lengths)
+
+    def _check_states(self) -> None:
+        """Raises RuntimeError where there are tokens and linear-attention layers, but no states of theirs."""
+        if self.linear_layers and any(self._lengths()) and not self.holds_states:
+            raise RuntimeError("the model keeps linear-attention states in its modules, which no cache copies or crops")
 
     def _cut(self, lengths: list[int], cropped: int | None = None) -> None:
         """Takes paged layers to their lengths, and all others to nothing where those are 0, or crops them."""
@@ -237,6 +242,8 @@ class PagedCache(DynamicCache):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove} is positive: {instead}")
         length = held + tokens_to_remove
+        if tokens_to_remove and length:
+            self._check_states()
         for table in self.tables.values():
             if tokens_to_remove and not table.can_shrink(length):
                 raise RuntimeError(
@@ -257,7 +264,7 @@ class PagedCache(DynamicCache):
         self._tables.settled()
         reordering = Reordering(beam_idx)
         with linear.atomic(self.linear_layers) as before:
-            before.select(beam_idx)
+            before.select(beam_idx.clamp(-self.rows, self.rows - 1) % self.rows)  # the host does not know them yet
             self._tables.reordering = reordering
         before.keep_places()
 
@@ -294,8 +301,9 @@ class PagedCache(DynamicCache):
         """A second cache with the same contents on the same pages; whichever writes into a page first copies it.
 
         Linear-attention states are copied at once. Forks share one pool, so only one of them may be used at a time
-        (threads need `copy.deepcopy`).
+        (threads need `copy.deepcopy`). Raises RuntimeError where the model keeps its states in its modules.
         """
+        self._check_states()
         twin = object.__new__(PagedCache)
         twin._hold(self._tables.fork(), self._kinds, self.page_size)
         twin.last_route = self.last_route

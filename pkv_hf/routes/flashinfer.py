@@ -67,13 +67,16 @@ class FlashInfer(_FlashInfer):
     def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         table = layer.table
         key = (self.name, q.device)
-        if key not in bounds.plans:
-            planned = table.held_by_routes.get(key) or Planned(q.device, tensor_cores=self.tensor_cores)
+        planned = table.held_by_routes.get(key)
+        if planned is None:
+            planned = table.held_by_routes[key] = Planned(q.device, tensor_cores=self.tensor_cores)
+        kind = q.shape[1], *layer.pages[0].shape[1:], scores.scale
+        if bounds.plans.get(key) != kind:  # of the step's layers, which are mostly alike
             pages = table.pages[:, : -(-bounds.end // table.page_size)]
             indices = torch.from_numpy(pages.reshape(-1).copy()).to(q.device)
             planned.plan(indices, np.full(table.rows, bounds.end), q, layer.pages[0], scores.scale)
-            bounds.plans[key] = table.held_by_routes[key] = planned
-        return bounds.plans[key].run(q, *layer.pages)
+            bounds.plans[key] = kind
+        return planned.run(q, *layer.pages)
 
 
 class FlashInferTensorCores(FlashInfer):

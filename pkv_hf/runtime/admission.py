@@ -49,7 +49,7 @@ class Admitted:
     asks_more: str
     """What the call asks for beyond the last hidden states of its tokens; empty for nothing."""
     expanded: Expanded | None
-    """What its masks say, where the model made them: causal ones have given way to which tokens are real."""
+    """What its masks say, where the model made them: causal ones give way to which tokens are real."""
 
     @property
     def hidden_alone(self) -> bool:
@@ -83,9 +83,7 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     mask, expanded = call.get("attention_mask"), None
     if is_expanded(mask):
         expanded = read_expanded(mask, cache, rows, q_len)
-        if expanded.causal:
-            call["attention_mask"] = expanded.real  # of which the decoder makes its own
-        elif cache.get_seq_length() and q_len <= MAX_DECODE_QUERIES:
+        if not expanded.causal and cache.get_seq_length() and q_len <= MAX_DECODE_QUERIES:
             raise NotServed("attention_mask is more than causal, in a decode step")
         mask = expanded.real
     starts = _row_starts(mask, cache, rows, q_len, state)

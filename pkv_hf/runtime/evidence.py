@@ -131,11 +131,13 @@ class Evidence:
     @property
     def by_shape(self) -> dict[LayerShape, list[int]]:
         """The layers of each shape."""
-        if self._by_shape is None:
-            self._by_shape = {}
-            for layer_idx, shape in self.shapes.items():
-                self._by_shape.setdefault(shape, []).append(layer_idx)
-        return self._by_shape
+        known = self._by_shape
+        if known is None:
+            known = {}
+            for layer_idx, shape in list(self.shapes.items()):  # which another thread's first forward may be filling
+                known.setdefault(shape, []).append(layer_idx)
+            self._by_shape = known
+        return known
 
     def learn(self, layer_idx: int, shape: LayerShape) -> bool:
         """Notes the shape of a layer that asked for attention. Returns whether that tells more of a generic model."""

@@ -77,6 +77,9 @@ def _by_transformers(decoder: Any, state: PatchState, call: dict[str, Any], reas
 
 def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[str, Any]) -> Any:
     """An admitted call, by its route. Raises NotServed, with the cache as it was, where a layer cannot be served."""
+    causal = admitted.expanded is None or admitted.expanded.causal
+    if admitted.expanded is not None and causal:
+        call = {**call, "attention_mask": admitted.expanded.real}  # of which the decoder makes its own
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
     bounds = Bounds(starts, admitted.begin, q_len)
@@ -84,11 +87,11 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    causal = admitted.expanded is None or admitted.expanded.causal
     if admitted.hidden_alone and causal and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {
-        "fuses_rope": not (known.attention or known.hooked),  # a hook may hand a layer another mask
+        # which looks at no mask: the model may have made one that is more, a hook may hand a layer another
+        "fuses_rope": causal and not (known.attention or known.hooked),
         "shows_masks": known.hooked or not state.known.causal,
         "expanded": admitted.expanded,
     }

@@ -169,12 +169,9 @@ def _understood(module: Any, window: int, name: str, value: Any) -> bool:
     """Whether pages give what a layer over `window` tokens asks of attention by an argument."""
     if name == "scaling":
         return isinstance(value, (int, float))
-    if name == "softcap":  # transformers' sdpa attention does not cap scores: what it does instead is left to it
-        return (
-            isinstance(value, (int, float))
-            and value > 0
-            and configurations.configured_implementation(module.config) != "sdpa"
-        )
+    if name == "softcap":  # where transformers does not cap scores, what it does instead is left to it
+        implementation = configurations.configured_implementation(module.config)
+        return isinstance(value, (int, float)) and value > 0 and compat.caps_scores(implementation, module)
     if name == "sliding_window":
         return not value or value == window
     if name == "dropout":

@@ -210,13 +210,13 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
         record(date="1", model_type="old"), record(date="1", model_type="older"),
         record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu",
                eager="", modes={"beams": "on pages", "prompt lookup": "refused", "forward": "by transformers"}),
-        record(date="2", model_type="a", status="raises", reason="no layer of A was patched: A attends in chunks: b"),
+        record(date="2", model_type="a", status="raises", reason="no layer of A was patched: B is latent attention: b"),
         record(date="3", model_type="a", route="split"), record(date="3", model_type="b", route="split"),
         record(date="4", model_type="part"),
     ]  # fmt: skip
     (tmp_path / "models.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert page.every_model().splitlines()[2:] == [
-        "| a | A | refused | attention in chunks | - |",
+        "| a | A | refused | latent attention | - |",
         "| b | A | on pages | fused layers | all but prompt lookup |",
     ]
     assert page.modes().splitlines()[2:] == [
@@ -224,8 +224,8 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
         "| --- | ---: | ---: | ---: |",
         "| beams | 1 | 0 | 0 |", "| prompt lookup | 0 | 0 | 1 |", "| forward | 0 | 1 | 0 |",
     ]  # fmt: skip
-    assert readme.models_refused() == "attention in chunks (a).\n"
-    assert page.reasons().splitlines()[2:] == ["| attention in chunks | refused | 1 | a |"]
+    assert readme.models_refused() == "latent attention (a).\n"
+    assert page.reasons().splitlines()[2:] == ["| latent attention | refused | 1 | a |"]
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
@@ -239,8 +239,8 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
         ({"eager": "its decoder is given inputs_embeds instead of input_ids"},
          "its own layers, not captured: its decoder is called with embeddings"),
         ({"eager": None}, "its own layers"),
-        ({"eager": "", "split_rejected": "attention scores are capped"},
-         "its own layers, captured; attention by torch: attention scores are capped"),
+        ({"eager": "", "split_rejected": "head_dim 24 is not a multiple of 16 up to 512"},
+         "its own layers, captured; attention by torch: heads of a size that our kernels do not take"),
         ({"own_layers": False, "eager": ""}, "fused layers"),
     ],
 )  # fmt: skip

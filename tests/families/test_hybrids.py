@@ -174,6 +174,9 @@ def test_states_in_modules_are_of_every_row_and_go_back():
     with pytest.raises(pkv_hf.UnsupportedModelError, match="in its modules"):
         pkv_hf.prefix(model, [5, 6, 7])
     cache, mask = prompted(model, 9, 14)
+    for refused in (cache.fork, lambda: cache.truncate(3), lambda: cache.crop(-1)):
+        with pytest.raises(RuntimeError, match="states"):
+            refused()
     block = model.model.layers[0].temporal_block
     before = block.conv1d_state.clone(), block.rg_lru.recurrent_states.clone()
     failing(model.model.final_norm, step, model, cache, mask)

@@ -88,5 +88,6 @@ def test_eager_attention_adds_a_modules_own_sinks():
     assert adds_sinks("eager", attention, attention.sinks)
     assert not adds_sinks("eager", attention, attention.sinks.clone())
     assert not adds_sinks("eager", other, other.sinks)
-    assert adds_sinks("flash_attention_2", attention, attention.sinks.clone())
+    assert adds_sinks("flex_attention", attention, attention.sinks.clone())
+    assert not adds_sinks("flash_attention_2", attention, attention.sinks)
     assert not adds_sinks("sdpa", attention, attention.sinks)

@@ -10,7 +10,8 @@ from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.tables import Tables
 from pkv_hf.kernels.reference import paged_attention
-from pkv_hf.routes.base import Scores
+from pkv_hf.routes.base import Bounds, Scores
+from pkv_hf.routes.registry import ROUTES
 from pkv_hf.routes.sdpa import LONG_ON_CPU, over_packed_prompt, over_pages, over_prompt, sdpa
 
 
@@ -112,3 +113,24 @@ def test_keys_and_values_of_two_sizes_are_not_left_to_the_kernel_that_builds_all
     q, k, v = torch.randn(1, 4, 50, 48), torch.randn(1, 2, 50, 48), torch.randn(1, 2, 50, 32)
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):  # no other may run
         assert sdpa(q, k, v, 0.3, causal=True).shape == (1, 4, 50, 32)
+
+
+def test_flashinfer_plans_for_each_kind_of_layer(monkeypatch):
+    made = []
+
+    class Planned:
+        def __init__(self, *_, **__): ...
+
+        def plan(self, indices, ends, q, pages, scale):
+            made.append((q.shape[1], *pages.shape[1:], scale))
+
+        def run(self, q, *_):
+            return made[-1]
+
+    monkeypatch.setattr("pkv_hf.routes.flashinfer.Planned", Planned)
+    layer = PagedLayer(Tables([0], 16), 0)
+    layer.write(torch.randn(1, 2, 20, 64), torch.randn(1, 2, 20, 64))
+    bounds, route = Bounds(np.zeros(1, dtype=np.int64), 19, 1), ROUTES["flashinfer"]
+    for heads, scale in ((8, 0.1), (8, 0.1), (8, 0.2), (4, 0.2)):
+        assert route.decode(layer, torch.randn(1, heads, 1, 64), Scores(scale), bounds) == (heads, 2, 16, 64, scale)
+    assert len(made) == 3

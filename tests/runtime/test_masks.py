@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import Gemma3TextConfig
+from transformers import DynamicCache, Gemma3TextConfig
 from transformers.masking_utils import create_masks_for_generate
 
 import pkv_hf
 from pkv_hf import PagedCache, compat
+from pkv_hf.compat import CACHE
 from pkv_hf.errors import NotServed
 from pkv_hf.runtime import masks
+from pkv_hf.runtime.counts import Calls
 from pkv_hf.runtime.masks import Expanded, read_expanded
 from tiny import assert_on_pages, left_padded, tiny
 
@@ -76,8 +78,8 @@ def test_an_entry_that_differs_shows(past, q_len, kind, monkeypatch):
         other[kind].view(-1)[place] ^= True
         found = read(made, other)
         assert not found.causal or not torch.equal(found.real, made.real)  # of one query: which tokens are real
-    longer = {**made.given, kind: made.given[kind][..., 1:]}
-    assert read(made, longer).causal  # a past that the mask does not reach back to is the cache's
+    if past:  # of which a mask need not reach back to all: what is real is the cache's there
+        assert read(made, {**made.given, kind: made.given[kind][..., 1:]}).causal
 
 
 def test_tokens_that_see_each_other_are_more_than_causal():
@@ -106,10 +108,70 @@ def test_masks_of_layers_that_keep_states_have_to_name_the_same_tokens():
     assert not read(made, {**made.given, "linear_attention": torch.ones_like(made.real)}).causal
 
 
-@pytest.mark.parametrize("given", [torch.ones(2, 1, 13, 13), torch.ones(ROWS, 1, 12, 13), torch.ones(ROWS, 1, 13, 99)])
-def test_a_mask_of_another_shape_is_not_served(given):
-    with pytest.raises(NotServed, match=r"attention_mask is \["):
+@pytest.mark.parametrize(("past", "q_len"), [(0, 13), (PAST, 1)])
+def test_biases_on_scores_are_more_than_a_mask(past, q_len):
+    made = case(BOTH, past, q_len, "eager")
+    kind, place = BOTH[torch.randint(0, 2, ()).item()], torch.randint(0, 3, ()).item()
+    made.given[kind][place, 0, -1, -1] = -0.5
+    assert not read(made).causal
+    made.given[kind][place, 0, -1, -1] = 0
+    assert read(made).causal
+
+
+def test_masks_as_flash_attention_takes_them_say_what_is_real():
+    made = case(BOTH, PAST, 5)
+    found = read(made, dict.fromkeys(BOTH, made.real))
+    assert torch.equal(found.real, made.real)
+    assert found.causal
+    assert not found.explicit
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        torch.ones(2, 1, 13, 13),
+        torch.ones(ROWS, 1, 12, 13),
+        torch.ones(ROWS, 1, 13, 99),
+        torch.ones(ROWS, 1, 13, 13, dtype=torch.long),
+        {"full_attention": torch.ones(ROWS, 1, 1, 13)},
+        {"full_attention": torch.ones(ROWS, 1, 13, 13), "linear_attention": torch.ones(2, 13, 13)},
+        {"full_attention": torch.ones(ROWS, 99)},
+        {"full_attention": [1]},
+    ],
+)
+def test_what_is_no_mask_of_the_call_is_not_served(given):
+    with pytest.raises(NotServed, match="attention_mask"):
         read(case(BOTH[1:], 0, 13), given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("route", ["sdpa", "split"])
+def test_a_later_chunk_under_a_mask_that_is_more_is_attended_as_transformers_does(route):
+    """Fused attention looks at no mask."""
+    model, ids = tiny("llama"), torch.randint(3, 60, (1, 40))
+    mask = torch.ones(1, 1, 20, 40, dtype=torch.bool)
+
+    def last(cache):
+        model(ids[:, :20], **{CACHE: cache})
+        return model(ids[:, 20:], attention_mask=mask, **{CACHE: cache}).logits
+
+    expected = last(DynamicCache(config=model.config))
+    with pkv_hf.patched(model, route=route):
+        torch.testing.assert_close(last(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
+        assert pkv_hf.report(model).calls == Calls(2, 0, 1)
+
+
+@torch.no_grad()
+def test_transformers_own_path_gets_the_masks_that_the_model_made():
+    """Of which tokens are real it would make other masks, where layers do not call themselves causal."""
+    model, ids = tiny("llama"), torch.randint(3, 60, (1, 12))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    call = {"attention_mask": torch.ones(12, 12, dtype=torch.bool).tril()[None, None], "unknown": torch.ones(1)}
+    expected = model(ids, **call, **{CACHE: DynamicCache(config=model.config)}).logits
+    with pkv_hf.patched(model):
+        assert torch.equal(model(ids, **call, **{CACHE: PagedCache(model.config)}).logits, expected)
+        assert pkv_hf.report(model).calls == Calls(0, 1, 0)
 
 
 @torch.no_grad()

@@ -9,8 +9,7 @@ SHARED = {
     r"is an encoder-decoder": "encoder-decoder",
     r"every layer of \w+ keeps a \w*LinearAttention\w*": "recurrent layers alone: pages would hold nothing",
     r"keeps a \w+": "layers that cache something else than keys and values (indexers)",
-    r"attends in chunks": "attention in chunks",
-    r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
+    r"latent attention": "latent attention",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
     r"get_decoder\(\) returned|is not a causal LM that generates": "no decoder that transformers' generate() runs",
     # left to transformers
@@ -34,9 +33,9 @@ SHARED = {
     r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
     r"states that a crop may take back": "states that a crop may take back",
     r"changes with the length": "RoPE that changes with the length",
+    r"length of its cache on the host": "it reads the length of its cache on the host",
     # our kernels do not serve the layers
-    r"scores are capped": "attention scores are capped",
-    r"layers differ in": "layers differ in heads, head size or scale",
+    r"head_dim \d+ is not a multiple": "heads of a size that our kernels do not take",
 }
 """By what is found in a message; the first one counts."""
 

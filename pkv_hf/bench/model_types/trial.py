@@ -8,13 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 import pkv_hf
+from pkv_hf import compat
 from pkv_hf.bench.model_types.building import build, prompts
 from pkv_hf.bench.model_types.cases import Case
 from pkv_hf.bench.model_types.modes import ALIKE, TOLERANCE, compared, outcomes
+from pkv_hf.cache import linear
+from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import STATE
+from pkv_hf.routes.base import Bounds
+from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.forward import transformers_layers
+from pkv_hf.runtime.step import Step
 
 NEW_TOKENS = 12
 OF_THIS_MACHINE = ("the route ", "a CUDA graph needs a GPU", "the first step of its shape")
@@ -110,7 +118,23 @@ def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
 def _eager(model: Any) -> str:
     """Why a patched model's decode steps, on a GPU too, run its layers one by one; empty where they are captured."""
     why = pkv_hf.report(model).not_captured
-    return getattr(model, STATE).known.look().not_static if why.startswith(OF_THIS_MACHINE) else why
+    if not why.startswith(OF_THIS_MACHINE):
+        return why
+    return getattr(model, STATE).known.look().not_static or _not_captured(model)
+
+
+@torch.no_grad()
+def _not_captured(model: Any) -> str:
+    """Why a step that a graph would keep cannot run, though nothing else speaks against it; empty where it runs."""
+    cache, decoder = PagedCache(model.config), getattr(model, STATE).known.decoder
+    decoder(torch.tensor([[5, 6, 7]]), **{compat.CACHE: cache})
+    bounds, places = Bounds(np.zeros(1, dtype=np.int64), 3, 1), linear.addresses(cache.linear_layers)
+    try:
+        with Step(cache, bounds, ROUTES["sdpa"], decoder.config, captured=True) as step:
+            transformers_layers(decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
+    except RuntimeError as error:
+        return str(error)
+    return "" if linear.addresses(cache.linear_layers) == places else "its states move at each step"
 
 
 def _generate(model: Any) -> Generated:
