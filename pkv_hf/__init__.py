@@ -16,7 +16,8 @@ if not (Path(__file__).parent / "kernels").is_dir():  # in a clone, which has th
     __path__.append(str(Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from pkv_hf.cache.paged import CacheMemory, PagedCache
+    from pkv_hf.cache.paged import PagedCache
+    from pkv_hf.cache.sizes import CacheMemory
     from pkv_hf.errors import PoolAllocationError, RouteError, UnsupportedModelError, UnsupportedVersionError
     from pkv_hf.memory.planner import MemoryPlan, plan
     from pkv_hf.patching import patch, patched, unpatch
@@ -50,7 +51,8 @@ __all__ = [
 _ERRORS = "pkv_hf.errors"
 _PLACES = {
     _ERRORS: ("PoolAllocationError", "RouteError", "UnsupportedModelError", "UnsupportedVersionError"),
-    "pkv_hf.cache.paged": ("CacheMemory", "PagedCache"),
+    "pkv_hf.cache.paged": ("PagedCache",),
+    "pkv_hf.cache.sizes": ("CacheMemory",),
     "pkv_hf.memory.planner": ("MemoryPlan", "plan"),
     "pkv_hf.patching": ("patch", "patched", "unpatch"),
     "pkv_hf.policy.choose": ("Decision",),

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import fields
 from types import CodeType
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
@@ -43,8 +43,14 @@ Empty where the release is too old, or calls it something that no release did th
 """
 
 if Version(transformers.__version__) >= Version(OLDEST_TRANSFORMERS):  # or the names below may not be there
-    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig
-    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+    from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedConfig, cache_utils
+    from transformers.cache_utils import (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+        LinearAttentionLayer,
+    )
     from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
     from transformers.masking_utils import chunked_overlay
     from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -122,29 +128,61 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     return next((arguments[name] for name in CACHE_NAMES if arguments.get(name) is not None), None)
 
 
-def layer_windows(config: PreTrainedConfig) -> list[int]:
-    """The sliding window of every decoder layer in tokens, 0 for full attention.
+class LayerKind(NamedTuple):
+    """What a decoder layer keeps from step to step."""
 
-    Raises ValueError where a layer keeps something else (recurrent states, an index, shared K and V).
+    window: int | None
+    """The sliding window of its keys and values in tokens, 0 for full attention; None where it has none of its own."""
+    states: int = 0
+    """How many linear-attention states (of convolutions, recurrences) it keeps, in transformers' own layers."""
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[LayerKind]:
+    """What every decoder layer keeps, by the cache that transformers makes for it.
+
+    Raises ValueError where a layer keeps something else (an index, latents), or none keeps keys and values.
     """
     try:
         layers = DynamicCache(config=config).layers
     except AttributeError as error:
         raise ValueError(f"{type(config).__name__} names no decoder layers: {error}") from error
-    windows = []
-    for layer_idx, layer in enumerate(layers):
-        if type(layer) is DynamicSlidingWindowLayer:
-            windows.append(int(layer.sliding_window))
-        elif type(layer) is DynamicLayer:
-            windows.append(0)
-        else:
+    kinds = [_kind(layer) for layer in layers]
+    for layer_idx, kind in enumerate(kinds):
+        if kind is None:
             raise ValueError(
-                f"layer {layer_idx} of {type(config).__name__} keeps a {type(layer).__name__}: pages hold full and "
-                "sliding-window attention only"
+                f"layer {layer_idx} of {type(config).__name__} keeps a {type(layers[layer_idx]).__name__}: pages hold "
+                "full and sliding-window attention only"
             )
-    if not windows:
+    known = [kind for kind in kinds if kind is not None]
+    if not known:
         raise ValueError(f"{type(config).__name__} names no decoder layers")
-    return windows
+    if all(kind.window is None for kind in known):
+        kept = sorted({type(layer).__name__ for layer in layers})
+        raise ValueError(
+            f"every layer of {type(config).__name__} keeps a {' or '.join(kept)}: pages would hold nothing"
+        )
+    return known
+
+
+def _kind(layer: Any) -> LayerKind | None:
+    """What a layer of a transformers cache keeps, None where it is of no class that is known."""
+    of_class = type(layer)
+    if of_class is DynamicLayer:
+        return LayerKind(0)
+    if of_class is DynamicSlidingWindowLayer:
+        return LayerKind(int(layer.sliding_window))
+    if of_class is LinearAttentionLayer:
+        return LayerKind(None, layer.number_of_states)
+    if of_class is LinearAttentionAndFullAttentionLayer:
+        return LayerKind(0, layer.number_of_states)
+    if of_class is LinearAttentionAndSlidingWindowAttentionLayer:
+        return LayerKind(int(layer.sliding_window), layer.number_of_states)
+    return LayerKind(None) if of_class is getattr(cache_utils, "DummyLayer", None) else None  # 5.17 has no such class
+
+
+def layer_without_cache() -> Any:
+    """transformers' own layer of a cache that keeps nothing."""
+    return cache_utils.DummyLayer()
 
 
 def dynamic_rope(decoder: Any) -> str:

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat
 from pkv_hf.arguments import flags
-from pkv_hf.cache.paged import KV_DTYPES, check_kv_dtype, check_page_size
+from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.patches.families import served_by_us
@@ -97,7 +97,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
     _check_fp8(settings["kv_dtype"], attentions[0])
     known = Evidence(
         family=family,
-        windows=tuple(compat.layer_windows(decoder.config)),
+        kinds=tuple(compat.layer_kinds(decoder.config)),
         model=model,
         decoder=decoder,
         attentions=attentions,

@@ -62,14 +62,19 @@ class Prefix:
             0; under the mask its value does not matter.
 
         Raises:
-            ValueError: texts without a tokenizer, a continuation without a token or with padding, or what are no token
-                ids of the model.
+            ValueError: texts without a tokenizer, a continuation without a token or with padding, what are no token
+                ids of the model, or continuations of unequal length for a model with linear-attention states.
             PoolAllocationError: the copies do not fit.
         """
         settings = {"add_special_tokens": False}
         rows = _tokens("continuations", continuations, self._vocabulary, self.tokenizer, **settings)
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         pads = lengths.max() - lengths
+        if pads.any() and self._cache.linear_layers:
+            raise ValueError(
+                f"continuations are of {lengths.min()} to {lengths.max()} tokens, and the model's linear-attention "
+                "states of the prefix do not go back: pass those of one length together, each length in a call"
+            )
         ids = torch.full((len(rows), len(self) + int(lengths.max())), self._padding)
         mask = torch.zeros_like(ids)
         for i, (row, pad) in enumerate(zip(rows, pads.tolist())):
@@ -102,7 +107,8 @@ def prefix(
 
     Raises:
         ValueError: a text without a tokenizer, or with what is none; no token, several rows, padding, or what are no
-            token ids of the model; UnsupportedModelError (a ValueError) for what is no transformers model.
+            token ids of the model; UnsupportedModelError (a ValueError) for what is no transformers model, or one that
+            keeps states of its tokens in its modules.
         PoolAllocationError: the pages do not fit.
     """
     inner: Any = unwrap(model)
@@ -119,9 +125,12 @@ def prefix(
     state: PatchState | None = getattr(inner, STATE, None)
     settings = {} if state is None else {"page_size": state.page_size, "kv_dtype": state.kv_dtype}
     cache = PagedCache(inner.config, max_length=ids.shape[1], **settings)  # type: ignore[arg-type]
-    cache.activate_past_recording()  # shorter continuations move what lies behind a window back into it
+    if not cache.linear_layers:
+        cache.activate_past_recording()  # shorter continuations move what lies behind a window back into it
     with torch.no_grad():
         model(ids, use_cache=True, logits_to_keep=1, **{compat.CACHE: cache})
+    if cache.linear_layers and not cache.holds_states:
+        raise UnsupportedModelError(f"prefix() got a {type(inner).__name__}, which keeps states in its modules")
     padding: Any = getattr(inner.config.get_text_config(decoder=True), "pad_token_id", None)
     if not isinstance(padding, int) or not 0 <= padding < vocabulary:
         padding = 0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from pkv_hf.arguments import whole
-from pkv_hf.cache.paged import KV_DTYPES, check_page_size
+from pkv_hf.cache.sizes import KV_DTYPES, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.policy.choose import Decision, choose
@@ -40,7 +40,7 @@ class Report:
     """What a decode step reads of weights, all experts counted."""
     kv_bytes: int | None
     """What the last step read of K and V, None before the first; a sliding layer counts as one of full attention where
-    the model has both."""
+    the model has both. Linear-attention states, and layers that read another's K and V, do not count."""
     rejected: dict[str, str]
     """Why the last step's other candidates were refused, by route."""
     graphs: int
@@ -116,7 +116,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         family=state.family,
         generic=state.known.generic,
-        layers=len(state.known.windows),
+        layers=state.known.paged_layers,
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,

@@ -23,7 +23,7 @@ from pkv_hf.bench.benchmark import read_bandwidth
 from pkv_hf.bench.inputs.models import DTYPES
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.bench.trace_benchmark import Record, check
-from pkv_hf.cache.paged import KV_DTYPES, PAGE_SIZES
+from pkv_hf.cache.sizes import KV_DTYPES, PAGE_SIZES
 from pkv_hf.errors import UsageError, WrongResultError, status
 from pkv_hf.tables import table
 

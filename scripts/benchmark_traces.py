@@ -25,7 +25,7 @@ from pkv_hf.bench.inputs.models import DTYPES
 from pkv_hf.bench.inputs.traces import FAMILIES, HELD_OUT_SEEDS, load, synthetic
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.bench.trace_benchmark import Record, measure
-from pkv_hf.cache.paged import PAGE_SIZES
+from pkv_hf.cache.sizes import PAGE_SIZES
 from pkv_hf.errors import WrongResultError, status
 from pkv_hf.tables import table
 

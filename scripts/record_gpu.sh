@@ -10,6 +10,7 @@ generate() { python3 scripts/benchmark_generate.py --out "$out/generate.jsonl" "
 
 python3 scripts/record_tests.py tests/gpu tests/kernels/test_kernels.py tests/kernels/test_append.py \
   tests/kernels/test_linear.py --jobs 12 --out "$out/tests.jsonl"
+python3 scripts/record_families.py --out "$out/families.jsonl"
 python3 scripts/check_kernels.py --cases 50 --longest 131072 --jobs 12 --out "$out/kernels.jsonl"
 generate --model smollm2 --dtype float32 --lengths 1024 7900 7000,900,3000,120 --new-tokens 48
 generate --model llama-3.1-8b --dtype bfloat16 --lengths "$eight" "$ragged" 512 8192 32768 100000 --new-tokens 48 \

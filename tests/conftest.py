@@ -17,6 +17,8 @@ from filelock import FileLock
 import interpreter
 
 interpreter.use()
+from tiny import tiny  # noqa: E402
+
 transformers.utils.logging.enable_propagation()  # so that pytest's caplog sees what it and pkv_hf say
 SCRIPTS = ROOT / "scripts"
 calibrations = tempfile.TemporaryDirectory(prefix="pkv_hf-tests-")
@@ -94,6 +96,16 @@ def smollm2_tokenizer():
     from pkv_hf.bench.inputs.smollm2 import load_tokenizer
 
     return load_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory, smollm2_tokenizer):
+    """A folder for `--model`: a tiny random model with SmolLM2's tokenizer, for what does not ask for its text."""
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"vocab_size": len(smollm2_tokenizer), "max_position_embeddings": 8192, "tie_word_embeddings": True}
+    tiny("llama", **sizes, bos_token_id=1, eos_token_id=2, pad_token_id=2).save_pretrained(folder)
+    smollm2_tokenizer.save_pretrained(folder)
+    return folder
 
 
 def script(name):

@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.memory.sizes import state_bytes
 
 SAMPLE_SECONDS = 0.01
 """How often the CPU's memory is looked at."""
@@ -83,10 +84,11 @@ def run_generate(
 
 
 def kv_bytes(cache: Any) -> int:
-    """Bytes that a cache holds for K and V: a `PagedCache`'s pools, any other's keys and values."""
+    """Bytes that a cache holds: a `PagedCache`'s pools, any other's keys and values, and linear-attention states."""
     if isinstance(cache, PagedCache):
         return cache.memory().held_bytes
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    keys_values = (getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values"))
+    return sum(map(state_bytes, cache.layers)) + sum(held.nbytes for held in keys_values if held is not None)
 
 
 class _Clock(BaseStreamer):

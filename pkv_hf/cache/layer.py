@@ -28,7 +28,7 @@ class PagedLayer(CacheLayerMixin):
     def __init__(self, tables: Tables, layer_idx: int) -> None:
         self.tables = tables  # shared by all layers of a cache
         self.layer_idx = layer_idx
-        self.window = tables.windows[layer_idx]
+        self.window = tables.window(layer_idx)
         self.kv_dtype = tables.kv_dtype
 
     def __repr__(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,48 +11,14 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache
 
 from pkv_hf.arguments import whole
+from pkv_hf.cache import linear
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.reordering import Reordering
+from pkv_hf.cache.linear import Checkpoint, LinearLayer
+from pkv_hf.cache.pending import Reordering, check_indices
+from pkv_hf.cache.sizes import KV_DTYPES, CacheMemory, check_kv_dtype, check_page_size
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.cache.tables import Tables
-from pkv_hf.compat import layer_windows
-from pkv_hf.kernels.quantize import LARGEST
-
-PAGE_SIZES = (16, 32, 64, 128, 256)
-KV_DTYPES: dict[Any, torch.dtype] = {
-    **{dtype: dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, *LARGEST)},
-    "int8": torch.int8,
-    "fp8": torch.float8_e4m3fn,
-}
-"""What pages can hold, by what a caller may write for it."""
-
-
-@dataclass(frozen=True)
-class CacheMemory:
-    """What a cache holds. Pages are counted over the kinds of layers, each page once for all layers of its kind."""
-
-    held_bytes: int
-    """Bytes of the page pools, K and V of all layers."""
-    live_bytes: int
-    """Bytes of the tokens that can still be attended to; a token that several rows share counts once a row."""
-    pages_in_use: int
-    """Pages that this cache's rows hold, pages reserved for tokens to come included."""
-    pages_free: int
-    """Pages of the pools that nobody holds."""
-    pages_shared: int
-    """Pages held more than once, by several rows or by forks."""
-
-
-def check_page_size(page_size: int) -> None:
-    """Raises ValueError for what pages do not come in."""
-    if type(page_size) is not int or page_size not in PAGE_SIZES:
-        raise ValueError(f"page_size={page_size!r} is not one of {PAGE_SIZES}")
-
-
-def check_kv_dtype(kv_dtype: torch.dtype | str | None) -> None:
-    """Raises ValueError for what no pages can hold."""
-    if kv_dtype is not None and (not isinstance(kv_dtype, (str, torch.dtype)) or kv_dtype not in KV_DTYPES):
-        raise ValueError(f"kv_dtype={kv_dtype!r} is not one of {list(KV_DTYPES)}, or None for the dtype of the states")
+from pkv_hf.compat import LayerKind, layer_kinds
 
 
 class CacheStep(Protocol):
@@ -75,9 +41,11 @@ class StaticSteps(dict[tuple, Any]):
 class PagedCache(DynamicCache):
     """KV cache in pages `[num_pages, H_kv, page_size, head_dim]`, one pool for each kind of layer.
 
-    A kind is full attention or one sliding window. A patched model's `generate()` makes such a cache by itself. Made by
-    hand it can be passed to any model in the place of its own: a patched one reads the pages in place, any other gets
-    dense K and V from `update`.
+    A kind is full attention or one sliding window. Layers of linear attention (convolutions, recurrences) keep
+    transformers' own states beside them, which are copied where pages are shared.
+
+    A patched model's `generate()` makes such a cache by itself. Made by hand it can be passed to any model in the place
+    of its own: a patched one reads the pages in place, any other gets dense K and V from `update`.
 
     Args:
         config: the model's configuration; its text decoder decides the layers and their windows.
@@ -89,12 +57,13 @@ class PagedCache(DynamicCache):
             "int8" and "fp8" (float8_e4m3) quantise them, with a float32 scale for each token and head: half the bytes.
 
     Raises:
-        ValueError: an argument outside of these, a layer that is neither full nor sliding attention, or (from an
-            update) states of another shape than the cache holds.
+        ValueError: an argument outside of these, a layer that keeps something else than K and V and linear-attention
+            states, no layer that keeps K and V, or (from an update) K or V of another shape than the cache holds.
         PoolAllocationError: (from the first update or a growth) the pages do not fit.
     """
 
-    layers: list[PagedLayer]  # type: ignore[assignment]
+    layers: list[Any]
+    """Of each decoder layer a `PagedLayer`, a `LinearLayer`, both in one, or transformers' own that keeps nothing."""
 
     def __init__(
         self,
@@ -109,19 +78,38 @@ class PagedCache(DynamicCache):
         if max_length is not None:
             max_length = whole("max_length", max_length, 1, "pass a number of tokens, or None to grow")
         check_kv_dtype(kv_dtype)
-        windows = layer_windows(config)
+        kinds = layer_kinds(config)
         dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
-        self._hold(Tables(windows, page_size, max_length or 0, dtype), page_size)
+        self._hold(Tables([kind.window for kind in kinds], page_size, max_length or 0, dtype), kinds, page_size)
 
-    def _hold(self, tables: Tables, page_size: int) -> None:
+    def _hold(self, tables: Tables, kinds: Sequence[LayerKind], page_size: int) -> None:
         """Makes this the cache of some tables, which its layers share."""
-        self._tables = tables
+        self._tables, self._kinds = tables, tuple(kinds)
         self.page_size, self.kv_dtype = page_size, tables.kv_dtype
         self.step: CacheStep | None = None  # set while a patched model's forward serves this cache
         self.static_steps = StaticSteps()
         self.last_route: str | None = None  # of its last step in a patched model
-        layers = [PagedLayer(tables, layer_idx) for layer_idx in range(len(tables.windows))]
-        Cache.__init__(self, layers=layers)  # type: ignore[arg-type]
+        Cache.__init__(self, layers=[linear.layer_of(kind, tables, layer_idx) for layer_idx, kind in enumerate(kinds)])
+
+    @property
+    def paged_layers(self) -> list[PagedLayer]:
+        """The layers that keep K and V."""
+        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
+
+    @property
+    def linear_layers(self) -> list[LinearLayer]:
+        """The layers that keep linear-attention states."""
+        return [layer for layer in self.layers if isinstance(layer, LinearLayer)]
+
+    @property
+    def holds_states(self) -> bool:
+        """Whether any linear-attention states are held."""
+        return any(layer.tensors for layer in self.linear_layers)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """What each layer keeps."""
+        return self._kinds[: len(self.layers)]
 
     @property
     def tables(self) -> dict[int, BlockTable]:
@@ -143,9 +131,10 @@ class PagedCache(DynamicCache):
         """
         if not isinstance(layer_idx, (int, np.integer)) or not 0 <= layer_idx < len(self.layers):
             raise IndexError(f"layer_idx={layer_idx!r}, but the PagedCache has {len(self.layers)} layers")
-        if self.step is not None:
+        layer = self.layers[int(layer_idx)]
+        if self.step is not None and isinstance(layer, PagedLayer):
             return self.step.update(key_states, value_states, layer_idx)
-        return self.layers[int(layer_idx)].update(key_states, value_states)
+        return layer.update(key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens a row that a layer holds, padding included.
@@ -172,7 +161,9 @@ class PagedCache(DynamicCache):
             counts = np.zeros(0)
         if counts.shape != (rows,) or counts.dtype.kind not in "iu" or counts.min() < 0:
             raise ValueError(f"pads={pads!r} of {rows} rows: pass how many positions of each are padding, 0 or more")
-        self._tables.start(rows, counts)
+        with linear.atomic(self.linear_layers) as before:
+            before.forget()
+            self._tables.start(rows, counts)
 
     def expect_copies(self, copies: int, shared: int = 0) -> None:
         """Reserves pages, when the first tokens come, for `copies` rows of each that share its first `shared` tokens.
@@ -196,21 +187,49 @@ class PagedCache(DynamicCache):
     def truncate(self, length: int) -> None:
         """Takes every layer back to `length` tokens: after a forward that failed halfway, all layers agree again.
 
-        Raises ValueError for less than no token.
+        Raises ValueError for less than no token, RuntimeError for linear-attention states, which go back to 0 alone.
         """
         length = whole("length", length, 0, "pass the tokens to keep")
-        self._tables.cut([min(held, length) for held in self._lengths()])
+        lengths = [min(held, length) for held in self._lengths()]
+        if length and lengths != self._lengths() and self.holds_states:
+            raise RuntimeError(
+                f"length={length} takes linear-attention states back, which hold all tokens in one: take a "
+                "checkpoint() before, or a fork()"
+            )
+        self._cut(lengths)
+
+    def _cut(self, lengths: list[int], cropped: int | None = None) -> None:
+        """Takes paged layers to their lengths, and all others to nothing where those are 0, or crops them."""
+        with self._tables.atomic(), linear.atomic(self.linear_layers) as before:
+            if not any(lengths):
+                before.forget()
+            elif cropped is not None:
+                before.crop(cropped)
+            self._tables.cut(lengths)
+        if not any(lengths):
+            self._tables.forget_unfinished()
 
     def _lengths(self) -> list[int]:
         return [self._tables.length(layer_idx) for layer_idx in range(len(self._tables.windows))]
+
+    def checkpoint(self, values: bool = True) -> tuple[list[int], Checkpoint]:
+        """What `go_back` takes: lengths, and copies of all states; without `values` only where these are."""
+        return self._lengths(), Checkpoint(self.linear_layers, values)
+
+    def go_back(self, checkpoint: tuple[list[int], Checkpoint]) -> None:
+        """Takes every layer back to what it held at `checkpoint`, after a forward that failed halfway."""
+        lengths, states = checkpoint
+        self._cut([min(length, held) for length, held in zip(lengths, self._lengths())])
+        if any(lengths):
+            states.restore()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last `-tokens_to_remove` tokens (a negative count, or 0 for none) and frees their pages.
 
         Raises:
             ValueError: a positive count, or more tokens than the cache holds.
-            RuntimeError: the sliding window that ends there is not held any more (`activate_past_recording` before
-                appending keeps it).
+            RuntimeError: the sliding window, or the state of a convolution, that ends there is not held any more
+                (`activate_past_recording` before appending keeps it), or recurrent states, which do not go back.
         """
         held = self.get_seq_length()  # assisted generation of older releases passes a tensor
         instead = f"pass minus the number of tokens to remove, the cache holds {held}"
@@ -224,7 +243,7 @@ class PagedCache(DynamicCache):
                     f"tokens_to_remove={tokens_to_remove} needs positions that the sliding window of {table.window} "
                     "has left behind: call activate_past_recording() before appending tokens that may be cropped"
                 )
-        self._tables.cut([max(held + tokens_to_remove, 0) for held in self._lengths()])
+        self._cut([max(held + tokens_to_remove, 0) for held in self._lengths()], tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
@@ -234,15 +253,19 @@ class PagedCache(DynamicCache):
         """
         if not isinstance(beam_idx, torch.Tensor) or not beam_idx.is_cuda or beam_idx.dtype == torch.bool:
             return self.batch_select_indices(beam_idx)
-        self._check_indices(beam_idx)
+        check_indices(beam_idx, self.rows)
         self._tables.settled()
-        self._tables.reordering = Reordering(beam_idx)
+        reordering = Reordering(beam_idx)
+        with linear.atomic(self.linear_layers) as before:
+            before.select(beam_idx)
+            self._tables.reordering = reordering
+        before.keep_places()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, side by side, on the same pages until one of them writes."""
         repeats = whole("repeats", repeats, 1, "reset() forgets all rows")
         if self.rows:
-            self._tables.select(np.repeat(np.arange(self.rows), repeats))
+            self._select(np.repeat(np.arange(self.rows), repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows `indices` (or those where a boolean mask is true), in that order.
@@ -251,17 +274,17 @@ class PagedCache(DynamicCache):
             ValueError: what is not a tensor `[count]` of integers or `[rows]` of booleans, or keeps no row.
             IndexError: a row that is not there.
         """
-        self._check_indices(indices)
+        check_indices(indices, self.rows)
         chosen = indices.cpu().numpy()
         if self.rows:
-            self._tables.select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
+            self._select(np.flatnonzero(chosen) if chosen.dtype == bool else chosen)
 
-    def _check_indices(self, indices: torch.Tensor) -> None:
-        wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
-        wrong = wrong or indices.is_floating_point() or indices.is_complex()
-        if wrong or (indices.dtype == torch.bool and len(indices) != self.rows):
-            given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
-            raise ValueError(f"indices is {given}: want integers [count] or booleans [{self.rows}] in a tensor")
+    def _select(self, rows: np.ndarray) -> None:
+        held = self.rows
+        with self._tables.atomic(), linear.atomic(self.linear_layers) as before:
+            self._tables.select(rows)
+            before.select(torch.from_numpy(rows.astype(np.int64) % held))
+        before.keep_places()
 
     def reset(self) -> None:
         """Forgets all tokens and returns their pages; the pools stay for the next ones."""
@@ -270,29 +293,21 @@ class PagedCache(DynamicCache):
     def fork(self) -> PagedCache:
         """A second cache with the same contents on the same pages; whichever writes into a page first copies it.
 
-        Forks share one pool, so only one of them may be used at a time (threads need `copy.deepcopy`).
+        Linear-attention states are copied at once. Forks share one pool, so only one of them may be used at a time
+        (threads need `copy.deepcopy`).
         """
         twin = object.__new__(PagedCache)
-        twin._hold(self._tables.fork(), self.page_size)
+        twin._hold(self._tables.fork(), self._kinds, self.page_size)
         twin.last_route = self.last_route
         del twin.layers[len(self.layers) :]
+        for own, other in zip(twin.linear_layers, self.linear_layers):
+            own.copy_states(other)
         return twin
 
     def memory(self) -> CacheMemory:
         """Bytes and pages that the cache holds now."""
-        live = in_use = free = shared = 0
-        length = self.get_seq_length()
-        for table in self.tables.values():
-            counts = table.pool.allocator.refcounts
-            held = np.unique(table.pages[table.pages > 0])
-            in_use += len(held)
-            shared += int(np.count_nonzero(counts[held] > 1))
-            free += table.pool.allocator.free
-            first = np.maximum(table.pads, table.first_visible(length))
-            tokens = int(np.maximum(length - first, 0).sum())
-            live += tokens * table.pool.page_nbytes // self.page_size
-        held_bytes = sum(table.pool.nbytes for table in self.tables.values())
-        return CacheMemory(held_bytes, live, in_use, free, shared)
+        states = sum(layer.nbytes for layer in self.linear_layers)
+        return CacheMemory.of(self.tables.values(), self.get_seq_length(), states)
 
     @property
     def rows(self) -> int:
@@ -303,11 +318,6 @@ class PagedCache(DynamicCache):
     def pads(self) -> np.ndarray:
         """Leading positions of each row that hold no token, int64 `[rows]`."""
         return next(iter(self.tables.values())).pads
-
-    @property
-    def windows(self) -> tuple[int, ...]:
-        """The sliding window of each layer in tokens, 0 for full attention."""
-        return tuple(layer.window for layer in self.layers)
 
     @property
     def batch_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Pages and who holds them: a reference-counting allocator, and the K and V storage behind it."""
+"""Pages and who holds them: how many are taken, a reference-counting allocator, and the K and V storage behind it."""
 
 from __future__ import annotations
 
@@ -35,6 +35,9 @@ def movable(tensor: torch.Tensor) -> torch.Tensor:
 
 NULL_PAGE = 0
 """Table entries of pages that hold no token (left padding, behind a window) name this page; it is all zeros."""
+
+LIKELY = 8192
+"""New tokens that a row is taken to come to, where its limit is beyond: most limits are never reached."""
 
 GROWTH = 1.25
 """A pool that is full grows to this multiple of what it needs, so that appending stays linear in the tokens."""
@@ -272,3 +275,26 @@ def free_bytes(device: torch.device) -> int:
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
+
+
+def affordable(length: int, limit: int, fits: Callable[[int], bool]) -> int:
+    """Positions to reserve, up to `limit`, for rows of `length` tokens: for the likely new ones, or a part of these.
+
+    `fits` says of a number of positions whether memory holds them. What the rows have already is not asked about.
+    """
+    new = max(min(limit - length, LIKELY), 0)
+    while new and not fits(length + new):
+        new //= 2
+    return min(length + new, limit)
+
+
+def pages_of_copies(pads: np.ndarray, page_size: int, positions: int, copies: int, shared: int) -> int:
+    """Pages that `positions` of rows with `pads` leading positions of padding take, each as `copies` rows.
+
+    Whole pages of the first `shared` positions count once, all that follow for each copy.
+    """
+    first, end = pads // page_size, -(-positions // page_size)
+    shared_end = min(shared // page_size, end)
+    together = np.maximum(shared_end - first, 0)
+    own = np.maximum(end - np.maximum(first, shared_end), 0)
+    return int(together.sum() + copies * own.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.cache.pool import NULL_PAGE, PagePool
@@ -19,13 +20,18 @@ def shifted(cache: PagedCache, pads: np.ndarray) -> PagedCache:
     The cache keeps its pages behind sliding windows (`activate_past_recording`), since rows are moved out of there; the
     fork does not.
 
+    Linear-attention states are of all tokens: with them no row lacks any.
+
     Raises PoolAllocationError, with nothing held, where the copies do not fit.
     """
+    assert not (pads.any() and cache.linear_layers)
     fork, length = cache.fork(), cache.get_seq_length()
     for table in fork.tables.values():
         _shift(table, pads, length)
-    for layer in fork.layers:
+    for layer in fork.paged_layers:
         layer.record_past = False
+    for of_states in fork.linear_layers:
+        of_states.select_states(torch.zeros(len(pads), dtype=torch.int64))
     return fork
 
 

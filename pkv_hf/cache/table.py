@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from pkv_hf.cache.mirror import Mirror
-from pkv_hf.cache.pool import GROWTH, NULL_PAGE, PagePool
-from pkv_hf.cache.reservation import affordable, pages_of_copies
+from pkv_hf.cache.pool import GROWTH, NULL_PAGE, PagePool, affordable, pages_of_copies
 
 OF_THE_ROWS = ("pages", "pads", "live_from", "owned_from", "prepared", "expected", "reserved")
 """What of a table begins and ends with its rows."""

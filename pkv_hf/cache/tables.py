@@ -10,33 +10,34 @@ import numpy as np
 import torch
 
 from pkv_hf.cache import dense
+from pkv_hf.cache.pending import NAMES, Reordering, States, checked
 from pkv_hf.cache.pool import PagePool
-from pkv_hf.cache.reordering import Reordering
-from pkv_hf.cache.states import NAMES, States, checked
 from pkv_hf.cache.table import BlockTable
 
 
 class Tables:
     """The block table of each kind of layer, by its window (0 for full attention), and every layer's length.
 
+    A layer without K and V of its own has the window None, a length of 0 and no table.
+
     Two things may be pending, in this order: rows that are to change places (`reordering`), and keys and values outside
     of the pages (`states`). `settled()` does them and is the way to the tables. Operations on all of it are `atomic`.
 
     Args:
-        windows: of each layer, in tokens.
+        windows: of each layer, in tokens; one of them at least is not None.
         page_size: tokens a page.
         limit: the most positions that are expected of a row, 0 where nobody knows.
         kv_dtype: of the pages, None for that of the states.
     """
 
     def __init__(
-        self, windows: Sequence[int], page_size: int, limit: int = 0, kv_dtype: torch.dtype | None = None
+        self, windows: Sequence[int | None], page_size: int, limit: int = 0, kv_dtype: torch.dtype | None = None
     ) -> None:
         self.windows = tuple(windows)
         self.kv_dtype = kv_dtype
         self.by_window = {
             window: BlockTable(PagePool(page_size, self.windows.count(window)), window, limit)
-            for window in sorted(set(windows))
+            for window in sorted({window for window in self.windows if window is not None})
         }
         self.lengths = [0] * len(self.windows)
         self.states: dict[int, States] = {}
@@ -92,9 +93,11 @@ class Tables:
                     table.shrink(self.longest(window))
                 else:
                     table.release()
-        if not any(lengths):
-            for table in self.by_window.values():
-                table.pool.forget_unfinished()
+
+    def forget_unfinished(self) -> None:
+        """Where no row is left, drops pools that ran out of memory before all their layers were there."""
+        for table in self.by_window.values():
+            table.pool.forget_unfinished()
 
     def _forget_pending(self) -> None:
         self.states, self.reordering = {}, None
@@ -140,6 +143,12 @@ class Tables:
         twin.by_window = {window: table.fork(self.longest(window)) for window, table in tables.items()}
         return twin
 
+    def window(self, layer_idx: int) -> int:
+        """The sliding window of a layer that keeps K and V."""
+        window = self.windows[layer_idx]
+        assert window is not None
+        return window
+
     def length(self, layer_idx: int) -> int:
         """Tokens a row of a layer: of its assigned keys, where there are any."""
         states = self.states.get(layer_idx)
@@ -153,7 +162,7 @@ class Tables:
         a copy that is written back.
         """
         self.reorder()
-        table, end = self.by_window[self.windows[layer_idx]], self.lengths[layer_idx]
+        table, end = self.by_window[self.window(layer_idx)], self.lengths[layer_idx]
         states = self.states.get(layer_idx)
         if states is not None and states.tensors[which] is not None:
             return states.tensors[which]
@@ -170,7 +179,7 @@ class Tables:
 
         Behind a sliding window raises NotImplementedError: the positions of what is assigned are not known.
         """
-        window = self.windows[layer_idx]
+        window = self.window(layer_idx)
         if window:
             raise NotImplementedError(
                 f"{NAMES[which]} of a PagedCache's layer with a sliding window of {window} cannot be assigned: pass "

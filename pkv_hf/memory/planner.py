@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from pkv_hf.arguments import whole
-from pkv_hf.cache.paged import KV_DTYPES, check_kv_dtype, check_page_size
+from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.memory.sizes import QUANTISED_BITS, ModelSizes
@@ -50,11 +50,12 @@ class MemoryPlan:
     max_new_tokens: int
     weights: int
     pages: int
-    """K and V, as `generate()` reserves them, the null page of each layer included."""
+    """K and V, as `generate()` reserves them, the null page of each layer included, and linear-attention states."""
     prefill: int
     """The largest intermediate results of one layer while it takes the prompt."""
     workspace: int
-    """cuBLAS's workspaces, the decode kernels' partial results, the masks of blocks of a prompt in chunks."""
+    """cuBLAS's workspaces, the decode kernels' partial results, copies of linear-attention states, masks of a prompt
+    in chunks."""
     graphs: int
     """Intermediate results of a decode step, which its CUDA graph keeps; logits included."""
     context: int = CUDA_CONTEXT
@@ -200,7 +201,10 @@ def _planned(
         weights=sizes.weights,
         pages=_pages(sizes, lengths, max_new_tokens, kv_dtype, page_size),
         prefill=tokens * _token_elements(sizes) * width,
-        workspace=2 * CUBLAS_WORKSPACE + _partials(sizes) + (0 if whole else _over_pages(sizes, longest)),
+        workspace=2 * CUBLAS_WORKSPACE
+        + _partials(sizes)
+        + 2 * len(lengths) * sizes.states  # copies, of the first decode step and around it
+        + (0 if whole else _over_pages(sizes, longest)),
         graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
         + len(lengths) * sizes.vocabulary * (width + 4),  # and float32 scores
     )
@@ -209,16 +213,18 @@ def _planned(
 def _pages(sizes: ModelSizes, lengths: list[int], max_new_tokens: int, kv_dtype: Any, page_size: int) -> int:
     """As `BlockTable` reserves them: to the last position but one, but for pages of padding alone."""
     dtype = sizes.dtype if kv_dtype is None else KV_DTYPES[kv_dtype]
-    token = 2 * sizes.kv_heads * (sizes.head_dim * dtype.itemsize + 4 * (dtype in LARGEST))
     longest = max(lengths)
     reserved = math.ceil((longest + max_new_tokens - 1) / page_size)
-    pages = 0
-    for window in sizes.windows:
-        if window:
-            pages += len(lengths) * min(reserved, math.ceil(window / page_size) + 1)
+    nbytes = len(lengths) * sizes.states
+    for layer in sizes.layers:
+        dims = layer.key_dim + layer.value_dim
+        token = layer.kv_heads * (dims * dtype.itemsize + 2 * 4 * (dtype in LARGEST))
+        if layer.window:
+            pages = len(lengths) * min(reserved, math.ceil(layer.window / page_size) + 1)
         else:
-            pages += sum(reserved - (longest - length) // page_size for length in lengths)
-    return (pages + len(sizes.windows)) * page_size * token
+            pages = sum(reserved - (longest - length) // page_size for length in lengths)
+        nbytes += (pages + 1) * page_size * token
+    return nbytes
 
 
 def _token_elements(sizes: ModelSizes) -> int:

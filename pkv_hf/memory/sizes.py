@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pkv_hf import compat
-from pkv_hf.compat import unwrap
+from pkv_hf.compat import LayerKind, unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.memory.weights import weight_bytes
 from pkv_hf.patches.families import served_by_us
 
 QUANTISED_BITS = {4: 4.5, 8: 8.0}
 """bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
+
+
+GENERATE: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+"""transformers' models that generate text; the first that has a configuration counts."""
+
+
+class LayerSizes(NamedTuple):
+    """Of a layer that keeps K and V."""
+
+    window: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
 
 
 @dataclass(frozen=True)
@@ -28,13 +49,29 @@ class ModelSizes:
     weights: int
     """Bytes."""
     dtype: torch.dtype
-    windows: tuple[int, ...]
+    layers: tuple[LayerSizes, ...]
+    """Those that keep K and V."""
+    states: int
+    """Bytes a row of linear-attention states, over all layers."""
     heads: int
-    kv_heads: int
-    head_dim: int
     hidden: int
     intermediate: int
     vocabulary: int
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The sliding window of each layer that keeps K and V, 0 for full attention."""
+        return tuple(layer.window for layer in self.layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """The most of a layer."""
+        return max(layer.kv_heads for layer in self.layers)
+
+    @property
+    def head_dim(self) -> int:
+        """The largest of a layer."""
+        return max(max(layer.key_dim, layer.value_dim) for layer in self.layers)
 
     @classmethod
     def of(cls, source: Any, dtype: torch.dtype | None, weight_bits: int | None) -> ModelSizes:
@@ -57,17 +94,20 @@ class ModelSizes:
             raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")
         decoder, prefix, attentions = served_by_us(model)
         config = decoder.config
+        kinds = compat.layer_kinds(config)
+        states = 0
         if prefix:
-            kv_heads, head_dim, widest = config.num_key_value_heads, attentions[0].head_dim, config.intermediate_size
+            of_each = (config.num_key_value_heads, attentions[0].head_dim, attentions[0].head_dim)
+            layers = [LayerSizes(kind.window or 0, *of_each) for kind in kinds]
+            widest = config.intermediate_size
         else:
-            kv_heads, head_dim, widest = _found(model)
+            layers, states, widest = _found(model, dtype, kinds)
         return cls(
             weights=weights,
             dtype=dtype,
-            windows=tuple(compat.layer_windows(config)),
+            layers=tuple(layers),
+            states=states,
             heads=config.num_attention_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
             hidden=config.hidden_size,
             intermediate=widest,
             vocabulary=config.vocab_size,
@@ -75,37 +115,50 @@ class ModelSizes:
 
 
 def _empty(config: PreTrainedConfig) -> Any:
-    """A causal LM without storage. Raises UnsupportedModelError where transformers has none of the configuration."""
-    try:
-        with init_empty_weights(include_buffers=True):
-            return AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # needs no other package
-    except ValueError as error:
-        raise UnsupportedModelError(f"{type(config).__name__} is of no causal LM of transformers: {error}") from None
+    """A model without storage that generates text. Raises UnsupportedModelError where transformers has none."""
+    auto = next((auto for auto in GENERATE if type(config) in auto._model_mapping), None)
+    if auto is None:
+        raise UnsupportedModelError(f"{type(config).__name__} is of no model of transformers that generates text")
+    with init_empty_weights(include_buffers=True):
+        return auto.from_config(config, attn_implementation="eager")  # needs no other package
 
 
-def _found(model: Any) -> tuple[int, int, int]:
-    """KV heads, head_dim and the widest linear layer of a model of no known family: by one token without storage.
+def _found(model: Any, dtype: torch.dtype, kinds: Sequence[LayerKind]) -> tuple[list[LayerSizes], int, int]:
+    """What the layers of a model of no known family keep, and its widest linear layer: by one token without storage.
 
-    Raises UnsupportedModelError where its layers do not run so, and its configuration does not name them.
+    Raises UnsupportedModelError where its layers do not run so, and its configuration does not name what they keep.
     """
     unpadded = copy.deepcopy(model.config)
     # Or transformers looks for padding, among tokens and in a mask that are not there.
     unpadded.pad_token_id, unpadded._attn_implementation = None, "eager"
+    unpadded._experts_implementation = "batched_mm"  # others ask which experts there are tokens for
     with init_empty_weights(include_buffers=True):
-        decoder = compat.decoder_of(type(model)(unpadded))
-    layers = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
-    widest = max(max(weight.shape, default=1) for weight in layers)
+        decoder = compat.decoder_of(type(model)(unpadded)).to(dtype)
+    modules = (p for m in decoder.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False))
+    widest = max(max(weight.shape, default=1) for weight in modules)
     cache, token = DynamicCache(config=unpadded), torch.zeros(1, 1, dtype=torch.long, device="meta")
     config = decoder.config
     try:
         decoder(token, use_cache=True, **{compat.CACHE: cache})
-        keys: Any = cache.layers[0].keys  # type: ignore[union-attr]
-        return keys.shape[1], keys.shape[3], widest
     except RuntimeError as error:  # of an operator that does not run without storage
-        try:
-            return config.num_key_value_heads, config.hidden_size // config.num_attention_heads, widest
-        except AttributeError:
-            raise UnsupportedModelError(f"{type(config).__name__} names no num_key_value_heads: {error}") from error
+        named = getattr(config, "num_key_value_heads", None)
+        if named is None or any(kind.states for kind in kinds):
+            raise UnsupportedModelError(f"what {type(model).__name__} keeps is not known: {error}") from error
+        dim = config.hidden_size // config.num_attention_heads
+        return [LayerSizes(kind.window, named, dim, dim) for kind in kinds if kind.window is not None], 0, widest
+    held: Sequence[Any] = cache.layers
+    layers = [
+        LayerSizes(kind.window, layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3])
+        for kind, layer in zip(kinds, held)
+        if kind.window is not None and layer.keys is not None
+    ]
+    return layers, sum(map(state_bytes, cache.layers)), widest
+
+
+def state_bytes(layer: Any) -> int:
+    """Of the linear-attention states that a layer of a cache holds."""
+    held = [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    return sum(state.nbytes for state in held if state is not None)
 
 
 def _weight_bytes(model: nn.Module, dtype: torch.dtype, weight_bits: int | None) -> int:

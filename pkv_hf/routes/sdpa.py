@@ -192,14 +192,18 @@ def over_prompt(
 ) -> torch.Tensor:
     """Attention of a first step: each row's real tokens, from starts[row] on, among themselves.
 
-    q `[B, H_q, S, D]`, k and v `[B, H_kv, S, D]`; returns `[B, H_q, S, V's D]`, 0 for padding.
+    q `[B, H_q, q_len, D]` of all S tokens or of the last ones, k and v `[B, H_kv, S, D]`; returns
+    `[B, H_q, q_len, V's D]`, 0 for padding.
     """
+    begin = k.shape[2] - q.shape[2]
     if not starts.any():
-        return attend_block(q, k, v, scores, 0, 0, window)
+        return attend_block(q, k, v, scores, begin, 0, window)
     out = q.new_zeros(*q.shape[:3], v.shape[3])
     for row, start in enumerate(starts.tolist()):
-        part = (slice(row, row + 1), slice(None), slice(start, None))
-        out[part] = attend_block(q[part], k[part], v[part], scores, start, start, window)
+        first = max(start, begin)
+        part = (slice(row, row + 1), slice(None), slice(first - begin, None))
+        keys = (slice(row, row + 1), slice(None), slice(start, None))
+        out[part] = attend_block(q[part], k[keys], v[keys], scores, first, start, window)
     return out
 
 

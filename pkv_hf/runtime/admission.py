@@ -106,9 +106,9 @@ def _check_cache(cache: Any, state: PatchState) -> None:
     """Raises NotServed for a cache that is not of pages, or not of this model's layers."""
     if not isinstance(cache, PagedCache):
         raise NotServed(f"the cache is a {type(cache).__name__}, not a PagedCache")
-    if cache.windows != state.known.windows[: len(cache.layers)]:
+    if cache.kinds != state.known.kinds[: len(cache.layers)]:
         raise NotServed("the PagedCache has other windows than the model's layers, or more layers")
-    if len({layer.length for layer in cache.layers}) > 1:
+    if len({layer.length for layer in cache.paged_layers}) > 1:
         raise NotServed("the PagedCache holds more tokens of some layers than of others")
 
 
@@ -148,11 +148,17 @@ def extra_arguments(call: dict[str, Any]) -> list[str]:
     return [name for name in given if not name.startswith("output_") or call[name]]
 
 
+def _of_one_token(call: dict[str, Any]) -> bool:
+    """Whether a call of one token a row keeps its hidden states, where it is asked for the last ones."""
+    ids = call.get("input_ids")
+    return ids is not None and ids.shape[1] == 1 and isinstance(call["logits_to_keep"], int)
+
+
 def _asks_more(config: Any, call: dict[str, Any]) -> str:
     """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
     if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
         return "output_hidden_states=True asks for those of all layers"
-    if extra := extra_arguments(call):
+    if extra := [name for name in extra_arguments(call) if not (name == "logits_to_keep" and _of_one_token(call))]:
         return f"its decoder is given {', '.join(extra)}"
     if call.get("return_dict", getattr(config, "return_dict", True)) is False:
         return "return_dict=False asks for a tuple"

@@ -12,8 +12,8 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.captured.static import Forward, StaticStep
 from pkv_hf.runtime.state import PatchState
-from pkv_hf.runtime.static import Forward, StaticStep
 
 
 def choose_route(
@@ -38,7 +38,7 @@ def decide(
     """
     if not state.known.shapes:
         return None
-    begin, kinds = cache.get_seq_length(), state.known.kinds
+    begin, kinds = cache.get_seq_length(), state.known.by_shape
     lengths = begin + q_len - starts
     if not begin or q_len > MAX_DECODE_QUERIES:
         q_len = 1
@@ -85,6 +85,10 @@ def static_step(
         return f"the route {route.name} runs between transformers' layers"
     if not state.fused_forward and (why := uncaptured(state, cache.device)):
         return why
+    if state.known.may_keep_states:
+        return "its modules may keep states, which a graph would write where they were"
+    if any(layer.record_past for layer in cache.linear_layers):
+        return "states that a crop may take back grow with every step"
     look = state.known.look()
     with state.lock:
         if state.looked is not look.token:

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pkv_hf import compat, origins
+from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.runtime.watch import Watch
+from pkv_hf.runtime.captured.watch import Watch
 
 
 class LayerShape(NamedTuple):
@@ -84,8 +85,8 @@ class Evidence:
 
     family: origins.Family | None
     """Whose layers the model has, None for those of no known family."""
-    windows: tuple[int, ...]
-    """The sliding window of each attention layer in tokens, 0 for full attention, as the layers were made with."""
+    kinds: tuple[compat.LayerKind, ...]
+    """What each layer keeps, as the layers were made with."""
     model: Any
     """The causal LM."""
     decoder: Any
@@ -95,10 +96,12 @@ class Evidence:
     """Of the attention layers, by layer; those of a generic model are seen in its forwards."""
     output_type: type[ModelOutput] | None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
+    own_states: bool | None = None
+    """Whether layers keep linear-attention states in modules instead of in the cache; None until a forward shows it."""
     served: set[bool] = field(default_factory=set)
     """Whether a prompt (False) and a later step (True) of a generic model have been served."""
     last: Look | None = None
-    _kinds: dict[LayerShape, list[int]] | None = None
+    _by_shape: dict[LayerShape, list[int]] | None = None
     _implementation: tuple[dict[str, Any], str] | None = None
     """What computed attention when that was last looked at, and why it is not known."""
 
@@ -116,21 +119,35 @@ class Evidence:
         return all(getattr(module, "is_causal", True) for module in self.attentions)
 
     @property
-    def kinds(self) -> dict[LayerShape, list[int]]:
+    def may_keep_states(self) -> bool:
+        """Whether modules may keep linear-attention states, which no cache copies for more rows or takes back."""
+        return self.own_states is not False and any(kind.states for kind in self.kinds)
+
+    @property
+    def paged_layers(self) -> int:
+        """How many layers keep K and V."""
+        return sum(kind.window is not None for kind in self.kinds)
+
+    @property
+    def by_shape(self) -> dict[LayerShape, list[int]]:
         """The layers of each shape."""
-        if self._kinds is None:
-            self._kinds = {}
+        if self._by_shape is None:
+            self._by_shape = {}
             for layer_idx, shape in self.shapes.items():
-                self._kinds.setdefault(shape, []).append(layer_idx)
-        return self._kinds
+                self._by_shape.setdefault(shape, []).append(layer_idx)
+        return self._by_shape
 
     def learn(self, layer_idx: int, shape: LayerShape) -> bool:
         """Notes the shape of a layer that asked for attention. Returns whether that tells more of a generic model."""
         if not self.generic or self.shapes.get(layer_idx) == shape:
             return False
         known = set(self.shapes.values())
-        self.shapes[layer_idx], self._kinds = shape, None
+        self.shapes[layer_idx], self._by_shape = shape, None
         return set(self.shapes.values()) != known
+
+    def learn_states(self, cache: PagedCache) -> None:
+        """Notes where linear-attention states are that a forward has left."""
+        self.own_states = bool(cache.linear_layers) and not cache.holds_states
 
     def learn_output(self, output: Any) -> None:
         """Notes what a generic decoder returned when it was asked for hidden states alone."""
@@ -227,7 +244,7 @@ def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> Serve
 def _not_served(model: Any, decoder: Any, family: origins.Family | None, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
-        compat.layer_windows(decoder.config)
+        compat.layer_kinds(decoder.config)
     except ValueError as error:
         return str(error)
     if not compat.takes_cache(decoder):

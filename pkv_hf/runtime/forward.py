@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from typing import Any
 
@@ -17,13 +18,13 @@ from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
+from pkv_hf.runtime.captured.graphs import CaptureError
+from pkv_hf.runtime.captured.static import StaticStep
+from pkv_hf.runtime.captured.watch import hooks_of
 from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
-from pkv_hf.runtime.graphs import CaptureError
 from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.state import PatchState
-from pkv_hf.runtime.static import StaticStep
-from pkv_hf.runtime.step import Step, outside_of_steps
-from pkv_hf.runtime.watch import hooks_of
+from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 
 compat.register(compat.NAME, attention, mask)  # where a patched model that is unpickled finds its forward
 
@@ -40,6 +41,7 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = _on_pages(self, state, admitted, call)
         state.counts.add("pages")
         state.known.served.add(admitted.begin > 0)
+        state.known.learn_states(admitted.cache)
         return output
     except NotServed as error:
         reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
@@ -82,14 +84,16 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    if admitted.hidden_alone and not admitted.begin and starts.any() and known.packs:
+    causal = admitted.expanded is None or admitted.expanded.causal
+    if admitted.hidden_alone and causal and not admitted.begin and starts.any() and known.packs:
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {
-        "fuses_rope": not known.attention,
+        "fuses_rope": not (known.attention or known.hooked),  # a hook may hand a layer another mask
         "shows_masks": known.hooked or not state.known.causal,
         "expanded": admitted.expanded,
     }
-    with Step(cache, bounds, route, decoder.config, **settings) as step:
+    own_states = taken_back(decoder) if state.known.may_keep_states else contextlib.nullcontext()
+    with own_states, Step(cache, bounds, route, decoder.config, **settings) as step:
         output = original(decoder, "forward")(**call)
     if bounds.decodes:
         state.counts.add_step("eager", static)
@@ -106,6 +110,8 @@ def _static_step(state: PatchState, admitted: Admitted, route: Route, call: dict
         return admitted.asks_more
     if call.get("input_ids") is None:
         return "its decoder is given inputs_embeds instead of input_ids"
+    if admitted.cache.linear_layers and (admitted.starts > admitted.begin).any():
+        return "linear attention takes padding out by a mask, which a static step has not"
     if state.known.output_type is None:
         return "its decoder returns more than hidden states"
     return static_step(state, admitted.cache, route, admitted.q_len, transformers_layers)

@@ -64,7 +64,8 @@ def prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         fresh = inputs[compat.CACHE] = PagedCache(self.config, cache.page_size, longest or None, cache.kv_dtype)
         del fresh.layers[len(cache.layers) :]
         for layer, dropped in zip(fresh.layers, cache.layers):
-            layer.record_past = dropped.record_past
+            if hasattr(dropped, "record_past"):
+                layer.record_past = dropped.record_past
     return inputs
 
 
@@ -88,7 +89,8 @@ def prefill(
         cache.expect_prompt(length)
     if copies == 1 or cache.rows not in (0, len(input_ids) // copies):
         return run(input_ids, generation_config, model_kwargs, **settings)
-    prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if state.known.look().shares_prompts else None
+    shares = state.known.look().shares_prompts and not state.known.may_keep_states
+    prompts = _prompts({"input_ids": input_ids, **model_kwargs}, copies) if shares else None
     if prompts is None:
         return run(input_ids, generation_config, model_kwargs, **settings)
     cache.expect_copies(copies, length)
@@ -111,12 +113,22 @@ def _prompts(inputs: dict[str, Any], copies: int) -> dict[str, Any] | None:
     if any(_holds_tensors(value) for name, value in inputs.items() if name not in tensors):
         return None
     rows = len(inputs["input_ids"])
-    if any(not value.ndim or len(value) != rows for value in tensors.values()):
-        return None
-    grouped = {name: value.unflatten(0, (-1, copies)) for name, value in tensors.items()}
-    if not all(bool((value == value[:, :1]).all()) for value in grouped.values()):
-        return None
-    return {**inputs, **{name: value[:, 0] for name, value in grouped.items()}}
+    chosen: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        dim = _row_dim(name, value)
+        if value.ndim <= dim or value.shape[dim] != rows:
+            return None
+        grouped = value.unflatten(dim, (-1, copies))
+        first = grouped.narrow(dim + 1, 0, 1)
+        if not bool((grouped == first).all()):
+            return None
+        chosen[name] = first.squeeze(dim + 1)
+    return {**inputs, **chosen}
+
+
+def _row_dim(name: str, value: torch.Tensor) -> int:
+    """Where a tensor has its rows: positions of several axes (mRoPE) are `[axes, rows, tokens]`."""
+    return int(name == "position_ids" and value.ndim == 3)
 
 
 def _holds_tensors(value: Any) -> bool:

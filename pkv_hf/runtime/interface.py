@@ -112,7 +112,7 @@ def attention(
         raise LayerNotServed(
             f"{name} attends to a window of {min(windows) or 'all'} tokens, the cache holds {held or 'all'}"
         )
-    if not _fits(query, key, value):
+    if not _fits(query, key, value, step.attended(layer_idx)):
         raise LayerNotServed(
             f"{name} has queries {list(query.shape)} for keys {list(key.shape)} and values {list(value.shape)}"
         )
@@ -132,10 +132,14 @@ def _transformers_own(module: Any) -> Any:
     return compat.attention_function(compat.configured_implementation(module.config), module)
 
 
-def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether queries are of the same tokens as the keys, in whole groups of heads."""
+def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shared: bool) -> bool:
+    """Whether queries are of the same tokens as the keys, in whole groups of heads.
+
+    Those of a layer that shares the keys of another may be of the last tokens alone: no layer keeps anything of them.
+    """
     rows, heads, q_len, head_dim = query.shape
-    alike = key.shape == (rows, key.shape[1], q_len, head_dim) and value.shape[:3] == key.shape[:3]
+    tokens = key.shape[2] if shared and q_len < key.shape[2] else q_len
+    alike = key.shape == (rows, key.shape[1], tokens, head_dim) and value.shape[:3] == key.shape[:3]
     return alike and heads % key.shape[1] == 0
 
 

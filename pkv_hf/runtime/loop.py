@@ -25,10 +25,10 @@ from pkv_hf.policy.choose import CHOOSE_EVERY
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Route
 from pkv_hf.runtime.admission import admit
+from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import choose_route, decide, static_step
 from pkv_hf.runtime.forward import run_static, transformers_layers
 from pkv_hf.runtime.state import PatchState
-from pkv_hf.runtime.static import StaticStep
 
 NEED_TRANSFORMERS_LOOP = frozenset({"assistant_model", "synced_gpus", "stopping_criteria", "custom_generate"})
 """Arguments of generate() that only transformers' own loop serves, where they are given."""

@@ -14,10 +14,10 @@ import torch
 from pkv_hf import compat
 from pkv_hf.policy.choose import Decision
 from pkv_hf.replaced import Replacements
+from pkv_hf.runtime.captured.graphs import GraphMemories
+from pkv_hf.runtime.captured.static import Forward, StaticStep
 from pkv_hf.runtime.counts import Counts
 from pkv_hf.runtime.evidence import Evidence
-from pkv_hf.runtime.graphs import GraphMemories
-from pkv_hf.runtime.static import Forward, StaticStep
 
 OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts", "lock")
 """The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
@@ -38,6 +39,26 @@ def launching_on(device: torch.device) -> AbstractContextManager:
     if device.type != "cuda" or device.index in (None, torch.cuda.current_device()):
         return nullcontext()
     return torch.cuda.device(device)
+
+
+@contextmanager
+def taken_back(decoder: nn.Module) -> Iterator[None]:
+    """Tensors that a decoder's modules keep from call to call, outside of any cache, are as before where this fails."""
+    kept = [
+        (module, name, tensor, None if tensor is None else tensor.clone())
+        for module in decoder.modules()
+        for name, tensor in vars(module).items()
+        if tensor is None or isinstance(tensor, torch.Tensor)
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, name, tensor, value in kept:
+            if tensor is not None and value is not None:
+                with torch.inference_mode():  # in which tensors of either mode may be written
+                    tensor.copy_(value)
+            vars(module)[name] = tensor
+        raise
 
 
 class ShownMask:
@@ -99,6 +120,7 @@ class Step:
     def __enter__(self) -> Step:
         if not self.cache.rows:
             self.cache.start(len(self.bounds.starts), self.bounds.starts)
+        self._before = self.cache.checkpoint(values=not self.captured)  # a capture runs nothing
         self.cache.step = self
         self._outer = serving.set(self)
         return self
@@ -106,9 +128,12 @@ class Step:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         serving.reset(self._outer)
         self.cache.step = None
-        missed = self._unread.union(i for i, layer in enumerate(self.cache.layers) if layer.length != self.bounds.end)
+        missed = self._unread.union(
+            layer.layer_idx for layer in self.cache.paged_layers if layer.length != self.bounds.end
+        )
         if error is not None or missed:
-            self.cache.truncate(self.bounds.begin)
+            self.cache.go_back(self._before)
+        del self._before
         if error is None and missed:
             raise LayerNotServed(f"layer {min(missed)} does not go through transformers' cache and attention interface")
 
@@ -138,8 +163,15 @@ class Step:
         self._unread.add(layer_idx)
         return k, v
 
+    def attended(self, layer_idx: int) -> bool:
+        """Whether a layer has attended to what it appended: others that do share its K and V."""
+        return layer_idx not in self._unread
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer_idx: int, scores: Scores) -> torch.Tensor:
-        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended: `[rows, q_len, H_q, V's D]`."""
+        """Attention of q `[rows, H_q, q_len, D]`, whose own k and v were appended: `[rows, q_len, H_q, V's D]`.
+
+        Queries of a layer that shares K and V may be of the step's last tokens alone.
+        """
         layer, bounds = self.cache.layers[layer_idx], self.bounds
         self._unread.discard(layer_idx)
         if self.packing is not None:
@@ -163,9 +195,9 @@ class Step:
         return held_k.to(k.dtype), held_v.to(v.dtype)
 
     def _over_pages(self, layer: PagedLayer, q: torch.Tensor, scores: Scores) -> torch.Tensor:
-        bounds = self.bounds
-        if not bounds.decodes:
-            return over_pages(layer, q, scores, bounds.starts, bounds.begin).transpose(1, 2)
+        bounds, begin = self.bounds, self.bounds.end - q.shape[2]
+        if not bounds.decodes or begin > bounds.begin:
+            return over_pages(layer, q, scores, bounds.starts, begin).transpose(1, 2)
         with launching_on(q.device):
             return self.route.decode(layer, q, scores, bounds)
 

@@ -20,7 +20,7 @@ OWN_PATH = ("static cache", "forward")
 EXAMPLES = 3
 WELL_KNOWN = (
     "qwen3_vl", "qwen2_5_vl", "gemma4", "gemma3", "mistral3", "internvl", "llama4", "qwen3_5", "qwen3_next",
-    "granitemoehybrid", "falcon_h1", "mamba2", "gpt_oss", "deepseek_v3", "deepseek_v32", "bloom", "mpt", "bart",
+    "granitemoehybrid", "falcon_h1", "mamba2", "gpt_oss", "deepseek_v3", "deepseek_v32", "bloom", "mpt",
     "t5gemma2", "blip", "gemma3n",
 )  # fmt: skip
 """Model types that tables name first."""

@@ -37,7 +37,7 @@ COMMANDS = [
     *[(script, ["--page-size", "7"], "invalid choice: 7") for script in ("benchmark_attention", "benchmark_traces")],
     *[(script, ["--head-dim", "7"], "no route takes such a step") for script in
       ("benchmark_attention", "benchmark_traces")],
-    ("benchmark_attention", ["--engines", "flashinfer"], "(flashinfer: flashinfer is not installed)"),
+    ("benchmark_attention", ["--engines", "flashinfer", "--rows", "1", "--length", "64"], "flashinfer is not"),
     ("benchmark_linear", [], "there is no GPU here"),
     ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
     ("benchmark_traces", ["--trace-file", "missing.csv"], "missing.csv"),
@@ -65,6 +65,7 @@ COMMANDS = [
     ("record_sanitizers", ["missing"], "missing has no memcheck.log"),
     ("record_sanitizers", ["{logs}"], "{logs} has no memcheck.seconds"),
     ("record_models", ["--only", "lama"], "--only lama: transformers has no such causal or multimodal LM"),
+    ("record_families", ["--only", "lama"], "--only lama: no such family, of qwen3.5, "),
     ("record_tests", ["missing.py"], "missing.py does not exist"),
     ("record_tests", ["--jobs", "0"], "--jobs: '0'"),
     ("plot_results", ["--results", "missing.jsonl"], "--results: 'missing.jsonl' does not exist"),
@@ -108,7 +109,7 @@ COMMANDS = [
       ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
     *[(script, ["--out", "."], "--out . cannot be written") for script in
       ("benchmark_attention", "benchmark_devices", "benchmark_linear", "benchmark_generate", "benchmark_traces",
-       "check_kernels", "record_tests", "soak")],
+       "check_kernels", "record_families", "record_tests", "soak")],
 ]  # fmt: skip
 """A script or `pkv-hf`, its arguments, and what it ends with; in braces what `files` has."""
 
@@ -116,6 +117,7 @@ NEEDS = [
     *[(script, [], package) for script, packages in {
         "benchmark_attention": ("triton",), "benchmark_linear": ("triton",), "benchmark_traces": ("triton",),
         "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "record_tests": ("pytest",),
+        "record_families": ("triton",),
         "plot_results": ("matplotlib",), "plot_quality": ("matplotlib",),
         "plot_attention": ("matplotlib",), "passkey": ("matplotlib",), "finetune_then_serve": ("peft",),
         "perplexity": ("datasets", "evaluate", "matplotlib"), "record_notebook": ("nbclient", "ipykernel"),

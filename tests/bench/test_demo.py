@@ -25,8 +25,9 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
-    monkeypatch.setattr(smollm2_package, "load_smollm2", lambda dtype: smollm2)
+def test_the_last_line_is_json(run, monkeypatch, smollm2_tokenizer, tmp_path):
+    model = tiny("llama", vocab_size=len(smollm2_tokenizer))
+    monkeypatch.setattr(smollm2_package, "load_smollm2", lambda dtype: model)
     status, printed = run("--prompt-tokens", 300, "--new-tokens", 8, "--json", tmp_path / "result.json")
     assert status == 0
     result = json.loads(printed.out.splitlines()[-1])
@@ -37,7 +38,7 @@ def test_the_last_line_is_json(run, monkeypatch, smollm2, tmp_path):
     if not torch.cuda.is_available():
         assert (result["device"], result["route"]) == ("cpu", "sdpa")
     assert result["speedup"] == pytest.approx(result["tokens_per_s_patched"] / result["tokens_per_s_unpatched"])
-    per_token = 30 * 2 * 3 * 64 * 4
+    per_token = 3 * 2 * 2 * 16 * 4  # layers, K and V, KV heads, head_dim, bytes
     assert result["kv_bytes_unpatched"] == 307 * per_token
     assert result["kv_bytes_patched"] == (20 + 1) * 16 * per_token
     for words in ("last step: ", "transformers", "patched", "decoding, tokens/s", "KV cache", "peak memory", "route"):

@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import pkv_hf
@@ -28,7 +29,7 @@ ENDS = {
     "gemma3_text": ("Gemma3ForCausalLM", "pages", ""),
     "vipllava": ("VipLlavaForConditionalGeneration", "pages", ""),
     "doge": ("DogeForCausalLM", "left", "DogeAttention has a mask that is more than causal"),
-    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: layer 0 of MambaConfig keeps a"),
+    "mamba": ("MambaForCausalLM", "raises", "no layer of MambaForCausalLM was patched: every layer of Mamba"),
     "blip": ("BlipForConditionalGeneration", "own error", "cannot be run unpatched: TypeError:"),
 }
 
@@ -82,7 +83,7 @@ def test_a_mode_that_differs_is_wrong_and_one_that_transformers_refuses_is_not(m
     (llama,) = cases("llama")
 
     def differs(model):
-        return [torch.ones(2) * hasattr(model, STATE)]
+        return CausalLMOutput(logits=torch.tensor([[1.0, 2.0], [3.0, hasattr(model, STATE)]]))
 
     def fails(model):
         raise ValueError("patched" if hasattr(model, STATE) else "plain")
@@ -90,8 +91,11 @@ def test_a_mode_that_differs_is_wrong_and_one_that_transformers_refuses_is_not(m
     def refused(model):
         raise ValueError("of both")
 
+    def unsteady(_):
+        return CausalLMOutput(logits=torch.tensor([next(drawn)]))
+
     drawn = iter(range(9))
-    tried = {"differs": differs, "fails": fails, "refused": refused, "unsteady": lambda _: [torch.tensor(next(drawn))]}
+    tried = {"differs": differs, "fails": fails, "refused": refused, "unsteady": unsteady}
     monkeypatch.setattr(modes, "MODES", {**tried, "forward": modes.forward})
     found = trial.run(llama, "auto", modes=True)
     assert found["modes"] == {

@@ -303,7 +303,7 @@ def test_tests_are_recorded_by_how_they_ended(tmp_path, failing):
 def test_every_engine_runs(run, tmp_path):
     from pkv_hf.bench.benchmark import ENGINES
 
-    tiny("llama").save_pretrained(tmp_path / "model")
+    tiny("llama", num_hidden_layers=1).save_pretrained(tmp_path / "model")
     engines = [engine for engine in ENGINES if engine != "static-compile"]  # which needs a compiler and minutes
     arguments = ("--model", tmp_path / "model", "--lengths", "20", "--new-tokens", 8, "--engines", "dynamic-cold")
     status, lines = run("benchmark_generate", *arguments, *engines, "--out", tmp_path / "generate.jsonl")

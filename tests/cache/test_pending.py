@@ -11,7 +11,7 @@ import torch
 
 import pkv_hf
 from pkv_hf import PagedCache
-from pkv_hf.cache.reordering import Reordering
+from pkv_hf.cache.pending import Reordering
 from pkv_hf.compat import CACHE
 from tiny import assert_on_pages, left_padded, tiny
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import pkv_hf
-from pkv_hf.cache.paged import KV_DTYPES
+from pkv_hf.cache.sizes import KV_DTYPES
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels import launch
 from pkv_hf.kernels import quantize as quantization

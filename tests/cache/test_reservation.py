@@ -7,7 +7,7 @@ import torch
 
 import pkv_hf
 from pkv_hf import PagedCache
-from pkv_hf.cache import pool, reservation
+from pkv_hf.cache import pool
 from pkv_hf.compat import CACHE
 from tiny import assert_on_pages, left_padded, tiny
 
@@ -24,7 +24,7 @@ def generate(model, inputs, limit, **settings):
 @pytest.mark.parametrize(("route", "limit"), [("sdpa", 10**8), ("sdpa", int(1e30)), ("split", 10**8)])
 def test_a_limit_that_no_memory_holds_is_no_reason_to_fail(route, limit, monkeypatch):
     if route == "split":  # launches are sized for all that is likely, and interpreted
-        monkeypatch.setattr(reservation, "LIKELY", 100)
+        monkeypatch.setattr(pool, "LIKELY", 100)
     model, inputs = tiny("llama"), left_padded(20)
     ends = {"eos_token_id": generate(model, inputs, 4).sequences[0, -1].item()}
     expected = generate(model, inputs, 60, **ends).sequences
@@ -33,7 +33,7 @@ def test_a_limit_that_no_memory_holds_is_no_reason_to_fail(route, limit, monkeyp
         assert torch.equal(output.sequences, expected)
         assert_on_pages(model)
     memory = output[CACHE].memory()
-    most = -(-(20 + reservation.LIKELY) // 16)
+    most = -(-(20 + pool.LIKELY) // 16)
     assert memory.pages_in_use + memory.pages_free <= most
     (table,) = output[CACHE].tables.values()
     assert table.on(torch.device("cpu"))[0].shape[1] <= most
@@ -50,7 +50,7 @@ def test_a_limit_that_no_memory_holds_is_no_reason_to_fail(route, limit, monkeyp
     ids=str,
 )
 def test_rows_grow_beyond_what_was_likely(route, name, settings, monkeypatch):
-    monkeypatch.setattr(reservation, "LIKELY", 2)
+    monkeypatch.setattr(pool, "LIKELY", 2)
     model, inputs = tiny(name), left_padded(28, 9)
     expected = generate(model, inputs, 8, **settings).sequences
     with pkv_hf.patched(model, route=route):
@@ -78,7 +78,7 @@ def test_half_is_reserved_and_half_of_that_where_memory_is_short(free_pages, exp
 
 
 def test_a_prompt_in_chunks_is_reserved_whole(monkeypatch):
-    monkeypatch.setattr(reservation, "LIKELY", 8)
+    monkeypatch.setattr(pool, "LIKELY", 8)
     with pkv_hf.patched(tiny("llama")) as model:
         cache = generate(model, left_padded(60), 3, prefill_chunk_size=16)[CACHE]
         (table,) = cache.tables.values()

@@ -223,11 +223,14 @@ def test_models_that_cannot_be_served_are_named_with_the_reason():
 
 @pytest.mark.parametrize(
     ("layer_types", "says"),
-    [("chunked_attention", "attention_chunk_size"), ("linear_attention", "LinearAttentionLayer")],
+    [
+        (["full_attention", "chunked_attention", "full_attention"], "attention_chunk_size"),
+        (["linear_attention"] * 3, "every layer of Qwen2Config keeps a LinearAttentionLayer: pages would hold nothing"),
+    ],
 )
 def test_layers_that_cannot_be_held_are_refused(layer_types, says):
     model = tiny("qwen2")  # which has no size of chunks
-    model.config.layer_types = ["full_attention", layer_types, "full_attention"]
+    model.config.layer_types = layer_types
     before = attributes(model)
     with pytest.raises(pkv_hf.UnsupportedModelError, match=says):
         pkv_hf.patch(model)

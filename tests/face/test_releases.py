@@ -65,8 +65,8 @@ def test_every_mode_runs_on_pages_without_a_word(mode, route):
         pytest.importorskip("triton")
     settings, inputs = dict(MODES[mode]), there(left_padded(30))
     if "assistant_model" in settings:
-        settings["assistant_model"] = pkv_hf.patch(tiny("llama", seed=1).to(DEVICE), route=route)
-    model = tiny("llama").to(DEVICE)
+        settings["assistant_model"] = pkv_hf.patch(tiny("llama", 1, num_hidden_layers=1).to(DEVICE), route=route)
+    model = tiny("llama", num_hidden_layers=1).to(DEVICE)
 
     def generate():
         torch.manual_seed(3)

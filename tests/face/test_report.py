@@ -11,8 +11,8 @@ import pkv_hf
 from pkv_hf import reporting
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.admission import _asks_more
-from pkv_hf.runtime.graphs import CaptureError
-from pkv_hf.runtime.static import StaticStep
+from pkv_hf.runtime.captured.graphs import CaptureError
+from pkv_hf.runtime.captured.static import StaticStep
 from tiny import COMMON, left_padded, randomized, tiny
 
 ON_A_CPU = "a CUDA graph needs a GPU, the step is on cpu"
@@ -141,6 +141,9 @@ def test_a_step_is_captured_where_its_graph_is_replayed(monkeypatch):
     [
         ({"position_ids": torch.zeros(3, 1, 1)}, "its positions have 3 dimensions (mRoPE)"),
         ({"token_type_ids": torch.zeros(1, 1), "labels": 1}, "its decoder is given token_type_ids, labels"),
+        ({"input_ids": torch.zeros(2, 5), "logits_to_keep": 1}, "its decoder is given logits_to_keep"),
+        ({"input_ids": torch.zeros(2, 1), "logits_to_keep": 1}, ""),
+        ({"input_ids": torch.zeros(2, 1), "logits_to_keep": torch.zeros(1)}, "its decoder is given logits_to_keep"),
         ({"return_dict": False}, "return_dict=False asks for a tuple"),
         ({"use_cache": False}, "use_cache=False, with a cache"),
         ({"position_ids": torch.zeros(1, 1), "use_cache": True, "output_hidden_states": False}, ""),

@@ -19,7 +19,7 @@ import pkv_hf
 from pkv_hf.cache import pool
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
-from pkv_hf.runtime import graphs
+from pkv_hf.runtime.captured import graphs
 from tiny import assert_on_pages, decode_logits, on_gpu, tiny
 
 pytestmark = pytest.mark.gpu

@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("triton")
 
 import pkv_hf
-from pkv_hf.cache.paged import KV_DTYPES
+from pkv_hf.cache.sizes import KV_DTYPES
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
 from tiny import FAMILIES, assert_on_pages, decode_logits, on_gpu, tiny

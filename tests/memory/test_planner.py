@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 import transformers
+from hybrid import HYBRIDS, hybrid
 from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
+from families.models import family_model
 from pkv_hf.bench.benchmark import SHAPES
 from pkv_hf.compat import CACHE
 from places import ROOT
@@ -58,6 +60,17 @@ def test_pages_and_weights_are_what_a_model_holds(family, lengths, kv_dtype):
     with pkv_hf.patched(model, **settings):
         output = model.generate(**left_padded(*lengths), max_new_tokens=6, return_dict_in_generate=True)
     assert output[CACHE].memory().held_bytes == plan.pages
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_states_and_layers_that_differ_count(name):
+    model = hybrid(name)
+    plan = pkv_hf.plan(model, prompt_tokens=(40, 9), max_new_tokens=6, gpu_memory="1GiB")
+    with pkv_hf.patched(model):
+        output = model.generate(**left_padded(40, 9), max_new_tokens=6, return_dict_in_generate=True)
+    assert plan.pages == output[CACHE].memory().held_bytes
+    half = pkv_hf.plan(model.config, prompt_tokens=(40, 9), max_new_tokens=6, gpu_memory="1GiB", dtype=torch.bfloat16)
+    assert plan.pages / 2 <= half.pages < plan.pages  # recurrent states may be float32 whatever the model is
 
 
 def test_the_largest_prompt_and_batch_fit_and_one_more_does_not():
@@ -129,3 +142,14 @@ def test_bad_input_is_named(monkeypatch):
     for wrong in ("llama", BloomConfig(n_layer=1, hidden_size=32, n_head=2, vocab_size=64)):
         with pytest.raises(pkv_hf.UnsupportedModelError):
             pkv_hf.plan(wrong, **good)
+
+
+@pytest.mark.parametrize("family", ["qwen3-vl", "falcon-h1", "gemma4-e2b"])
+def test_a_model_around_a_text_decoder_states_and_shared_layers(family):
+    model = family_model(family)
+    plan = pkv_hf.plan(model, prompt_tokens=(20, 9), max_new_tokens=3, gpu_memory="1GiB")
+    of_config = pkv_hf.plan(model.config, prompt_tokens=(20, 9), max_new_tokens=3, gpu_memory="1GiB")
+    assert (of_config.weights, of_config.pages) == (plan.weights, plan.pages)
+    with pkv_hf.patched(model):
+        output = model.generate(**left_padded(20, 9), max_new_tokens=3, min_new_tokens=3, return_dict_in_generate=True)
+    assert output[CACHE].memory().held_bytes == plan.pages

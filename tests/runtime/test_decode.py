@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.routes.triton import Split
-from pkv_hf.runtime.watch import Watch
+from pkv_hf.runtime.captured.watch import Watch
 from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 

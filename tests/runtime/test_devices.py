@@ -99,8 +99,8 @@ def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypat
     """All that a step runs by a route is inside the device of its layer; a static step is inside its own too."""
     pytest.importorskip("triton")
     from pkv_hf.routes import triton as routes
-    from pkv_hf.runtime import static as decode
     from pkv_hf.runtime import step
+    from pkv_hf.runtime.captured import static as decode
 
     current, launched = [], []
 

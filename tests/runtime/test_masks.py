@@ -10,10 +10,12 @@ import torch
 from transformers import Gemma3TextConfig
 from transformers.masking_utils import create_masks_for_generate
 
+import pkv_hf
 from pkv_hf import PagedCache, compat
 from pkv_hf.errors import NotServed
 from pkv_hf.runtime import masks
 from pkv_hf.runtime.masks import Expanded, read_expanded
+from tiny import assert_on_pages, left_padded, tiny
 
 ROWS, PAST, WINDOW = 3, 11, 8
 
@@ -108,3 +110,22 @@ def test_masks_of_layers_that_keep_states_have_to_name_the_same_tokens():
 def test_a_mask_of_another_shape_is_not_served(given):
     with pytest.raises(NotServed, match=r"attention_mask is \["):
         read(case(BOTH[1:], 0, 13), given)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 6)], ids=["equal", "padded"])
+@pytest.mark.parametrize("both_ways", [False, True])
+def test_a_known_familys_prompt_attends_as_its_mask_says(lengths, both_ways):
+    """Padding is left out of such a prompt only where the mask is no more than causal."""
+    model, inputs = tiny("llama", num_hidden_layers=1), left_padded(*lengths)
+    mask = torch.ones(9, 9, dtype=torch.bool).tril().repeat(2, 1, 1, 1)
+    mask[:, :, 3:6, 3:6] |= both_ways
+    mask &= inputs["attention_mask"][:, None, None] != 0
+    expected = model.model(inputs["input_ids"], attention_mask=mask).last_hidden_state
+    pkv_hf.patch(model)
+    cache = PagedCache(model.config)
+    found = model.model(inputs["input_ids"], attention_mask=mask, **{compat.CACHE: cache}).last_hidden_state
+    real = inputs["attention_mask"] != 0
+    torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+    assert_on_pages(model)
+    assert pkv_hf.report(model).calls.masked == both_ways

@@ -8,8 +8,8 @@ import transformers
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.runtime.graphs import CaptureError
-from pkv_hf.runtime.static import StaticStep
+from pkv_hf.runtime.captured.graphs import CaptureError
+from pkv_hf.runtime.captured.static import StaticStep
 from tiny import COMMON, left_padded, randomized, tiny
 
 INPUTS = left_padded(12, 7)

@@ -66,16 +66,16 @@ def same_on_pages(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
     return result
 
 
-def test_generate(folder, tmp_path):
+def test_generate(small_folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("Pages hold what attention has read. " * 8)
-    done = run("generate.py", "--model", folder, "--text-file", text, "--new-tokens", 12)
+    done = run("generate.py", "--model", small_folder, "--text-file", text, "--new-tokens", 12)
     assert same_on_pages(done)["prompt_tokens"] > 70
     assert "last step: sdpa" in done.stdout
 
 
-def test_chat(folder):
-    done = run("chat.py", "--model", folder, "--questions", "What is with?", "What is as?", "--new-tokens", 8)
+def test_chat(small_folder):
+    done = run("chat.py", "--model", small_folder, "--questions", "What is with?", "What is as?", "--new-tokens", 8)
     result = same_on_pages(done)
     assert result["turns"] == 4
     assert result["shared_tokens"] > 800
@@ -83,9 +83,19 @@ def test_chat(folder):
     assert done.stdout.count("assistant ") == 4
 
 
-def test_batch_evaluation(folder):
+def test_batch_evaluation(small_folder):
     done = run(
-        "batch_evaluation.py", "--model", folder, "--context", 128, "--prompts", 4, "--batch", 2, "--new-tokens", 6
+        "batch_evaluation.py",
+        "--model",
+        small_folder,
+        "--context",
+        128,
+        "--prompts",
+        4,
+        "--batch",
+        2,
+        "--new-tokens",
+        6,
     )
     result = same_on_pages(done)
     assert result["perplexity_pages"] == pytest.approx(result["perplexity_transformers"], rel=1e-4)
@@ -93,9 +103,9 @@ def test_batch_evaluation(folder):
     assert "100%" in done.stderr
 
 
-def test_lora_then_serve(folder, tmp_path):
+def test_lora_then_serve(small_folder, tmp_path):
     adapters = tmp_path / "adapters"
-    done = run("lora_then_serve.py", "--model", folder, "--steps", 2, "--new-tokens", 8, "--adapters", adapters)
+    done = run("lora_then_serve.py", "--model", small_folder, "--steps", 12, "--new-tokens", 8, "--adapters", adapters)
     result = same_on_pages(done)
     assert result["loss_after"] < result["loss_before"]
     assert (adapters / "adapter_model.safetensors").is_file()
@@ -153,7 +163,7 @@ def test_the_client_prints_tokens_as_the_server_makes_them(folder, tmp_path):
         assert_on_pages(json.loads(printed.splitlines()[-1]))
 
 
-def test_a_port_that_is_taken_ends_the_server(folder):
+def test_a_port_that_is_taken_ends_the_server(small_folder):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        done = run("serve.py", "--model", folder, "--port", taken.getsockname()[1], status=1)
+        done = run("serve.py", "--model", small_folder, "--port", taken.getsockname()[1], status=1)
     assert "address already in use" in done.stderr

@@ -16,7 +16,7 @@ import pkv_hf
 from pkv_hf import PagedCache
 from pkv_hf.compat import CACHE
 from pkv_hf.replaced import STATE
-from pkv_hf.runtime.watch import Watch
+from pkv_hf.runtime.captured.watch import Watch
 from tiny import COMMON, assert_on_pages, left_padded, tiny
 
 peft = pytest.importorskip("peft")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import ModelOutput
 
 import pkv_hf
 from pkv_hf.bench.model_types.building import TOKENS, prompts
@@ -16,9 +17,6 @@ from pkv_hf.compat import CACHE
 from pkv_hf.replaced import STATE
 
 NEW_TOKENS = 6
-SETTINGS: dict[str, Any] = {
-    "max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0
-}  # fmt: skip
 ALIKE = ON_PAGES, BY_TRANSFORMERS, REFUSED = "on pages", "by transformers", "refused"
 """How a mode ran that is the same patched as unpatched. Of the second, calls were left to transformers' own path; the
 third transformers itself refuses."""
@@ -28,60 +26,69 @@ TOLERANCE = 1e-4
 
 class Outcome(NamedTuple):
     tensors: list[torch.Tensor]
-    """What a mode returned."""
+    """The tokens and logits that a mode returned."""
     error: str
     """What it raised instead; empty for nothing."""
     left: bool = False
     """Whether a patched model left some of its calls to transformers."""
 
 
-def beams(model: Any) -> list[torch.Tensor]:
-    return [model.generate(**prompts(12, 7), **SETTINGS, num_beams=3)]
+def generate(model: Any, inputs: Mapping[str, Any], new_tokens: int = NEW_TOKENS, **settings: Any) -> ModelOutput:
+    """Tokens, logits and the cache of so many new tokens, greedily unless `settings` say otherwise. Seeded."""
+    torch.manual_seed(0)
+    plain = {"do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True, "output_logits": True}
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    output: ModelOutput = model.generate(**inputs, **{**plain, **length, **settings})
+    return output
 
 
-def chunked_prefill(model: Any) -> list[torch.Tensor]:
+def beams(model: Any) -> ModelOutput:
+    return generate(model, prompts(12, 7), num_beams=3)
+
+
+def chunked_prefill(model: Any) -> ModelOutput:
     """Chunks with a token of each row: a chunk of padding alone is left to transformers."""
-    return [model.generate(**prompts(13, 9), **SETTINGS, prefill_chunk_size=5)]
+    return generate(model, prompts(13, 9), prefill_chunk_size=5)
 
 
-def two_turns(model: Any) -> list[torch.Tensor]:
+def two_turns(model: Any) -> ModelOutput:
     """A second turn of several tokens in the cache of the first."""
     inputs = prompts(12, 7)
-    first = model.generate(**inputs, **SETTINGS, return_dict_in_generate=True)
+    first: Any = generate(model, inputs)
     said = torch.randint(*TOKENS, (2, 3), generator=torch.Generator().manual_seed(2))
     ids = torch.cat([first.sequences, said], dim=1)
     new = torch.ones(2, ids.shape[1] - inputs["input_ids"].shape[1], dtype=torch.long)
     mask = torch.cat([inputs["attention_mask"], new], dim=1)
-    return [ids, model.generate(ids, attention_mask=mask, **{CACHE: first[CACHE]}, **SETTINGS)]
+    return generate(model, {"input_ids": ids, "attention_mask": mask, CACHE: first[CACHE]})
 
 
-def sampling(model: Any) -> list[torch.Tensor]:
+def sampling(model: Any) -> ModelOutput:
     """Two sequences of each prompt."""
-    torch.manual_seed(0)
-    return [model.generate(**prompts(12, 7), **{**SETTINGS, "do_sample": True}, num_return_sequences=2)]
+    return generate(model, prompts(12, 7), do_sample=True, num_return_sequences=2)
 
 
-def prompt_lookup(model: Any) -> list[torch.Tensor]:
+def prompt_lookup(model: Any) -> ModelOutput:
     ids = prompts(6)["input_ids"].repeat(1, 3)  # what comes again is drafted
-    return [model.generate(ids, attention_mask=torch.ones_like(ids), **SETTINGS, prompt_lookup_num_tokens=3)]
+    return generate(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, prompt_lookup_num_tokens=3)
 
 
-def inputs_embeds(model: Any) -> list[torch.Tensor]:
+def inputs_embeds(model: Any) -> ModelOutput:
     inputs = prompts(12, 7)
     embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
-    return [model.generate(inputs_embeds=embeds, **inputs, **SETTINGS)]
+    return generate(model, {"inputs_embeds": embeds, **inputs})
 
 
-def static_cache(model: Any) -> list[torch.Tensor]:
-    return [model.generate(**prompts(12, 7), **SETTINGS, cache_implementation="static")]
+def static_cache(model: Any) -> ModelOutput:
+    return generate(model, prompts(12, 7), cache_implementation="static")
 
 
-def forward(model: Any) -> list[torch.Tensor]:
+def forward(model: Any) -> ModelOutput:
     """Logits without generate()."""
-    return [model(**prompts(12, 12)).logits]
+    output: ModelOutput = model(**prompts(12, 12))
+    return output
 
 
-MODES: dict[str, Callable[[Any], list[torch.Tensor]]] = {
+MODES: dict[str, Callable[[Any], ModelOutput]] = {
     "beams": beams,
     "chunked prefill": chunked_prefill,
     "two turns": two_turns,
@@ -98,12 +105,17 @@ def outcomes(model: Any) -> dict[str, Outcome]:
     return {name: _outcome(mode, model) for name, mode in MODES.items()}
 
 
-def _outcome(mode: Callable[[Any], list[torch.Tensor]], model: Any) -> Outcome:
+def _outcome(mode: Callable[[Any], ModelOutput], model: Any) -> Outcome:
     left = _left(model)
     try:
-        return Outcome(mode(model), "", _left(model) > left)
+        return Outcome(_tensors(mode(model)), "", _left(model) > left)
     except Exception as error:  # of transformers' model or of ours: it is the result
         return Outcome([], f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+
+def _tensors(output: Any) -> list[torch.Tensor]:
+    """The tokens, where there are any, and the logits."""
+    return [*([output.sequences] if "sequences" in output else []), *output.logits]
 
 
 def _left(model: Any) -> int:

@@ -7,8 +7,8 @@ import re
 SHARED = {
     # patch() raises
     r"is an encoder-decoder": "encoder-decoder",
-    r"keeps a \w*LinearAttention\w*": "recurrent or linear-attention layers",
-    r"keeps a \w+": "layers that cache something else than keys and values",
+    r"every layer of \w+ keeps a \w*LinearAttention\w*": "recurrent layers alone: pages would hold nothing",
+    r"keeps a \w+": "layers that cache something else than keys and values (indexers)",
     r"attends in chunks": "attention in chunks",
     r"latent attention|its keys have \d+ dimensions": "latent attention, or values of another size than keys",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
@@ -20,6 +20,7 @@ SHARED = {
     r"attends to other keys and values": "keys or values changed after the cache",
     r"attends to a window of": "a window other than its cache keeps",
     r"PagedCache has other windows": "layers that run several times, each with a cache of its own",
+    r"the cache is a \w+, not a PagedCache": "its generate() makes a cache of another kind",
     r"does not go through transformers' cache": "attention or cache by the model's own code",
     # transformers alone fails
     r"requires the \w+ library": "needs a package that is not installed here",
@@ -31,6 +32,7 @@ SHARED = {
     r"its positions have \d+ dimensions": "positions of several axes (mRoPE)",
     r"its decoder is given |returns more than hidden states": "its decoder is given, or returns, more than tokens",
     r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
+    r"states that a crop may take back": "states that a crop may take back",
     r"changes with the length": "RoPE that changes with the length",
     # our kernels do not serve the layers
     r"scores are capped": "attention scores are capped",

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
-from pkv_hf.runtime.graphs import CaptureError, GraphMemories, GraphMemory
+from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1
@@ -49,6 +50,7 @@ class StaticStep:
         self._addresses: tuple[Any, ...] = ()
         self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
         self._end = UNKNOWN  # what `ends` on the device stand at, and `positions` with them
+        self._replayed = False  # whether the graph may have run in the present step
 
     def run(
         self,
@@ -64,20 +66,26 @@ class StaticStep:
         `memories` are what to capture into, None to run without a graph.
 
         Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
+        Where a replay that may have run is interrupted, the cache is empty if it holds linear-attention states: they do
+        not go back.
         """
         begin = cache.get_seq_length()
         end = begin + self.q_len
         stood_at, self._end = self._end, UNKNOWN
+        before, self._replayed = cache.checkpoint(values=memories is None), False
         # torch forbids to write outside of inference mode what was made inside
         with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
             try:
                 self._place(cache, begin, end)
                 self._fill_buffers(tokens, positions, starts, end, stood_at)
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
-                for layer in cache.layers:
+                for layer in cache.paged_layers:
                     layer.length = end
             except BaseException as error:
-                cache.truncate(begin)
+                if self._replayed and cache.holds_states:
+                    cache.reset()
+                else:
+                    cache.go_back(before)
                 if isinstance(error, CaptureError):  # the buffers are filled, and a capture runs nothing
                     self._end = end
                 raise
@@ -125,6 +133,7 @@ class StaticStep:
             self.route.prepare(table, self.device)
             addresses.append(table.pool.version)
             addresses += (tensor.data_ptr() for tensor in table.on(self.device))
+        addresses += linear.addresses(cache.linear_layers)
         if tuple(addresses) != self._addresses:
             self._addresses = tuple(addresses)
             self.drop()
@@ -151,8 +160,12 @@ class StaticStep:
         graph, output = self._graph, self._output  # another thread's look at the model may drop them meanwhile
         if graph is None or output is None or memory is not self._memory:
             self.drop()
+            states = linear.addresses(cache.linear_layers)
             graph, output = memory.capture(lambda: self._body(cache, begin, captured=True))
+            if linear.addresses(cache.linear_layers) != states:
+                raise CaptureError("the model puts its linear-attention states elsewhere at each step")
             self._memory, self._graph, self._output = memory, graph, output
             self.captures += 1
+        self._replayed = True
         graph.replay()
         return output

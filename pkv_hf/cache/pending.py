@@ -1,14 +1,37 @@
-"""What a layer's `keys` and `values` are outside of its pages, until the cache is used next."""
+"""What is still to be done to a cache when it is used next: rows that change places, K and V outside of the pages."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 from pkv_hf.cache.pool import LayerStorage
 
 NAMES = ("keys", "values")
+
+
+def check_indices(indices: Any, rows: int) -> None:
+    """Raises ValueError for what does not say which of so many rows to keep."""
+    wrong = not isinstance(indices, torch.Tensor) or indices.ndim != 1
+    wrong = wrong or indices.is_floating_point() or indices.is_complex()
+    if wrong or (indices.dtype == torch.bool and len(indices) != rows):
+        given = f"{indices.dtype} {list(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
+        raise ValueError(f"indices is {given}: want integers [count] or booleans [{rows}] in a tensor")
+
+
+class Reordering:
+    """Beams' new order on its way from a GPU to the block tables, which are the host's; nobody waits for it."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self._rows = torch.empty(rows.shape, dtype=rows.dtype, device="cpu", pin_memory=True)
+        self._rows.copy_(rows, non_blocking=True)
+        self._copied = torch.cuda.current_stream(rows.device).record_event()
+
+    def rows(self) -> np.ndarray:
+        self._copied.synchronize()
+        return self._rows.numpy()
 
 
 class States:
