@@ -1,4 +1,4 @@
-"""Attention of over_packed_prompt prompts on a GPU: one launch over rows of any length."""
+"""torch's attention on a GPU: packed prompts in one launch, and what layers ask of it beyond a causal softmax."""
 
 from __future__ import annotations
 
@@ -9,10 +9,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pkv_hf.cache.packing import Packing
 from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.routes import sdpa
 from pkv_hf.routes.base import Scores
 from pkv_hf.routes.sdpa import attend_block, over_packed_prompt
 
 pytestmark = pytest.mark.gpu
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+"""Of what is not exact, by the size of what is."""
 
 
 @pytest.mark.parametrize("window", [0, 24, 500])
@@ -40,24 +44,38 @@ def test_packed_rows_are_as_exact_as_row_by_row(dtype, group, head_dim, window):
     assert rms(ours.double().cpu() - exact) <= 2 * rms(torch.cat(theirs, dim=1).transpose(1, 2).double().cpu() - exact)
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (80, 80), (192, 128), (512, 512)], ids=str)
-@pytest.mark.parametrize("sinks", [False, True])
-@pytest.mark.parametrize("window", [0, 30])
-@pytest.mark.parametrize("q_len", [1, 5, 200])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sinks_and_heads_of_other_sizes_are_exact_in_half_precision(dtype, q_len, window, sinks, dims):
-    """Against float64 on the CPU, where no kernel of torch's is called by itself."""
-    q = torch.randn(2, 8, q_len, dims[0], device="cuda").to(dtype)
-    k, v = (torch.randn(2, 2, 230, dim, device="cuda").to(dtype) for dim in dims)
-    scores = Scores(dims[0] ** -0.5, sinks=torch.randn(8, device="cuda").to(dtype) if sinks else None)
-    wide = scores._replace(sinks=None if scores.sinks is None else scores.sinks.double().cpu())
-    where = 230 - q_len, 0, window
-    exact = attend_block(*(states.double().cpu() for states in (q, k, v)), wide, *where)
-    out = attend_block(q, k, v, scores, *where)
-    assert out.shape == exact.shape
-    assert rms(out.double().cpu() - exact) <= 2 * torch.finfo(dtype).eps * rms(exact)
-
-
 def _mask(length: int, window: int) -> torch.Tensor:
     behind = torch.arange(length, device="cuda")[:, None] - torch.arange(length, device="cuda")[None]
     return ((behind >= 0) & (behind < (window or length)))[None, None]
+
+
+@pytest.mark.parametrize("past", [0, 70])
+@pytest.mark.parametrize("q_len", [1, 130])
+@pytest.mark.parametrize(
+    ("asked", "window", "dims", "flash"),
+    [
+        ({"sinks": True}, 0, (64, 64), True),
+        ({"sinks": True}, 24, (128, 128), True),
+        ({"sinks": True}, 24, (192, 128), False),
+        ({"softcap": 1.5, "sinks": True}, 0, (64, 64), False),
+        ({"softcap": 1.5}, 24, (256, 256), False),
+        ({"chunked": True, "sinks": True}, 48, (64, 64), True),
+        ({}, 0, (192, 128), False),
+        ({}, 24, (512, 512), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_what_layers_ask_for(dtype, asked, window, dims, flash, q_len, past, monkeypatch):
+    """Sinks by the sums that the flash kernel returns, where it takes the heads; K and V of two sizes; wide heads."""
+    lengths = (6, q_len), (2, past + q_len), (2, past + q_len)
+    q, k, v = (torch.randn(3, *of, dim, device="cuda").to(dtype) for of, dim in zip(lengths, (dims[0], *dims)))
+    sinks = 2 * torch.randn(6, device="cuda") if "sinks" in asked else None
+    scores = Scores(dims[0] ** -0.5, **{**asked, "sinks": sinks})
+    called, by_flash = [], sdpa.flash_with_sinks
+    monkeypatch.setattr(sdpa, "flash_with_sinks", lambda *args: called.append(1) or by_flash(*args))
+    ours = attend_block(q, k, v, scores, past, 0, window)
+    assert bool(called) == (flash and dtype != torch.float32)
+    wide = [states.double().cpu() for states in (q, k, v)]
+    exact = attend_block(*wide, scores._replace(sinks=None if sinks is None else sinks.double().cpu()), past, 0, window)
+    assert ours.shape == exact.shape
+    assert rms(ours.double().cpu() - exact) <= TOLERANCE[dtype] * rms(exact)

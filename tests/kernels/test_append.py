@@ -15,9 +15,10 @@ from pkv_hf.kernels.reference import normed, rotated
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def pools(dtype: torch.dtype, head_dim: int):
+def pools(dtype: torch.dtype, head_dim: int, value_dim: int | None = None):
     """Pages of NaN, a table of three rows, and where their last three tokens go."""
-    k_pages, v_pages = (torch.full((12, 2, 16, head_dim), float("nan"), dtype=dtype, device=DEVICE) for _ in range(2))
+    dims = head_dim, value_dim or head_dim
+    k_pages, v_pages = (torch.full((12, 2, 16, dim), float("nan"), dtype=dtype, device=DEVICE) for dim in dims)
     table = torch.tensor([[3, 5, 0], [0, 9, 2], [7, 1, 4]], dtype=torch.int32, device=DEVICE)
     ends = torch.tensor([17, 33, 48], dtype=torch.int32, device=DEVICE)
     first_held = torch.tensor([0, 16, 0], dtype=torch.int32, device=DEVICE)
@@ -25,10 +26,10 @@ def pools(dtype: torch.dtype, head_dim: int):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [64, 80, 96])
-def test_append_writes_just_the_new_tokens(head_dim, dtype):
-    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim)
-    k, v = (torch.randn(3, 3, 2, head_dim, device=DEVICE).to(dtype).transpose(1, 2) for _ in range(2))
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (80, 80), (96, 32), (32, 512)])
+def test_append_writes_just_the_new_tokens(head_dim, value_dim, dtype):
+    k_pages, v_pages, table, first_held, ends = pools(dtype, head_dim, value_dim)
+    k, v = (torch.randn(3, 3, 2, dim, device=DEVICE).to(dtype).transpose(1, 2) for dim in (head_dim, value_dim))
     append(k_pages, v_pages, k, v, table, first_held, ends)
     for pages, states in ((k_pages, k), (v_pages, v)):
         for row in range(3):
