@@ -18,6 +18,7 @@ from pkv_hf.bench.model_types.cases import Case
 from pkv_hf.bench.model_types.modes import ALIKE, TOLERANCE, compared, outcomes
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.errors import NotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
@@ -132,7 +133,7 @@ def _not_captured(model: Any) -> str:
     try:
         with Step(cache, bounds, ROUTES["sdpa"], decoder.config, captured=True) as step:
             transformers_layers(decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
-    except RuntimeError as error:
+    except (RuntimeError, NotServed) as error:
         return str(error)
     return "" if linear.addresses(cache.linear_layers) == places else "its states move at each step"
 
