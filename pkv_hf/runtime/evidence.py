@@ -56,6 +56,8 @@ class Look:
     """Why the causal LM and its generation are not as the run-ahead loop takes them."""
     not_static: str
     """Why decode steps do not run on static buffers."""
+    causal: bool
+    """Whether all attention modules attend causally where they get no mask."""
     refused: str = ""
     """Why no call can be served, as the layers turned out."""
     not_captured: str = ""
@@ -112,11 +114,6 @@ class Evidence:
     def generic(self) -> bool:
         """Of no known family: all that is known of the layers is what they ask of attention."""
         return self.family is None
-
-    @property
-    def causal(self) -> bool:
-        """Whether all attention modules attend causally where they get no mask."""
-        return all(getattr(module, "is_causal", True) for module in self.attentions)
 
     @property
     def may_keep_states(self) -> bool:
@@ -177,7 +174,8 @@ class Evidence:
             if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
                 loop = origins.unfamiliar_loop(self.model, self.family)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
-        return Look(watch, foreign, layers, attention, loop, not_static)
+        causal = all(getattr(module, "is_causal", True) for module in self.attentions)
+        return Look(watch, foreign, layers, attention, loop, not_static, causal)
 
     def unfamiliar_implementation(self) -> str:
         """Why pages cannot stand for the attention function that the model's user has chosen; empty where they can."""

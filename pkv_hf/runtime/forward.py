@@ -92,7 +92,7 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     settings: dict[str, Any] = {
         # which looks at no mask: the model may have made one that is more, a hook may hand a layer another
         "fuses_rope": causal and not (known.attention or known.hooked),
-        "shows_masks": known.hooked or not state.known.causal,
+        "shows_masks": known.hooked or not known.causal,
         "expanded": admitted.expanded,
     }
     own_states = taken_back(decoder) if state.known.may_keep_states else contextlib.nullcontext()
