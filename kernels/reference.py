@@ -1,4 +1,4 @@
-"""Paged attention, RMSNorm and RoPE in torch, for any dtype: what the kernels are judged by.
+"""Paged attention, norms, activations and RoPE in torch, for any dtype: what the kernels are judged by.
 
 Shapes and names are the same in all of `pkv_hf.kernels`. Pools `k_pages`, `v_pages` are `[num_pages, H_kv, page_size,
 head_dim]`; position `p` of row `b` is in page `block_table[b, p // page_size]` (int32 `[rows, max_pages]`), and page 0
@@ -8,7 +8,11 @@ last ones: query `t` is at position `ends[b] - q_len + t` and attends from `star
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+from torch.nn import functional
 
 from pkv_hf.kernels.quantize import dequantize
 
@@ -74,14 +78,94 @@ def first_seen(start: int, position: int, window: int, chunked: bool) -> int:
     return max(start, position - window + 1) if window else start
 
 
-def normed(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last dimension, as transformers rounds it."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+Norm = tuple[torch.Tensor | None, float, float]
+"""An RMSNorm: its weight `[width]` or None for none, its epsilon, and what is added to the weight."""
 
 
-def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """RoPE of x `[rows, heads, q_len, head_dim]` by cos and sin `[1 or rows, q_len, head_dim]`, as transformers rounds
-    it."""
-    low, high = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat([-high, low], dim=-1) * sin[:, None]
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """RMSNorm (Zhang & Sennrich 2019) over the last dimension, times `offset + weight`.
+
+    Rounded as transformers rounds it: with an offset once, as Gemma does, without one before and after the
+    multiplication, as Llama does.
+    """
+    wide = _wide(x)
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return wide.to(x.dtype)
+    if offset:
+        return (wide * (offset + weight.to(wide.dtype))).to(x.dtype)
+    return weight * wide.to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
+    """LayerNorm (Ba et al. 2016) over the last dimension, rounded once."""
+    wide = _wide(x)
+    weight, bias = (each if each is None else each.to(wide.dtype) for each in (weight, bias))
+    return functional.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
+
+
+def add_norms(
+    y: torch.Tensor, residual: torch.Tensor, after: Norm | None, before: Norm | None, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """total = residual + scale * after(y), and before(total); where a norm is None, what it would be of."""
+    y = y if after is None else rms_norm(y, *after)
+    total = residual + (y if scale == 1.0 else scale * y)
+    return total, total if before is None else rms_norm(total, *before)
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": functools.partial(functional.gelu, approximate="tanh"),
+    "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
+}
+"""By name: SiLU, GELU by erf and by tanh (Hendrycks & Gimpel 2016), ReLU and its square (So et al. 2021)."""
+
+
+def activation(x: torch.Tensor, name: str) -> torch.Tensor:
+    """The activation of that name, rounded to x's dtype."""
+    return ACTIVATIONS[name](x)
+
+
+def rotate(
+    x: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
+    rotary: int | None = None,
+    interleaved: bool = False,
+    paired_angles: bool = False,
+) -> torch.Tensor:
+    """RoPE (Su et al. 2021) of the first `rotary` elements of heads, rounded as transformers rounds it.
+
+    x is `[rows, heads, q_len, head_dim]`, cos and sin `[1 or rows, q_len, rotary]`. `rotary` None is all of head_dim, 0
+    none, and then cos and sin are not looked at. Pair i is elements i and i + rotary / 2, `interleaved` 2i and 2i + 1.
+    Its angles are at i and i + rotary / 2 of cos and sin, where pairs are interleaved both at i; with `paired_angles`
+    at 2i and 2i + 1.
+
+    Every product is rounded to x's dtype where cos and sin have it (Llama). Where they are float32 the result is
+    rounded once (OLMo 2, and Cohere with its angles made float32).
+    """
+    rotary = x.shape[-1] if rotary is None else rotary
+    if not rotary or cos is None or sin is None:
+        return x
+    cos, sin = (_angles(angles, interleaved, paired_angles) for angles in (cos, sin))
+    turned, rest = x[..., :rotary], x[..., rotary:]
+    if interleaved:
+        quarter_turn = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+    else:
+        quarter_turn = torch.cat([-turned[..., rotary // 2 :], turned[..., : rotary // 2]], dim=-1)
+    return torch.cat([(turned * cos + quarter_turn * sin).to(x.dtype), rest], dim=-1)
+
+
+def _angles(angles: torch.Tensor, interleaved: bool, paired: bool) -> torch.Tensor:
+    """cos or sin by elements of a head, as rows of heads take them."""
+    if interleaved and not paired:
+        angles = angles[..., : angles.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    elif paired and not interleaved:
+        angles = torch.cat([angles[..., ::2], angles[..., 1::2]], dim=-1)
+    return angles[:, None]
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

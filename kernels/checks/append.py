@@ -13,7 +13,7 @@ from pkv_hf.kernels import append as kernels
 from pkv_hf.kernels.checks.attention import PAGE_SIZES, log_uniform, poisoned_scratch, random_head_dim
 from pkv_hf.kernels.checks.layers import EPS, Draw, Result, beside, same
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
-from pkv_hf.kernels.reference import normed, rotated
+from pkv_hf.kernels.reference import rms_norm, rotate
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 """Integers of an element's size: NaN compares there, and float8, which torch does not index, is indexed."""
@@ -105,8 +105,8 @@ def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Resu
         def roped(dtype: torch.dtype) -> list[torch.Tensor]:
             states = [x.to(dtype) for x in (q, k)]
             if case.norm:
-                states = [normed(x, weight.to(dtype), case.eps) for x, weight in zip(states, weights)]
-            return [rotated(x, *(angle.to(dtype) for angle in angles)) for x in states]
+                states = [rms_norm(x, weight.to(dtype), case.eps) for x, weight in zip(states, weights)]
+            return [rotate(x, *(angle.to(dtype) for angle in angles)) for x in states]
 
         (q, k), (exact_q, exact_k) = roped(case.dtype), roped(torch.float64)
         results["q"] = beside(rotated_q, q, exact_q) if case.norm else same(rotated_q, q)

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from pkv_hf.kernels import elementwise, linear
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
-from pkv_hf.kernels.reference import normed
+from pkv_hf.kernels.reference import rms_norm
 
 MARGIN = 64
 """Elements of NaN before and after every tensor that a kernel reads."""
@@ -163,7 +163,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
     residual = draw(case.rows, *case.outputs) if case.residual else None
 
     def reference(dtype: torch.dtype) -> torch.Tensor:
-        wide = x.to(dtype) if norm is None else normed(x.to(dtype), norm.to(dtype), case.eps)
+        wide = x.to(dtype) if norm is None else rms_norm(x.to(dtype), norm.to(dtype), case.eps)
         products = [
             functional.linear(wide, weight.to(dtype), bias if bias is None else bias.to(dtype))
             for weight, bias in zip(weights, biases)
@@ -219,5 +219,5 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
     with poisoned_scratch():
         ours, total = elementwise.rms_norm(x, weight, case.eps, residual)
     summed = x if residual is None else x + residual
-    theirs, exact = (normed(summed.to(dtype), weight.to(dtype), case.eps) for dtype in (case.dtype, torch.float64))
+    theirs, exact = (rms_norm(summed.to(dtype), weight.to(dtype), case.eps) for dtype in (case.dtype, torch.float64))
     return {"out": beside(ours, theirs, exact), "sum": same(total, summed)}

@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.checks.attention import DTYPES
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
-from pkv_hf.kernels.reference import normed, rotated
+from pkv_hf.kernels.reference import rms_norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -68,7 +68,7 @@ def test_heads_are_normed_as_transformers_rounds_them(dtype):
     cos, sin, q_norm, k_norm = (torch.randn(shape, device=DEVICE).to(dtype) for shape in [(1, 3, 80)] * 2 + [(80,)] * 2)
     held = table, first_held, ends
     rotated_q = rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, k_norm, 0.1))
-    expected_q, expected_k = (rotated(normed(x, weight, 0.1), cos, sin) for x, weight in ((q, q_norm), (k, k_norm)))
+    expected_q, expected_k = (rotate(rms_norm(x, weight, 0.1), cos, sin) for x, weight in ((q, q_norm), (k, k_norm)))
     last = [(int(table[row, p // 16]), p % 16) for row in range(3) for p in range(int(ends[row]) - 3, int(ends[row]))]
     written = torch.stack([k_pages[page, :, slot] for page, slot in last]).view(3, 3, 2, 80).transpose(1, 2)
     for ours, expected in ((rotated_q, expected_q), (written, expected_k)):

@@ -8,10 +8,10 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from pkv_hf.kernels import reference
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.elementwise import rms_norm, silu_mul
 from pkv_hf.kernels.linear import choose_block, linear, swiglu
-from pkv_hf.kernels.reference import normed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -49,15 +49,15 @@ def test_linear(rows, inputs, outputs, bias, dtype):
     norm = drawn(inputs, dtype=dtype) if rows == 1 else None
     residual = drawn(rows, outputs[0], dtype=dtype) if len(outputs) == 1 else None
 
-    def reference(x, norm, residual, weights, biases):
-        x = x if norm is None else normed(x, norm, EPS)
+    def by_torch(x, norm, residual, weights, biases):
+        x = x if norm is None else reference.rms_norm(x, norm, EPS)
         y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases)], dim=1)
         return y if residual is None else y + residual
 
     with poisoned_scratch():
         ours = linear(x, weights, biases, norm=norm, eps=EPS, residual=residual)
-    theirs = reference(x, norm, residual, weights, biases)
-    exact = reference(*double([x, norm, residual]), double(weights), double(biases))
+    theirs = by_torch(x, norm, residual, weights, biases)
+    exact = by_torch(*double([x, norm, residual]), double(weights), double(biases))
     judge(ours, theirs, exact)
 
 
@@ -89,13 +89,13 @@ def test_swiglu(rows, inputs, outputs, dtype):
     gate, up = (drawn(outputs, inputs, dtype=dtype, scale=inputs**-0.5) for _ in range(2))
     norm = drawn(inputs, dtype=dtype) if rows == 1 else None
 
-    def reference(x, norm, gate, up):
-        x = x if norm is None else normed(x, norm, EPS)
+    def by_torch(x, norm, gate, up):
+        x = x if norm is None else reference.rms_norm(x, norm, EPS)
         return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
 
     with poisoned_scratch():
         ours = swiglu(x, gate, up, norm=norm, eps=EPS)
-    judge(ours, reference(x, norm, gate, up), reference(*double([x, norm, gate, up])))
+    judge(ours, by_torch(x, norm, gate, up), by_torch(*double([x, norm, gate, up])))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
@@ -109,8 +109,8 @@ def test_rms_norm(width, residual, dtype):
         ours, total = rms_norm(x, weight, EPS, other)
     expected = x if other is None else x + other
     assert torch.equal(total, expected)
-    judge(ours, normed(expected, weight, EPS), normed(expected.double(), weight.double(), EPS))
-    assert dtype == torch.float32 or same(ours, normed(expected, weight, EPS))
+    judge(ours, reference.rms_norm(expected, weight, EPS), reference.rms_norm(expected.double(), weight.double(), EPS))
+    assert dtype == torch.float32 or same(ours, reference.rms_norm(expected, weight, EPS))
 
 
 @pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
