@@ -1,8 +1,9 @@
-"""A decode step through the layers that the families share, in as few launches as their modules allow.
+"""A decode step of a described layer, in as few launches as its modules allow.
 
-A layer of plain half-precision weights is seven launches: norm and q, k, v; q/k norm, RoPE and append; attention and
-its merge; output projection and residual; norm, gate, up and SwiGLU; down projection and residual. Modules that are
-something else (adapters, quantised weights) are called as they are, between fused norms.
+A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
+heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
+projection and residual. A norm after a branch takes one more, with the residual and the next norm. Modules that are
+something else (adapters, quantised weights, experts) are called as they are, between fused norms.
 """
 
 from __future__ import annotations
@@ -10,126 +11,124 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
-from transformers.activations import SiLUActivation
 
+from pkv_hf.errors import LayerNotServed
+from pkv_hf.patches.description import MLP, AsIs, Attention, Layer, Norm
+from pkv_hf.patches.stream import Normed, Stream, kernel_takes
+from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step
 
 
-def decode_forward(
-    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+class FusedLayer:
+    """A layer's forward by its description, for the steps of a `PagedCache` whose route appends with RoPE."""
+
+    def __init__(self, layer: Layer, following: Norm | None) -> None:
+        self.layer = layer
+        """Bound to its modules."""
+        self.following = following
+        """What the next layer begins with, None where that is no norm."""
+
+    def __call__(self, step: Step, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments."""
+        stream, branches = Stream(hidden), self.layer.branches
+        for branch, other in zip(branches, (*branches[1:], None)):
+            if not branch.of_input:
+                stream.source = stream.hidden
+            following = self.following if other is None else None if other.of_input else other.before
+            body: Any = branch.body
+            if isinstance(body, Attention):
+                x = stream.normed(branch.before, kernel_takes(list(body.inputs), stream.source))
+                stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following)
+            elif isinstance(body, MLP):
+                first = [each for each in (body.gate, body.up) if each is not None]
+                x = stream.normed(branch.before, kernel_takes(first, stream.source))
+                stream.add(body.down, _mlp(body, x, first), branch, following)
+            else:
+                x = stream.normed(branch.before, folds=False)
+                stream.add(None, _as_is(body, x.x.view(stream.shape), given), branch, following)
+        return stream.result(self.following)
+
+
+def _attention(
+    attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]
 ) -> torch.Tensor:
-    """Hidden states `[B, q_len, hidden]` of tokens at positions, both int64 `[B, q_len]`; with `head` its logits."""
-    hidden = decoder.embed_tokens(tokens)
-    cos, sin = decoder.rotary_emb(hidden, position_ids=positions)
-    shape = hidden.shape
-    stream = Stream(hidden.view(-1, shape[-1]))
-    for layer in decoder.layers[: decoder.config.num_hidden_layers]:  # fewer while a draft exits early
-        _attention(layer, stream, cos, sin, step, shape[:2])
-        _mlp(layer.post_attention_layernorm, layer.mlp, stream)
-    if head is not None and kernel_takes([head], stream.hidden):
-        return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
-    normed = stream.norm(decoder.norm).view(shape)
-    return normed if head is None else head(normed)
-
-
-SILU = (nn.SiLU, SiLUActivation)
-"""The activations that our kernels compute."""
-
-
-class Stream:
-    """The residual stream `[B * q_len, hidden]`, and what is still to be added to it."""
-
-    def __init__(self, hidden: torch.Tensor) -> None:
-        self.hidden = hidden
-        self.pending: torch.Tensor | None = None
-
-    def settle(self) -> torch.Tensor:
-        if self.pending is not None:
-            self.hidden, self.pending = self.hidden + self.pending, None
-        return self.hidden
-
-    def normed(self, norm: Any) -> tuple[torch.Tensor, Any]:
-        """x and a norm that is still to be taken of it: one row's norm goes with the product, more are normed first."""
-        return (self.settle(), norm) if len(self.hidden) == 1 else (self.norm(norm), None)
-
-    def norm(self, norm: Any) -> torch.Tensor:
-        from pkv_hf.kernels.elementwise import rms_norm
-
-        normed, self.hidden = rms_norm(self.hidden, norm.weight, norm.variance_epsilon, self.pending)
-        self.pending = None
-        return normed
-
-    def add(self, linear: nn.Module, x: torch.Tensor) -> None:
-        """Adds a projection of x; a norm has been taken since the last, so that nothing is pending."""
-        if kernel_takes([linear], x):
-            self.hidden = _linear(x, None, [linear], residual=self.hidden)
-        else:
-            self.pending = linear(x)
-
-
-def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
-    """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours.
-
-    A quantised or sharded weight can be a subclass of tensor in a plain layer, and give its dtype as the plain one's.
-    """
-    from pkv_hf.kernels.linear import DTYPES, MAX_ROWS, outruns_cublas
-
-    return (
-        x.dtype in DTYPES
-        and len(x) <= MAX_ROWS
-        and all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in modules)
-        and all(module.weight.dtype == x.dtype and module.weight.is_contiguous() for module in modules)
-        and len({module.bias is None for module in modules}) == 1
-        and outruns_cublas(x, sum(len(module.weight) for module in modules))
-    )
-
-
-def _linear(x: torch.Tensor, norm: Any, modules: list[Any], residual: torch.Tensor | None = None) -> torch.Tensor:
+    """What the output projection takes, `[B * q_len, H_q * D]`."""
+    from pkv_hf.kernels.elementwise import rms_norm
     from pkv_hf.kernels.linear import linear
 
-    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-    return linear(x, weights, biases, residual=residual, **_settings(norm))
-
-
-def _settings(norm: Any) -> dict[str, Any]:
-    return {} if norm is None else {"norm": norm.weight, "eps": norm.variance_epsilon}
-
-
-def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor, step: Step, shape: torch.Size) -> None:
-    attention = layer.self_attn
-    modules = [attention.q_proj, attention.k_proj, attention.v_proj]
-    if kernel_takes(modules, stream.hidden):
-        together = _linear(*stream.normed(layer.input_layernorm), modules)
-        states = together.split([len(module.weight) for module in modules], dim=1)
+    modules = list(attention.inputs)
+    q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    if kernel_takes(modules, x.x):
+        weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+        together = linear(x.x, weights, biases, **x.settings)
+        q, k, v = together.split([q_width * (1 + attention.gated), kv_width, kv_width], dim=1)
+    elif len(modules) == 1:
+        q, k, v = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
     else:
-        normed = stream.norm(layer.input_layernorm)
-        states = tuple(module(normed) for module in modules)
-    q, k, v = (state.view(*shape, -1, attention.head_dim).transpose(1, 2) for state in states)
+        q, k, v = (module(x.x) for module in modules)
     norms = None
-    if hasattr(attention, "q_norm"):
-        q_norm, k_norm = attention.q_norm, attention.k_norm
-        if q_norm.variance_epsilon == k_norm.variance_epsilon:  # the kernel takes one
-            norms = q_norm.weight, k_norm.weight, q_norm.variance_epsilon
+    if attention.norms is not None:
+        q_norm, k_norm = attention.norms
+        if not attention.norms_heads:
+            q = rms_norm(q, q_norm.module.weight, q_norm.eps, offset=q_norm.offset)[0]
+            k = rms_norm(k, k_norm.module.weight, k_norm.eps, offset=k_norm.offset)[0]
         else:
-            q, k = q_norm(q), k_norm(k)
-    out = step.rope_attend(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
-    stream.add(attention.o_proj, out.view(len(stream.hidden), -1))
+            norms = q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset
+    q, k, v = (
+        state.view(*shape[:2], count, -1)
+        for state, count in ((q, attention.heads), (k, attention.kv_heads), (v, attention.kv_heads))
+    )
+    gate = None
+    if attention.gated:
+        q, gate = q.split(attention.head_dim, dim=-1)
+    cos, sin = given["position_embeddings"] if attention.rotary.dim != 0 else (None, None)
+    layer_idx = attention.module.layer_idx
+    scores = attention.scores._replace(chunked=_chunked(step, layer_idx, given.get("attention_mask")))
+    out = step.rope_attend(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cos, sin, layer_idx, scores, attention.rotary, norms
+    )
+    if gate is not None:
+        out = out * torch.sigmoid(gate)
+    return out.reshape(len(x.x), -1)
 
 
-def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
-    from pkv_hf.kernels.elementwise import silu_mul
-    from pkv_hf.kernels.linear import swiglu
+def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
+    """Whether a layer's mask counts the tokens of chunks. Raises LayerNotServed for one of others than it holds."""
+    seen, held = seen_by(mask), step.cache.layers[layer_idx].table.window
+    if seen is None or seen[0] != held:
+        raise LayerNotServed(f"layer {layer_idx} has a mask of other tokens than the {held or 'all'} that it holds")
+    return seen[1]
 
-    gate, up = mlp.gate_proj, mlp.up_proj
-    if type(mlp.act_fn) not in SILU:
-        normed = stream.norm(norm)
-        stream.pending = mlp(normed)
-        return
-    if kernel_takes([gate, up], stream.hidden) and gate.bias is None and gate.weight.shape == up.weight.shape:
-        x, norm = stream.normed(norm)
-        x = swiglu(x, gate.weight, up.weight, **_settings(norm))
+
+def _mlp(mlp: MLP, x: Normed, first: list[Any]) -> torch.Tensor:
+    """What the down projection takes, `[B * q_len, intermediate]`."""
+    from pkv_hf.kernels.elementwise import act, act_mul
+    from pkv_hf.kernels.linear import gated, linear
+
+    by_kernel = kernel_takes(first, x.x)
+    if mlp.gate is None:
+        if by_kernel:
+            return linear(x.x, [mlp.up.weight], [mlp.up.bias], activation=mlp.activation, **x.settings)
+        return act(mlp.up(x.x), mlp.activation)
+    if by_kernel:
+        gate, up = (first[0].weight, first[1].weight) if len(first) == 2 else first[0].weight.chunk(2)
+        biases: Any = [module.bias for module in first]
+        if len(first) == 1:
+            biases = (None, None) if biases[0] is None else biases[0].chunk(2)
+        return gated(x.x, gate, up, mlp.activation, bias_gate=biases[0], bias_up=biases[1], **x.settings)
+    if mlp.up is None:
+        gate, up = mlp.gate(x.x).chunk(2, dim=-1)
     else:
-        normed = stream.norm(norm)
-        x = silu_mul(gate(normed), up(normed))
-    stream.add(mlp.down_proj, x)
+        gate, up = mlp.gate(x.x), mlp.up(x.x)
+    return act_mul(gate, up, mlp.activation)
+
+
+def _as_is(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    arguments = {here: given[there] for here, there in body.handed_on if there in given}
+    arguments.update(body.constants)
+    if body.hidden:
+        output = body.module(**{body.hidden: hidden}, **arguments)
+    else:
+        output = body.module(hidden, **arguments)
+    output = output[0] if isinstance(output, tuple) else output
+    return output.view(-1, output.shape[-1])

@@ -1,9 +1,8 @@
 """Where the code lies that a call will run. What is known of a model is judged by that, not by names and classes.
 
 A function is known where its own code, and that of all that is wrapped around it, lies in the files of a library. It is
-transformers' own for a place in a family where, beneath such wrappers, it is the very function that the family's file
-defines there. A class is a family's whatever its name and `model_type` are, as long as it runs those functions. What
-stands on an instance is never known, unless it only moves tensors between devices.
+transformers' own where, beneath such wrappers, it is the very function that a file of transformers defines. What stands
+on an instance is never known.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
@@ -26,9 +24,6 @@ of a package only that is known: torch's compiler wraps anybody's code."""
 
 FROM_HUB = "kernels"
 """Hugging Face's package that makes modules of transformers' functions, so that others can take their place."""
-
-ALIGNS = "AlignDevicesHook"
-"""accelerate's hook that moves inputs to a module's device."""
 
 
 def chain(function: Any) -> list[Callable[..., Any]]:
@@ -89,51 +84,6 @@ def _folder(package: str) -> str:
     return os.path.dirname(file) + os.sep if os.path.basename(file) == "__init__.py" else file
 
 
-@dataclass(frozen=True)
-class Family:
-    """Models whose layers transformers defines in one file: RMSNorm, q, k, v projections, RoPE, attention, SwiGLU.
-
-    Others that run the very same functions are of the family too, whatever their `model_type` is.
-    """
-
-    folder: str
-    """Where transformers keeps the file, below its `models`."""
-    prefix: str
-    """What the names of its classes begin with."""
-
-    @property
-    def file(self) -> str:
-        """The file, below transformers' own folder."""
-        return os.path.join("models", self.folder, f"modeling_{self.folder}.py")
-
-    @property
-    def namespace(self) -> Any:
-        """The module of that file, None before it was imported."""
-        return sys.modules.get(f"transformers.models.{self.folder}.modeling_{self.folder}")
-
-    def runs(self, of_class: type, kind: str) -> bool:
-        """Whether a class is the family's of a kind ("Attention", say), or a subclass with all its functions."""
-        name = self.prefix + kind
-        for base in of_class.__mro__:
-            own = is_own(
-                vars(base).get("forward"), self.file, f"{name}.forward"
-            )  # transformers gives subclasses it too
-            if own and base.__name__ == name:
-                return True
-            if any(_may_run(key, value) for key, value in vars(base).items() if not (own and key == "forward")):
-                return False
-        return False
-
-
-MAKE_MODULES = ("__init__", "__annotate__", "__annotate_func__")
-"""Functions of a class that no call of a module runs: what they have put on it is looked at itself."""
-
-
-def _may_run(name: str, value: Any) -> bool:
-    """Whether what a class defines under a name may run where its modules are called: functions, properties."""
-    return name not in MAKE_MODULES and not isinstance(value, type) and (callable(value) or hasattr(value, "__get__"))
-
-
 def foreign(modules: Iterable[nn.Module]) -> str:
     """Which module runs code of no known library, or has a forward of its own; empty for none."""
     looked_at: set[type] = set()
@@ -158,74 +108,24 @@ def _compiled(function: Any) -> bool:
     return hasattr(function, "_torchdynamo_orig_callable")
 
 
-def unfamiliar(decoder: Any, family: Family) -> str:
-    """What of a family's layers is not transformers' own and may compute something else; empty for nothing."""
-    layers = decoder.layers
-    attentions = [getattr(layer, "self_attn", None) for layer in layers]
-    norms = [getattr(decoder, "norm", None)]
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        norms += [getattr(layer, name, None) for layer in layers]
-    norms += [getattr(a, name) for a in attentions for name in ("q_norm", "k_norm") if hasattr(a, name)]
-    places: dict[str, list[Any]] = {
-        "Model": [decoder],
-        "RotaryEmbedding": [getattr(decoder, "rotary_emb", None)],
-        "DecoderLayer": list(layers),
-        "MLP": [getattr(layer, "mlp", None) for layer in layers],
-        "RMSNorm": norms,
-    }
-    for kind, modules in places.items():
-        if reason := _others_than(modules, family, kind):
-            return reason
-    return unfamiliar_attention(attentions, family)
+LOOPS_PLACE = ("generate", "_prefill", "_prepare_generation_config", "_sample")
+"""What of a causal LM's generation the run-ahead loop takes the place of, or enters as GenerationMixin does."""
+
+LOOPS_OWN = (*LOOPS_PLACE, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+"""These, and what the loop calls as transformers' own does, which may be a model's."""
 
 
-def unfamiliar_attention(attentions: list[Any], family: Family) -> str:
-    """What of a family's attention is not transformers' own; empty for nothing."""
-    if reason := _others_than(attentions, family, "Attention", aligned=True):
-        return reason
-    for name in ("apply_rotary_pos_emb", "rotate_half"):
-        if not is_own(getattr(family.namespace, name, None), family.file, name):
-            return f"{name} is not transformers' own"
-    return ""
-
-
-def _others_than(modules: list[Any], family: Family, kind: str, aligned: bool = False) -> str:
-    """Which module is not of the family's class of a kind, or does not run its forward; empty for none."""
-    for of_class in dict.fromkeys(type(module) for module in modules):
-        if not family.runs(of_class, kind):
-            return f"a {of_class.__name__} is in the place of transformers' {family.prefix}{kind}"
-    for module in modules:
-        set_on = on_instance(module)
-        if set_on is not None and not (aligned and _aligns(module)):
-            return f"a {type(module).__name__} has a forward of its own"
-    return ""
-
-
-def _aligns(module: nn.Module) -> bool:
-    """Whether what is set on a module in the place of its forward only moves its inputs."""
-    hook: Any = vars(module).get("_hf_hook")
-    return type(hook).__name__ == ALIGNS and of_a_library(type(hook).pre_forward) and not hook.offload
-
-
-LOOPS_OWN = (
-    "generate",
-    "prepare_inputs_for_generation",
-    "_prefill",
-    "_prepare_generation_config",
-    "_sample",
-    "_update_model_kwargs_for_generation",
-)
-"""What of a causal LM's generation the run-ahead loop takes the place of, or calls as transformers does."""
-
-
-def unfamiliar_loop(model: Any, family: Family) -> str:
-    """What of a causal LM's forward and generation is not as transformers has it for the family; empty for nothing."""
-    if reason := _others_than([model], family, "ForCausalLM"):
-        return reason
-    for method in LOOPS_OWN:
-        of_class = getattr(type(model), method)
-        if on_instance(model, method) is not None or not is_own(
-            of_class, os.path.join("generation", "utils.py"), f"GenerationMixin.{method}"
-        ):
-            return f"{method} of the {type(model).__name__} is not transformers' own"
+def unfamiliar_loop(model: Any) -> str:
+    """What of a causal LM's forward and generation the run-ahead loop does not know; empty for nothing."""
+    name = type(model).__name__
+    for method in ("forward", *LOOPS_OWN):
+        function = getattr(type(model), method)
+        own = f"GenerationMixin.{method}"
+        known = (
+            is_own(function, os.path.join("generation", "utils.py"), own)
+            if method in LOOPS_PLACE
+            else (of_a_library(function))
+        )
+        if on_instance(model, method) is not None or not known:
+            return f"{method} of the {name} is not transformers' own"
     return ""

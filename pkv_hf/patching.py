@@ -9,19 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat, configurations
 from pkv_hf.arguments import flags
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
-from pkv_hf.patches.families import served_by_us
-from pkv_hf.patches.forward import attention_forward
-from pkv_hf.patches.fused import decode_forward
+from pkv_hf.patches.check import Fusing
+from pkv_hf.patches.probe import decoder_layers, layer_forward
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.evidence import Evidence, LayerShape
+from pkv_hf.runtime.evidence import Evidence, served_layers
 from pkv_hf.runtime.forward import decoder_forward
 from pkv_hf.runtime.generation import prefill, prepare_cache, prepare_inputs
 from pkv_hf.runtime.loop import generate, mode_arguments
@@ -55,8 +53,8 @@ def patch(
             bytes; "fp8" needs sm_89 or newer), a floating dtype converts them, None keeps that of the model.
         cuda_graphs: capture decode steps on a GPU in a CUDA graph and replay it.
         run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
-        fuse: run decode steps of Llama, Mistral, Qwen2 and Qwen3 by fused kernels; False runs transformers' layers,
-            attention apart, as all other models do.
+        fuse: run decode steps by fused kernels, layer by layer, where a layer is understood and computes the same;
+            False runs transformers' own layers, attention apart.
 
     Raises:
         ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
@@ -92,17 +90,14 @@ def patch(
 
 def _patch(model: Any, settings: dict[str, Any]) -> None:
     """Patches a transformers model that is not patched. Where it raises, it has changed nothing."""
-    decoder, family, attentions = served_by_us(model)
+    decoder, attentions = served_layers(model)
     compat.warn_of_untested()
     _check_fp8(settings["kv_dtype"], attentions[0])
     known = Evidence(
-        family=family,
         kinds=tuple(compat.layer_kinds(decoder.config)),
         model=model,
         decoder=decoder,
         attentions=attentions,
-        shapes={i: _shape(decoder.config, module) for i, module in enumerate(attentions)} if family else {},
-        output_type=BaseModelOutputWithPast if family else None,
     )
     state = PatchState(
         route=settings["route"],
@@ -110,7 +105,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
         kv_dtype=settings["kv_dtype"],
         family=decoder.config.model_type,
         known=known,
-        fused_forward=decode_forward if settings["fuse"] and family else None,
+        fusing=Fusing(),
         cuda_graphs=settings["cuda_graphs"],
         settings=settings,
     )
@@ -127,18 +122,18 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
     inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.config is decoder.config]
     for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)
-    for module in {id(module): module for module in [model, decoder, *attentions]}.values():
+    layers = decoder_layers(decoder)
+    for module in {id(module): module for module in [model, decoder, *layers, *attentions]}.values():
         state.replaced.set(module, STATE, state)
     methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
-    if not state.known.generic:
-        methods += [(module, "forward", attention_forward) for module in attentions]
+    methods += [(layer, "forward", layer_forward) for layer in layers]
     if decoder is not model:
         methods += [
             (model, "_prepare_cache_for_generation", prepare_cache),
             (model, "prepare_inputs_for_generation", prepare_inputs),
             (model, "_prefill", prefill),
         ]
-        if state.settings["run_ahead"] and not state.known.generic:
+        if state.settings["run_ahead"]:
             methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
     for module, name, function in methods:
         state.replaced.method(module, name, function, state)
@@ -180,12 +175,6 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
             unpatch(model)
         else:
             patch(model, **before.settings)
-
-
-def _shape(config: Any, attention: Any) -> LayerShape:
-    """The shape of a known family's attention layer."""
-    head_dim = attention.head_dim
-    return LayerShape(attention.num_key_value_groups, config.num_key_value_heads, head_dim, head_dim)
 
 
 def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:

@@ -16,6 +16,7 @@ from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import StepShape
 from pkv_hf.runtime.choice import uncaptured
 from pkv_hf.runtime.counts import Calls, Steps
+from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.tables import mebibytes
 
@@ -26,9 +27,10 @@ class Report:
 
     family: str
     """The model_type."""
-    generic: bool
-    """Whether it is of no family with fused layers, so that transformers' own run and read pages by its interface."""
     layers: int
+    """Its attention modules."""
+    fused: int
+    """The layers that the last step on static buffers ran by our kernels."""
     page_size: int
     kv_dtype: str
     """What the pages hold."""
@@ -54,7 +56,7 @@ class Report:
     last_step: str | None
     """How the last of them ran, "captured", "static" or "eager"; None before the first."""
     not_fused: str
-    """Why it ran transformers' own layers, empty where our kernels ran them whole; before it, what forbids that."""
+    """Why it ran layers of transformers' own, empty where our kernels ran all; before it, what forbids that."""
     not_captured: str
     """Why it replayed no CUDA graph, empty where it did; before it, what forbids that."""
     left: tuple[str, ...]
@@ -72,7 +74,7 @@ class Report:
         """How the last step ran, in words."""
         if self.last_step is None:
             return "none yet"
-        layers = "transformers' own layers run" if self.not_fused else "our kernels run whole layers"
+        layers = f"our kernels run {self.fused} layers" if self.fused else "transformers' own layers run"
         return f"{self.last_step}, {layers}"
 
     def _not_better(self) -> list[str]:
@@ -115,8 +117,8 @@ def report(model: nn.Module) -> Report:
     last = state.counts.last_step
     return Report(
         family=state.family,
-        generic=state.known.generic,
         layers=len(state.known.attentions),
+        fused=len(fusion.layers) if (fusion := _last_fusion(state)) else 0,
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,
@@ -137,14 +139,22 @@ def report(model: nn.Module) -> Report:
 
 def _not_fused(state: PatchState) -> str:
     """Why the last step ran transformers' own layers, or the first one will; empty where our kernels run them."""
-    look, last = state.known.look(), state.counts.last_step
-    if state.known.generic:
-        return look.layers
-    if state.fused_forward is None:
+    last = state.counts.last_step
+    if not state.settings["fuse"]:
         return "patch() was called with fuse=False"
     if last is None:
-        return look.not_static
-    return last.why if last.how == "eager" else ""
+        return state.known.look().not_static
+    if last.how == "eager":
+        return last.why
+    fusion = _last_fusion(state)
+    return "; ".join(f"{count} layers: {why}" for why, count in fusion.reasons.items()) if fusion else ""
+
+
+def _last_fusion(state: PatchState) -> Fusion | None:
+    """Which layers steps of the last step's route fuse, None before any was to."""
+    route = state.decision.route.name if state.decision else ""
+    last = state.counts.last_step
+    return state.known.look().fusions.get(route) if last and last.how != "eager" else None
 
 
 def explain(model_or_step: nn.Module | StepShape) -> Decision:

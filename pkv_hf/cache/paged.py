@@ -15,7 +15,7 @@ from pkv_hf.cache import linear
 from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.linear import Checkpoint, LinearLayer
 from pkv_hf.cache.pending import Reordering, check_indices
-from pkv_hf.cache.sizes import KV_DTYPES, CacheMemory, check_kv_dtype, check_page_size
+from pkv_hf.cache.sizes import KV_DTYPES, PAGE_SIZES, CacheMemory, check_kv_dtype, check_page_size
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.cache.tables import Tables
 from pkv_hf.compat import LayerKind, layer_kinds
@@ -81,6 +81,14 @@ class PagedCache(DynamicCache):
         kinds = layer_kinds(config)
         dtype = None if kv_dtype is None else KV_DTYPES[kv_dtype]
         self._hold(Tables([kind.window for kind in kinds], page_size, max_length or 0, dtype), kinds, page_size)
+
+    @classmethod
+    def of_kinds(cls, kinds: Sequence[LayerKind]) -> PagedCache:
+        """A cache of layers that keep what is said of each."""
+        cache = cls.__new__(cls)
+        page_size = PAGE_SIZES[0]
+        cache._hold(Tables([kind.window for kind in kinds], page_size, 0, None), kinds, page_size)
+        return cache
 
     def _hold(self, tables: Tables, kinds: Sequence[LayerKind], page_size: int) -> None:
         """Makes this the cache of some tables, which its layers share."""

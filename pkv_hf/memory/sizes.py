@@ -23,7 +23,6 @@ from pkv_hf import compat
 from pkv_hf.compat import LayerKind, unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.memory.weights import weight_bytes
-from pkv_hf.patches.families import served_by_us
 
 QUANTISED_BITS = {4: 4.5, 8: 8.0}
 """bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""
@@ -92,16 +91,10 @@ class ModelSizes:
             dtype = next(parameter.dtype for parameter in source.parameters() if parameter.is_floating_point())
         else:
             raise UnsupportedModelError(f"plan() got a {type(source).__name__}, not a transformers model or config")
-        decoder, prefix, attentions = served_by_us(model)
+        decoder = served_layers(model).decoder
         config = decoder.config
         kinds = compat.layer_kinds(config)
-        states = 0
-        if prefix:
-            of_each = (config.num_key_value_heads, attentions[0].head_dim, attentions[0].head_dim)
-            layers = [LayerSizes(kind.window or 0, *of_each) for kind in kinds]
-            widest = config.intermediate_size
-        else:
-            layers, states, widest = _found(model, dtype, kinds)
+        layers, states, widest = _found(model, dtype, kinds)
         return cls(
             weights=weights,
             dtype=dtype,

@@ -29,6 +29,15 @@ Norms = tuple[torch.Tensor, torch.Tensor, float]
 """The weights `[D]` of an RMSNorm of every head of q and of k, and its epsilon."""
 
 
+class Rotary(NamedTuple):
+    """How RoPE turns the heads of q and k; see `kernels.reference.rotate`."""
+
+    dim: int | None = None
+    """How many of a head's first elements are turned: None for all, 0 for none."""
+    interleaved: bool = False
+    paired: bool = False
+
+
 class Scores(NamedTuple):
     """What a layer does with its scores, from queries and keys to weights."""
 

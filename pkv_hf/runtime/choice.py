@@ -13,6 +13,8 @@ from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.captured.static import Forward, StaticStep
+from pkv_hf.runtime.evidence import Look
+from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.state import PatchState
 
 
@@ -74,17 +76,24 @@ def uncaptured(state: PatchState, device: torch.device) -> str:
     return state.known.not_captured if state.cuda_graphs else "patch() was called with cuda_graphs=False"
 
 
+def fusion_of(state: PatchState, look: Look, route: Route) -> Fusion:
+    """Which layers are fused in the steps of a route, found out at the first of them."""
+    if not state.settings["fuse"]:
+        return Fusion(reasons={"patch() was called with fuse=False": len(state.known.kinds)})
+    if route.name not in look.fusions:
+        look.fusions[route.name] = state.fusing(state.known.decoder, state.known.kinds, route)
+    return look.fusions[route.name]
+
+
 def static_step(
     state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: nn.Module | None = None
 ) -> StaticStep | str:
     """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are.
 
-    `layers` is what runs in it where the family has no fused forward.
+    `layers` is what runs in it.
     """
     if not route.fuses_rope:
         return f"the route {route.name} runs between transformers' layers"
-    if not state.fused_forward and (why := uncaptured(state, cache.device)):
-        return why
     if state.known.may_keep_states:
         return "its modules may keep states, which a graph would write where they were"
     if any(layer.record_past for layer in cache.linear_layers):
@@ -98,11 +107,14 @@ def static_step(
     if look.not_static:
         state.say(f"the decoder's layers, attention stays on pages: {look.not_static}")
         return look.not_static
+    fusion = fusion_of(state, look, route)
+    if not fusion.layers and (why := uncaptured(state, cache.device)):
+        return why
     held, key = cache.static_steps, (look.token, cache.rows, q_len, route.name, head is not None)
     if key not in held:
         for stale in [other for other in held if other[0] is not look.token]:
             del held[stale]
-        held[key] = StaticStep(state.known.decoder, state.fused_forward or layers, head, route, q_len)
+        held[key] = StaticStep(state.known.decoder, layers, head, route, q_len, fusion)
         with state.lock:
             state.static_steps.add(held[key])
     return held[key]

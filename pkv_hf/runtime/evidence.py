@@ -1,13 +1,12 @@
 """What is known of a model, and by what evidence: the one place that the gate and all that follows it ask.
 
-Some of it is read from the modules when the model is patched (`served_layers`), some seen in its first forward
+Some of it is read from the modules when the model is patched (`served_layers`), some seen in its forwards
 (`Evidence.learn`). What rests on code, settings or hooks is looked at again whenever one of them has changed
 (`Evidence.look`): fused steps, packed and shared prompts, static steps and the run-ahead loop ask for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,10 +47,6 @@ class Look:
     """The modules as they were. It holds addresses of one process."""
     foreign: str
     """Which module's code is of no known library."""
-    layers: str
-    """Why the layers are not those of a family, all that a fused step takes the place of."""
-    attention: str
-    """Of these, why attention is not."""
     loop: str
     """Why the causal LM and its generation are not as the run-ahead loop takes them."""
     not_static: str
@@ -62,6 +57,10 @@ class Look:
     """Why no call can be served, as the layers turned out."""
     not_captured: str = ""
     """Why no step is captured in a CUDA graph, by a capture that failed."""
+    fusions: dict[str, Any] = field(default_factory=dict)
+    """Which layers are fused in the steps of a route, by its name."""
+    mixes: str | None = None
+    """What may mix the tokens of a prompt beside attention, empty for nothing; None until that was asked."""
     token: object = field(default_factory=object)
     """Of this look alone, for those that may not hold the modules."""
 
@@ -69,11 +68,6 @@ class Look:
     def hooked(self) -> bool:
         """Whether anybody's hooks look on, to which every row and its place in the batch may matter."""
         return self.watch.hooked
-
-    @property
-    def packs(self) -> bool:
-        """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
-        return not (self.layers or self.foreign or self.hooked)
 
     @property
     def shares_prompts(self) -> bool:
@@ -85,8 +79,6 @@ class Look:
 class Evidence:
     """What is known of one patched model."""
 
-    family: origins.Family | None
-    """Whose layers the model has, None for those of no known family."""
     kinds: tuple[compat.LayerKind, ...]
     """What each layer keeps, as the layers were made with."""
     model: Any
@@ -94,14 +86,14 @@ class Evidence:
     decoder: Any
     attentions: list[Any]
     """The decoder's attention modules."""
-    shapes: dict[int, LayerShape]
-    """Of the attention layers, by layer; those of a generic model are seen in its forwards."""
-    output_type: type[ModelOutput] | None
+    shapes: dict[int, LayerShape] = field(default_factory=dict)
+    """Of the attention layers that forwards have shown, by layer."""
+    output_type: type[ModelOutput] | None = None
     """What the decoder returns where it has no more to say than hidden states; None until that is known."""
     own_states: bool | None = None
     """Whether layers keep linear-attention states in modules instead of in the cache; None until a forward shows it."""
     served: set[bool] = field(default_factory=set)
-    """Whether a prompt (False) and a later step (True) of a generic model have been served."""
+    """Whether a prompt (False) and a later step (True) have been served."""
     last: Look | None = None
     _by_shape: dict[LayerShape, list[int]] | None = None
     _implementation: tuple[dict[str, Any], str] | None = None
@@ -109,11 +101,6 @@ class Evidence:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "last": None, "_implementation": None}
-
-    @property
-    def generic(self) -> bool:
-        """Of no known family: all that is known of the layers is what they ask of attention."""
-        return self.family is None
 
     @property
     def may_keep_states(self) -> bool:
@@ -137,8 +124,8 @@ class Evidence:
         return known
 
     def learn(self, layer_idx: int, shape: LayerShape) -> bool:
-        """Notes the shape of a layer that asked for attention. Returns whether that tells more of a generic model."""
-        if not self.generic or self.shapes.get(layer_idx) == shape:
+        """Notes the shape of a layer that asked for attention. Returns whether that is one that no other has."""
+        if self.shapes.get(layer_idx) == shape:
             return False
         known = set(self.shapes.values())
         self.shapes[layer_idx], self._by_shape = shape, None
@@ -149,10 +136,9 @@ class Evidence:
         self.own_states = bool(cache.linear_layers) and not cache.holds_states
 
     def learn_output(self, output: Any) -> None:
-        """Notes what a generic decoder returned when it was asked for hidden states alone."""
-        if self.generic:
-            plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", compat.CACHE}
-            self.output_type = type(output) if plain else None
+        """Notes what the decoder returned when it was asked for hidden states alone."""
+        plain = isinstance(output, ModelOutput) and set(output) <= {"last_hidden_state", compat.CACHE}
+        self.output_type = type(output) if plain else None
 
     def look(self) -> Look:
         """What is known of the code and the settings that a call would run by now."""
@@ -164,18 +150,10 @@ class Evidence:
     def _new_look(self) -> Look:
         watch = Watch(self.model, self.decoder.config)
         foreign = origins.foreign(watch.modules)
-        if self.family is None:
-            layers = attention = loop = "it is of no family whose layers are known"
-            static = compat.not_captured(self.decoder)
-        else:
-            static = layers = origins.unfamiliar(self.decoder, self.family)
-            attention = origins.unfamiliar_attention(self.attentions, self.family)
-            loop = "its decoder is another than was patched"
-            if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
-                loop = origins.unfamiliar_loop(self.model, self.family)
+        static, loop = compat.not_captured(self.decoder), origins.unfamiliar_loop(self.model)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         causal = all(getattr(module, "is_causal", True) for module in self.attentions)
-        return Look(watch, foreign, layers, attention, loop, not_static, causal)
+        return Look(watch, foreign, loop, not_static, causal)
 
     def unfamiliar_implementation(self) -> str:
         """Why pages cannot stand for the attention function that the model's user has chosen; empty where they can."""
@@ -214,13 +192,11 @@ class ServedLayers(NamedTuple):
     """What `patch` replaces in a model."""
 
     decoder: Any
-    family: origins.Family | None
-    """Whose attention all the modules are, None for that of no known family."""
     attentions: list[Any]
 
 
-def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> ServedLayers:
-    """The decoder and its attention modules, and which of the known families it is of.
+def served_layers(model: nn.Module) -> ServedLayers:
+    """The decoder and its attention modules.
 
     Raises UnsupportedModelError with the reason for what cannot be served.
     """
@@ -233,15 +209,12 @@ def served_layers(model: nn.Module, families: Sequence[origins.Family]) -> Serve
     if not isinstance(decoder, PreTrainedModel):
         raise UnsupportedModelError(f"{name} has no decoder of transformers': its get_decoder() returned {decoder!r}")
     attentions = compat.attention_modules(decoder)
-    classes = {type(module) for module in attentions}
-    of_all = [each for each in families if classes and all(each.runs(of_class, "Attention") for of_class in classes)]
-    family = next(iter(of_all), None)
-    if reason := _not_served(model, decoder, family, attentions):
+    if reason := _not_served(model, decoder, attentions):
         raise UnsupportedModelError(f"no layer of {name} was patched: {reason}")
-    return ServedLayers(decoder, family, attentions)
+    return ServedLayers(decoder, attentions)
 
 
-def _not_served(model: Any, decoder: Any, family: origins.Family | None, attentions: list[Any]) -> str:
+def _not_served(model: Any, decoder: Any, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
         compat.layer_kinds(decoder.config)
@@ -257,8 +230,6 @@ def _not_served(model: Any, decoder: Any, family: origins.Family | None, attenti
     name = configurations.configured_implementation(decoder.config)
     if reason := compat.unfamiliar_implementation(name, compat.implementation_functions(name, attentions[0])):
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
-    if family is not None:
-        return ""
     if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
     for module in attentions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from typing import Any
 
@@ -57,7 +58,7 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _may_be_ours(state: PatchState, admitted: Admitted, error: Exception) -> bool:
     """Whether an error can be for what layers get on pages: before such a call was ever served, and not of a hook."""
-    if not state.known.look().layers or (admitted.begin > 0) in state.known.served:
+    if (admitted.begin > 0) in state.known.served:
         return False
     codes = {origins.code_of(each) for hook in hooks_of(state.known.decoder) for each in origins.chain(hook)}
     return not any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
@@ -87,11 +88,9 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    if admitted.hidden_alone and causal and not admitted.begin and starts.any() and known.packs:
+    if admitted.hidden_alone and causal and not admitted.begin and starts.any() and _packs(state, decoder):
         return _packed_prompt(decoder, cache, bounds, route, call)
     settings: dict[str, Any] = {
-        # which looks at no mask: the model may have made one that is more, a hook may hand a layer another
-        "fuses_rope": causal and not (known.attention or known.hooked),
         "shows_masks": known.hooked or not known.causal,
         "expanded": admitted.expanded,
     }
@@ -105,6 +104,16 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if admitted.hidden_alone:
         state.known.learn_output(output)
     return output
+
+
+def _packs(state: PatchState, decoder: Any) -> bool:
+    """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
+    look = state.known.look()
+    if look.foreign or look.hooked or "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+        return False
+    if look.mixes is None:
+        look.mixes = state.fusing.mixes(decoder)
+    return not look.mixes
 
 
 def _static_step(state: PatchState, admitted: Admitted, route: Route, call: dict[str, Any]) -> StaticStep | str:

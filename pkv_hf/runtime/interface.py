@@ -7,11 +7,12 @@ brings has to be understood too. Any other layer ends the step (`LayerNotServed`
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pkv_hf import compat, configurations
+from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed, NotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Scores
@@ -33,6 +34,23 @@ HARMLESS = frozenset(
     }
 )
 """Keyword arguments that reach attention functions and do not change what attention is."""
+
+
+class Asked(NamedTuple):
+    """What a layer asked of attention, outside of any step."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    arguments: dict[str, Any]
+
+
+class Listener:
+    """Stands where a step does (`configurations.serving`) while a layer runs by itself: notes what it asks."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self.asked: list[Asked] = []
 
 
 def changes_nothing(arguments: dict[str, Any]) -> bool:
@@ -97,6 +115,8 @@ def attention(
         arguments["softcap"] = softcap
     handle = handle_of(key)
     if handle is None and seen_by(attention_mask) is None:
+        if isinstance(listener := serving.get(), Listener):
+            listener.asked.append(Asked(query, key, value, arguments))
         return _transformers_own(module)(module, query, key, value, attention_mask, **arguments)
     name = type(module).__name__
     if handle is None or handle_of(value) is not handle:

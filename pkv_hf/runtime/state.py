@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -15,7 +15,7 @@ from pkv_hf import compat
 from pkv_hf.policy.choose import Decision
 from pkv_hf.replaced import Replacements
 from pkv_hf.runtime.captured.graphs import GraphMemories
-from pkv_hf.runtime.captured.static import Forward, StaticStep
+from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.counts import Counts
 from pkv_hf.runtime.evidence import Evidence
 
@@ -34,8 +34,8 @@ class PatchState:
     """The model_type."""
     known: Evidence
     """What the gate and what follows it ask of the model."""
-    fused_forward: Forward | None
-    """The family's decode forward, None where transformers' own layers were asked for."""
+    fusing: Callable[..., Any]
+    """Finds which of a decoder's layers are fused in the steps of a route; see `patches.check.Fusing`."""
     cuda_graphs: bool
     settings: dict[str, Any]
     """What `patch` was called with."""

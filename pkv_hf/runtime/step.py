@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import Bounds, Norms, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
+from pkv_hf.runtime.fusion import FusedForward
 from pkv_hf.runtime.masks import Expanded
 
 
@@ -85,8 +86,8 @@ class Step:
 
     Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was, and so does one in
     which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
-    one row. `captured` says that a CUDA graph keeps what the forward does, `fuses_rope` that layers may call
-    `rope_attend` where the route does. `config` is the decoder's own. `shows_masks` gives layers transformers' masks
+    one row. `captured` says that a CUDA graph keeps what the forward does, `fused` which layers run by forwards of
+    ours. `config` is the decoder's own. `shows_masks` gives layers transformers' masks
     for their hooks to see. `expanded` is what masks said that the model
     made: where they were causal no layer may bring one that is more, which would be made of less.
     """
@@ -99,7 +100,7 @@ class Step:
         config: Any,
         packing: Packing | None = None,
         captured: bool = False,
-        fuses_rope: bool = False,
+        fused: Mapping[nn.Module, FusedForward] = {},
         shows_masks: bool = False,
         expanded: Expanded | None = None,
     ) -> None:
@@ -109,7 +110,7 @@ class Step:
         self.config = config
         self.packing = packing
         self.captured = captured
-        self.fuses_rope = fuses_rope and route.fuses_rope and bounds.begin > 0
+        self.fused = fused
         self.shows_masks = shows_masks
         self.causal = packing is not None or (expanded is not None and expanded.causal)
         self.explicit = self.causal and expanded is not None and expanded.explicit

@@ -107,7 +107,7 @@ def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
     return {
         "status": "wrong" if wrong else "pages" if served else "left",
         "reason": wrong or "; ".join(ran.left),
-        "own_layers": ran.generic or bool(eager),
+        "own_layers": bool(eager),
         "eager": eager,
         "step_route": ran.route,
         "split_rejected": ran.rejected.get("split"),

@@ -14,6 +14,7 @@ from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
+from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1
@@ -32,12 +33,13 @@ class StaticStep:
     not hold, and holds no weights: caches outlive models.
     """
 
-    def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int) -> None:
+    def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int, fusion: Fusion) -> None:
         self._decoder = weakref.ref(decoder)
         self.forward = forward
         self._head = None if head is None else weakref.ref(head)
         self.route = route
         self.q_len = q_len
+        self._fusion = weakref.ref(fusion)
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self.horizon = 0
@@ -144,7 +146,9 @@ class StaticStep:
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
         decoder = self._decoder()
         assert decoder is not None
-        with Step(cache, bounds, self.route, decoder.config, captured=captured) as step:
+        fusion = self._fusion()
+        assert fusion is not None  # it lives as long as the look that this step was made by
+        with Step(cache, bounds, self.route, decoder.config, captured=captured, fused=fusion.layers) as step:
             output = self.forward(decoder, self.tokens, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)

@@ -131,7 +131,7 @@ class _Settings:
     def __init__(self, modules: list[nn.Module], config: Any) -> None:
         others = [m for m in modules if isinstance(m, _DropoutNd) or not type(m).__module__.startswith("torch.")]
         stores = [*(m.__dict__ for m in others), vars(config)]
-        self._held = [(store, len(store), _plain_attributes(store)) for store in stores]
+        self._held = [(store, len(store), plain_attributes(store)) for store in stores]
 
     def unchanged(self) -> bool:
         return all(len(now) == size and _holds(settings, now) for now, size, settings in self._held)
@@ -159,7 +159,7 @@ def _active(hooks: list[dict]) -> list[Callable[..., Any]]:
     return [hook for of_module in filter(None, hooks) for hook in of_module.values() if not compat.is_inert(hook)]
 
 
-def _plain_attributes(store: dict[str, Any]) -> dict[str, Any]:
+def plain_attributes(store: dict[str, Any]) -> dict[str, Any]:
     """Attributes that are plain values or containers of them, as they are now."""
     return {name: copy.deepcopy(value) for name, value in store.items() if name not in NO_SETTINGS and _plain(value)}
 

@@ -1,0 +1,194 @@
+"""Which layers of a decoder are fused: described, and found to compute what their own code does.
+
+Layers that are alike (modules, settings, shapes) share a description and a check. The check is one of errors: of the
+fused layer in the model's dtype, and of the model's own layer in it, both against the model's own layer in float32, on
+the same random states. At most one layer is held in float32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pkv_hf.cache.paged import PagedCache
+from pkv_hf.compat import CACHE, LayerKind
+from pkv_hf.errors import first_line
+from pkv_hf.patches.description import AsIs, Layer, bind
+from pkv_hf.patches.fused import FusedLayer
+from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
+from pkv_hf.patches.reading import as_float32, read, twin_of
+from pkv_hf.replaced import original
+from pkv_hf.routes.base import Bounds, Route
+from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.captured.watch import plain_attributes
+from pkv_hf.runtime.fusion import Fusion
+from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
+
+ERROR = 2.0
+"""The error of a fused layer over that of the model's own in the same dtype, at most."""
+
+ROUNDING = 1e-6
+"""Of the results, what may be lost beside: float32 has no other dtype to be judged by."""
+
+JUDGED = 4096
+"""Elements of results that errors are taken over, at least."""
+
+OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
+"""Settings of modules that say which layer they are of."""
+
+
+class Fusing:
+    """What is known of the layers of one patched model. It holds for all layers that are alike."""
+
+    def __init__(self) -> None:
+        self._described: dict[Hashable, Layer | str] = {}
+        self._checked: dict[Hashable, str] = {}
+
+    def mixes(self, decoder: Any) -> str:
+        """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
+        for described in self._all(decoder, None, None):
+            if isinstance(described, str):
+                return described
+            if any(isinstance(branch.body, AsIs) for branch in described.branches):
+                return "modules of its layers are not understood"
+        return ""
+
+    def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
+        """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
+        started, fusion = time.perf_counter(), Fusion()
+        layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
+        bound = [each if isinstance(each, str) else bind(each, layer) for each, layer in zip(described, layers)]
+        for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
+            if isinstance(this, str):
+                fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
+            else:
+                norm = None if isinstance(following, str) else following.branches[0].before
+                fusion.layers[layer] = FusedLayer(this, norm)
+        fusion.seconds = time.perf_counter() - started
+        return fusion
+
+    def _all(
+        self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None
+    ) -> list[Layer | str]:
+        """The description of every layer, or why there is none; checked in steps of a route where one is given."""
+        layers, calls = decoder_layers(decoder), None
+        found: list[Layer | str] = []
+        with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+            for i, layer in enumerate(layers):
+                key = _alike(layer)
+                check = (key, kinds[i], route.name) if kinds and route else None
+                if key not in self._described or (check and check not in self._checked):
+                    calls = calls or given_to_layers(decoder)
+                    if isinstance(calls, str):
+                        return [calls] * len(layers)
+                    twin = _twin(layer)
+                    if key not in self._described:
+                        self._described[key] = _description(layer, twin, calls[layer], decoder.config)
+                    this = self._described[key]
+                    if check and kinds and route and not isinstance(this, str):
+                        only = tuple(kind if k == i else LayerKind(None) for k, kind in enumerate(kinds))
+                        self._checked[check] = _disagrees(layer, twin, this, calls[layer], only, decoder.config, route)
+                found.append(self._checked.get(check, "") or self._described[key])
+        return found or ["its layers are not one list of modules"]
+
+
+def _alike(layer: nn.Module) -> Hashable:
+    """What layers that are alike have in common: all of their modules, settings and shapes."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
+        tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
+        parts.append((name, type(module), repr(sorted(settings.items())), repr(tensors)))
+    return tuple(parts)
+
+
+def _twin(layer: nn.Module) -> nn.Module | str:
+    try:
+        return twin_of(layer)
+    except Exception as error:  # of a weight that cannot be copied, or for memory
+        return f"a {type(layer).__name__} cannot be copied: {type(error).__name__}: {first_line(error)}"
+
+
+def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: Any) -> Layer | str:
+    """What a layer computes, or why that is not known."""
+    if isinstance(twin, str):
+        return twin
+    hidden = torch.randn_like(given.hidden, dtype=torch.float32)
+    described = read(twin, hidden, as_float32(given.kwargs), config)
+    if not isinstance(described, str) and all(isinstance(branch.body, AsIs) for branch in described.branches):
+        return f"nothing of a {type(layer).__name__} is understood"
+    return described
+
+
+def _disagrees(
+    layer: nn.Module, twin: nn.Module | str, described: Layer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
+    route: Route,
+) -> str:  # fmt: skip
+    """How a layer by its description differs from what its own code computes; empty where it does not."""
+    name = type(layer).__name__
+    if isinstance(twin, str):
+        return twin
+    try:
+        fused = FusedLayer(bind(described, layer), None)
+        for rows in (1, 2):
+            ratio = _error(layer, twin, fused, given, kinds, config, route, rows)
+            if not ratio <= 1:
+                return f"a {name} by its description has {ERROR * ratio:.1f} times the error of its own code"
+    except Exception as error:  # of a module or a kernel that does not take what it is given
+        return f"a {name} by its description fails: {type(error).__name__}: {first_line(error)}"
+    return ""
+
+
+def _error(
+    layer: nn.Module, twin: nn.Module, fused: FusedLayer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
+    route: Route, rows: int,
+) -> float:  # fmt: skip
+    """The error of a fused layer over what it may be: twice that of the layer's own code, and rounding."""
+    width, squares, errors = given.hidden.shape[-1], 0.0, [0.0, 0.0]
+    for _ in range(-(-JUDGED // (rows * width))):
+        hidden = torch.randn(rows, TOKENS, width, dtype=given.hidden.dtype, device=given.hidden.device)
+        exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
+        own = original(layer, "forward")(hidden, **given.kwargs)[:, -1:]
+        ours = _stepped(layer, fused, hidden, given.kwargs, kinds, config, route)
+        squares += float(exact.square().mean())
+        for i, found in enumerate((own, ours)):
+            errors[i] += float((found.double() - exact).square().mean())
+    return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
+
+
+def _stepped(
+    layer: nn.Module, fused: FusedLayer, hidden: torch.Tensor, kwargs: dict[str, Any], kinds: tuple[LayerKind, ...],
+    config: Any, route: Route,
+) -> torch.Tensor:  # fmt: skip
+    """The last token's result by the fused layer, after a prompt of the others by the layer's own code."""
+    cache, starts, begin = PagedCache.of_kinds(kinds), np.zeros(len(hidden), dtype=np.int64), hidden.shape[1] - 1
+    window = next((kind.window for kind in kinds if kind.window is not None), 0)
+    mask = torch.empty((1, 1 + window, 0, 0), dtype=torch.bool, device="cpu")
+    prompt, last = (
+        {**_cut(kwargs, part), CACHE: cache, "attention_mask": mask} for part in (slice(begin), slice(begin, None))
+    )
+    with launching_on(hidden.device):
+        with Step(cache, Bounds(starts, 0, begin), ROUTES["sdpa"], config):
+            original(layer, "forward")(hidden[:, :begin], **prompt)
+        with Step(cache, Bounds(starts, begin, 1), route, config) as step:
+            return fused(step, hidden[:, begin:], last)
+
+
+def _cut(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
+    """What a layer is given, for a part of the tokens."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(each) for each in value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        if value.ndim >= 3 and value.shape[-2] == TOKENS:  # angles
+            return value[..., part, :]
+        return value[..., part] if value.shape[-1:] == (TOKENS,) else value
+
+    return {name: cut(value) for name, value in kwargs.items()}

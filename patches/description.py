@@ -1,0 +1,105 @@
+"""A decoder layer described: what it computes, by the names of its modules.
+
+A layer is branches, one after the other or side by side, whose results are added to the residual stream. Descriptions
+are read from one run of a layer (`reading`), and name modules by their place in it (`Ref`): those of layers that are
+alike are equal. `bind` puts a layer's own modules in the place of the names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from pkv_hf.routes.base import Rotary, Scores
+
+
+class Ref(str):
+    """A module by its name within its layer; in a description that is bound, the module itself stands in its place."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A normalisation over the last dimension by a module's `weight` and `bias`."""
+
+    module: Any
+    kind: str
+    """"rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016)."""
+    eps: float
+    offset: float = 0.0
+    """What is added to the weight: Gemma's weights are kept less 1."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Projections, norms of q and k, RoPE, attention over the cache, an output gate, the output projection."""
+
+    module: Any
+    inputs: tuple[Any, ...]
+    """The projections to q, k and v, or the one whose outputs are all three side by side."""
+    output: Any
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scores: Scores
+    rotary: Rotary
+    norms: tuple[Norm, Norm] | None
+    """Of q and of k."""
+    norms_heads: bool
+    """Whether these are of each head alone, not of all heads together."""
+    gated: bool
+    """Whether q's projection gives each head a gate too, whose sigmoid multiplies the head's output."""
+
+
+@dataclass(frozen=True)
+class MLP:
+    """act(x G) * (x U) D, or act(x U) D where `gate` is None; gate and up may be one packed projection."""
+
+    gate: Any
+    up: Any
+    """None where `gate` gives both side by side, the gate first."""
+    down: Any
+    activation: str
+    """One of `kernels.reference.ACTIVATIONS`."""
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """A module that is called as its layer calls it."""
+
+    module: Any
+    hidden: str
+    """The argument that takes the hidden states; empty for the first by place."""
+    handed_on: tuple[tuple[str, str], ...]
+    """Arguments that are the layer's own: their names here and there."""
+    constants: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class Branch:
+    """hidden + scale * after(body(before(x))): x is hidden, or what came into the layer."""
+
+    body: Attention | MLP | AsIs
+    before: Norm | None
+    after: Norm | None
+    scale: float
+    of_input: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    branches: tuple[Branch, ...]
+
+
+def bind(described: Any, layer: nn.Module) -> Any:
+    """A description, or a part of one, with a layer's modules in the place of their names."""
+    if isinstance(described, Ref):
+        return layer.get_submodule(described)
+    if isinstance(described, tuple) and not hasattr(described, "_fields"):
+        return tuple(bind(part, layer) for part in described)
+    if is_dataclass(described) and not isinstance(described, type):
+        return replace(
+            described, **{field.name: bind(getattr(described, field.name), layer) for field in fields(described)}
+        )
+    return described

@@ -1,0 +1,77 @@
+"""What a decoder gives its layers: its own forward on a few tokens, with layers that only note what they are called by."""
+
+from __future__ import annotations
+
+import inspect
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pkv_hf.compat import CACHE
+from pkv_hf.replaced import original
+from pkv_hf.runtime.step import current_step, outside_of_steps
+
+TOKENS = 4
+"""More than one, so that what mixes tokens shows."""
+
+
+class Given(NamedTuple):
+    """A layer's call."""
+
+    hidden: torch.Tensor
+    kwargs: dict[str, Any]
+
+
+probing: ContextVar[dict[nn.Module, Given] | None] = ContextVar("pkv_hf_probing", default=None)
+
+
+def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder, which are one list of modules; empty where there is no such list."""
+    count = decoder.config.num_hidden_layers
+    lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) >= count]
+    return list(lists[0][:count]) if len(lists) == 1 else []
+
+
+def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
+    """The calls of all layers for `TOKENS` tokens without a cache, or why they are not known."""
+    device = next(decoder.parameters()).device
+    ids = torch.arange(1, TOKENS + 1, device=device)[None]
+    calls: dict[nn.Module, Given] = {}
+    token = probing.set(calls)
+    try:
+        with outside_of_steps(), torch.no_grad():
+            original(decoder, "forward")(
+                input_ids=ids, position_ids=ids + 2, attention_mask=None, use_cache=False, **{CACHE: None}
+            )
+    except Exception as error:  # of a decoder that layers have to compute for
+        return f"{type(decoder).__name__} does not run on tokens alone: {type(error).__name__}: {error}"
+    finally:
+        probing.reset(token)
+    missing = [layer for layer in decoder_layers(decoder) if layer not in calls]
+    return "its layers are not called one by one" if missing or not calls else calls
+
+
+def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of a decoder layer's `forward`: by its description in the steps that fuse it."""
+    if (calls := probing.get()) is not None:
+        hidden, given = _by_name(self, args, kwargs)
+        calls[self] = Given(hidden, given)
+        return hidden
+    step: Any = current_step()
+    fused = None if step is None else step.fused.get(self)
+    if fused is None:
+        return original(self, "forward")(*args, **kwargs)
+    return fused(step, *_by_name(self, args, kwargs))
+
+
+def _by_name(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The hidden states that a layer is called with, its first argument, and the others by their names."""
+    if len(args) != 1:
+        bound = inspect.signature(type(layer).forward).bind_partial(layer, *args, **kwargs)
+        args, kwargs = (), {**bound.arguments, **bound.arguments.get("kwargs", {})}
+        for name in ("self", "kwargs"):
+            kwargs.pop(name, None)
+        args = (kwargs.pop(next(iter(kwargs))),)
+    return args[0], kwargs

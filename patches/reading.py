@@ -1,0 +1,117 @@
+"""Reads the description of a decoder layer from one run of a copy of it, in float32 and with norms and biases drawn.
+
+What is read is what was computed: an input is the very tensor that another module gave, a sum or a product equals what
+was found. Whatever is not understood is called as it is, or the layer is not described at all.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkv_hf.patches.description import Branch, Layer, Norm
+from pkv_hf.patches.parts import as_is, attention_of, close, mlp_of, norm_of
+from pkv_hf.patches.trace import Call, Trace, same, traced
+from pkv_hf.replaced import REPLACED, REPLICATE, STATE
+
+DRAWN = 0.3
+"""By how much norms and biases of the copy are moved: those of a new model are all alike."""
+
+
+def twin_of(layer: nn.Module) -> nn.Module:
+    """A copy of a layer in float32, without what is set on its modules. Its configuration and state are shared."""
+    shared = [value for inner in layer.modules() for name, value in vars(inner).items() if name in ("config", STATE)]
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    twin = copy.deepcopy(layer, memo)
+    for inner in twin.modules():
+        for name in ("forward", REPLACED, REPLICATE):
+            vars(inner).pop(name, None)
+    return twin.float()
+
+
+def as_float32(given: Any) -> Any:
+    """What a layer is given, with floating tensors in float32."""
+    if isinstance(given, torch.Tensor):
+        return given.float() if given.is_floating_point() else given
+    if isinstance(given, tuple):
+        return tuple(as_float32(value) for value in given)
+    if isinstance(given, dict):
+        return {name: as_float32(value) for name, value in given.items()}
+    return given
+
+
+def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
+    """The description of a layer by a run of its twin on hidden states `[1, tokens, width]`; or why there is none.
+
+    `given` are the layer's other arguments, in float32, without a cache, `config` is its decoder's. Leaves the twin as it
+    was.
+    """
+    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
+    before = [parameter.clone() for parameter in vectors]
+    for parameter in vectors:
+        parameter.add_(DRAWN * torch.randn_like(parameter))
+    try:
+        trace = traced(twin, hidden, given, config)
+        return "its layers return more than hidden states" if trace is None else _described(trace, given)
+    except Exception as error:  # of a layer that computes with more than it is given here, or with other shapes
+        return f"a {type(twin).__name__} is not understood: {type(error).__name__}: {error}"
+    finally:
+        for parameter, value in zip(vectors, before):
+            parameter.copy_(value)
+
+
+def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:
+    calls = [call for call in trace.children("") if not same(call.input, call.output)]
+    norms = [(call, norm) for call in calls if (norm := norm_of(call))]
+    bodies = [call for call in calls if all(call is not other for other, _ in norms)]
+    found: list[tuple[Branch, torch.Tensor, torch.Tensor]] = []
+    for call in bodies:
+        before = _norm(norms, call.input, "output")
+        after = _norm(norms, call.output, "input")
+        body = attention_of(trace, call) or mlp_of(trace, call) or as_is(call, given)
+        if body is None:
+            return f"a {type(call.module).__name__} is given what its layer computes"
+        source = before[0].input if before else call.input
+        result = after[0].output if after else call.output
+        branch = Branch(body, before and before[1], after and after[1], 1.0, False)
+        found.append((branch, source, result))
+    used = sum(branch.before is not None for branch, *_ in found) + sum(branch.after is not None for branch, *_ in found)
+    shared = sum(a[0].before is not None and a[0].before == b[0].before for a, b in zip(found, found[1:]))
+    if not found or used - shared != len(norms):
+        return "its norms stand where no description has them"
+    return _added_up(trace, found)
+
+
+def _norm(norms: list[tuple[Call, Norm]], tensor: torch.Tensor, end: str) -> tuple[Call, Norm] | None:
+    return next((each for each in norms if same(getattr(each[0], end), tensor)), None)
+
+
+def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor]]) -> Layer | str:
+    """Branches with the scales that they are added with: those of one input side by side, the others in order."""
+    x, branches = trace.input, []
+    while found:
+        source = found[0][1]
+        if not close(source, x) or any(result.shape != x.shape for _, _, result in found):
+            return "what its modules give is not added to the residual stream alone"
+        abreast = [each for each in found if same(each[1], source)]
+        found = found[len(abreast) :]
+        after = found[0][1] if found else trace.output
+        total = torch.stack([result for _, _, result in abreast]).sum(0)
+        scale = _scale(after - x, total, trace)
+        if scale is None:
+            return "what its modules give is not added to the residual stream alone"
+        for i, (branch, *_) in enumerate(abreast):
+            branches.append(Branch(branch.body, branch.before, branch.after, scale, i > 0))
+        x = after
+    return Layer(tuple(branches))
+
+
+def _scale(difference: torch.Tensor, result: torch.Tensor, trace: Trace) -> float | None:
+    """The factor between results and what came to the stream: 1, or one that the layer has as a setting."""
+    estimate = float((difference * result).sum() / result.square().sum())
+    settings = [1.0, *trace.settings]
+    nearest = min(settings, key=lambda setting: abs(setting - estimate))
+    return nearest if close(difference, nearest * result) else None

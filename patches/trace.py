@@ -1,0 +1,102 @@
+"""One run of a module, recorded: which of its modules were called with what, and what of that is the same data."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pkv_hf.configurations import serving
+from pkv_hf.runtime.interface import Asked, Listener
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call of a module inside of the recorded one."""
+
+    name: str
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    input: torch.Tensor
+    """The first tensor among its arguments."""
+    output: torch.Tensor
+    """What it returned, or the first part of that."""
+
+    @property
+    def child(self) -> str:
+        return self.name.rpartition(".")[2]
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """All calls of modules inside a recorded run, in the order in which they ended, and what went in and came out."""
+
+    input: torch.Tensor
+    output: torch.Tensor
+    calls: list[Call]
+    settings: list[float]
+    """The plain numbers among the module's own attributes."""
+    asked: list[Asked]
+    """What was asked of attention."""
+
+    def children(self, name: str) -> list[Call]:
+        """The calls of a module's own children, "" for the recorded module's."""
+        return [call for call in self.calls if call.parent == name]
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether tensors are the same elements of one storage, whatever their shapes. Both have to be alive."""
+    return within(a, b) and a.numel() == b.numel()
+
+
+def within(part: torch.Tensor, whole: torch.Tensor) -> bool:
+    """Whether a tensor is a view of some of another's elements."""
+    storages = part.untyped_storage().data_ptr(), whole.untyped_storage().data_ptr()
+    return storages[0] == storages[1] and part.numel() <= whole.numel()
+
+
+def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any) -> Trace | None:
+    """A run of a module on hidden states `[B, tokens, width]`, outside of any step. None where it returns no tensor.
+
+    `config` is the configuration by which its attention modules look up their function.
+    """
+    calls: list[Call] = []
+    listener = Listener(config)
+    with _recorded(module, calls):
+        token = serving.set(listener)
+        try:
+            output = module(hidden, **kwargs)
+        finally:
+            serving.reset(token)
+    settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
+    return Trace(hidden, output, calls, settings, listener.asked) if isinstance(output, torch.Tensor) else None
+
+
+@contextlib.contextmanager
+def _recorded(module: nn.Module, calls: list[Call]) -> Iterator[None]:
+    def record(name: str) -> Any:
+        def hook(called: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
+            output = output[0] if isinstance(output, tuple) and output else output
+            if tensors and isinstance(output, torch.Tensor):
+                calls.append(Call(name, called, args, kwargs, tensors[0], output))
+
+        return hook
+
+    handles = [
+        inner.register_forward_hook(record(name), with_kwargs=True) for name, inner in module.named_modules() if name
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
