@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
+from pkv_hf.cache.linear import layer_of
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE, LayerKind
 from pkv_hf.errors import first_line
@@ -26,7 +28,7 @@ from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.captured.watch import plain_attributes
-from pkv_hf.runtime.fusion import Fusion
+from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
 
 ERROR = 2.0
@@ -35,7 +37,7 @@ ERROR = 2.0
 ROUNDING = 1e-6
 """Of the results, what may be lost beside: float32 has no other dtype to be judged by."""
 
-JUDGED = 4096
+JUDGED = 512
 """Elements of results that errors are taken over, at least."""
 
 OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
@@ -120,7 +122,9 @@ def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: 
         return twin
     hidden = torch.randn_like(given.hidden, dtype=torch.float32)
     described = read(twin, hidden, as_float32(given.kwargs), config)
-    if not isinstance(described, str) and all(isinstance(branch.body, AsIs) for branch in described.branches):
+    if not isinstance(described, str) and all(
+        isinstance(branch.body, AsIs) and branch.before is None for branch in described.branches
+    ):
         return f"nothing of a {type(layer).__name__} is understood"
     return described
 
@@ -153,30 +157,33 @@ def _error(
     for _ in range(-(-JUDGED // (rows * width))):
         hidden = torch.randn(rows, TOKENS, width, dtype=given.hidden.dtype, device=given.hidden.device)
         exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
-        own = original(layer, "forward")(hidden, **given.kwargs)[:, -1:]
-        ours = _stepped(layer, fused, hidden, given.kwargs, kinds, config, route)
         squares += float(exact.square().mean())
-        for i, found in enumerate((own, ours)):
+        for i, run in enumerate((lambda _, x, kwargs: original(layer, "forward")(x, **kwargs), fused)):
+            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, route)
             errors[i] += float((found.double() - exact).square().mean())
     return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
 
 
 def _stepped(
-    layer: nn.Module, fused: FusedLayer, hidden: torch.Tensor, kwargs: dict[str, Any], kinds: tuple[LayerKind, ...],
+    layer: nn.Module, run: FusedForward, hidden: torch.Tensor, kwargs: dict[str, Any], kinds: tuple[LayerKind, ...],
     config: Any, route: Route,
 ) -> torch.Tensor:  # fmt: skip
-    """The last token's result by the fused layer, after a prompt of the others by the layer's own code."""
-    cache, starts, begin = PagedCache.of_kinds(kinds), np.zeros(len(hidden), dtype=np.int64), hidden.shape[1] - 1
-    window = next((kind.window for kind in kinds if kind.window is not None), 0)
-    mask = torch.empty((1, 1 + window, 0, 0), dtype=torch.bool, device="cpu")
+    """The last token's result by `run`, after a prompt of the others by the layer's own code."""
+    windows, begin = [kind.window for kind in kinds if kind.window is not None], hidden.shape[1] - 1
+    cache: Any = PagedCache.of_kinds(kinds) if windows else Cache(layers=[layer_of(kind) for kind in kinds])
+    starts = np.zeros(len(hidden), dtype=np.int64)
+    mask = torch.empty((1, 1 + windows[0], 0, 0), dtype=torch.bool, device="cpu") if windows else None
     prompt, last = (
         {**_cut(kwargs, part), CACHE: cache, "attention_mask": mask} for part in (slice(begin), slice(begin, None))
     )
     with launching_on(hidden.device):
+        if not windows:
+            original(layer, "forward")(hidden[:, :begin], **prompt)
+            return run(None, hidden[:, begin:], last)
         with Step(cache, Bounds(starts, 0, begin), ROUTES["sdpa"], config):
             original(layer, "forward")(hidden[:, :begin], **prompt)
         with Step(cache, Bounds(starts, begin, 1), route, config) as step:
-            return fused(step, hidden[:, begin:], last)
+            return run(step, hidden[:, begin:], last)
 
 
 def _cut(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:

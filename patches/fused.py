@@ -28,8 +28,11 @@ class FusedLayer:
         self.following = following
         """What the next layer begins with, None where that is no norm."""
 
-    def __call__(self, step: Step, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments."""
+    def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+        """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments.
+
+        A layer without attention needs no step.
+        """
         stream, branches = Stream(hidden), self.layer.branches
         for branch, other in zip(branches, (*branches[1:], None)):
             if not branch.of_input:
@@ -38,6 +41,7 @@ class FusedLayer:
             body: Any = branch.body
             if isinstance(body, Attention):
                 x = stream.normed(branch.before, kernel_takes(list(body.inputs), stream.source))
+                assert step is not None
                 stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following)
             elif isinstance(body, MLP):
                 first = [each for each in (body.gate, body.up) if each is not None]

@@ -93,12 +93,15 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
         gate = gate.flatten(-2)
     states, of_heads, taken = [], True, []
     for state, count in ((of_q, heads), (k, kv_heads)):
-        norm = next((each for each in calls if each.name in norms and within(each.input, state)), None)
-        if norm is not None:
-            taken.append(norms[norm.name])
-            of_heads = norm.input.shape[-1] == head_dim
-            state = norm.output
-        states.append(state.reshape(*state.shape[:2], count, head_dim).transpose(1, 2))
+        call_of_norm = next((each for each in calls if each.name in norms and within(each.input, state)), None)
+        heads_of = state.reshape(*state.shape[:2], count, head_dim)
+        if call_of_norm is not None:
+            norm, weight = norms[call_of_norm.name], call_of_norm.module.weight
+            taken.append(norm)
+            of_heads = call_of_norm.input.shape[-1] == head_dim
+            normed = reference.rms_norm(heads_of if of_heads else state, weight, norm.eps, norm.offset)
+            heads_of = normed.view(heads_of.shape)
+        states.append(heads_of.transpose(1, 2))
     rotary = _rotary(states, [query, key], call.kwargs.get("position_embeddings"))
     if rotary is None or len(taken) != len(norms) or {norm.kind for norm in taken} - {"rms"}:
         return None

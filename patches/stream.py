@@ -50,7 +50,7 @@ class Stream:
 
     def __init__(self, hidden: torch.Tensor) -> None:
         self.shape = hidden.shape
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         self.source = self.hidden
         """What the branches at hand are of."""
         norm, normed = getattr(hidden, TAKEN, (None, self.hidden))

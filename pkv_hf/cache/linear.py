@@ -142,9 +142,10 @@ class PagedLinearLayer(LinearLayer, PagedLayer):  # type: ignore[override]
         PagedLayer.batch_select_indices(self, indices)  # type: ignore[arg-type]
 
 
-def layer_of(kind: LayerKind, tables: Tables, layer_idx: int) -> Any:
-    """The layer of a cache that keeps what its kind says."""
+def layer_of(kind: LayerKind, tables: Tables | None = None, layer_idx: int = 0) -> Any:
+    """The layer of a cache that keeps what its kind says; one that keeps K and V is over `tables`."""
     if kind.window is not None:
+        assert tables is not None
         return PagedLinearLayer(tables, layer_idx, kind.states) if kind.states else PagedLayer(tables, layer_idx)
     return LinearLayer(kind.states) if kind.states else layer_without_cache()
 
