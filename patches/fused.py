@@ -13,22 +13,26 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from pkv_hf.runtime.logits import Logits
 from pkv_hf.runtime.step import Step
 
 
 def decode_forward(
-    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None
 ) -> torch.Tensor:
-    """Hidden states `[B, q_len, hidden]` of tokens at positions, both int64 `[B, q_len]`; with `head` its logits."""
-    hidden = decoder.embed_tokens(tokens)
+    """Hidden states `[B, q_len, hidden]` of tokens (int64 `[B, q_len]`) or their embeddings; with `head` logits.
+
+    `positions` are int64 `[B, q_len]`.
+    """
+    hidden = inputs if inputs.is_floating_point() else decoder.embed_tokens(inputs)
     cos, sin = decoder.rotary_emb(hidden, position_ids=positions)
     shape = hidden.shape
     stream = Stream(hidden.view(-1, shape[-1]))
     for layer in decoder.layers[: decoder.config.num_hidden_layers]:  # fewer while a draft exits early
         _attention(layer, stream, cos, sin, step, shape[:2])
         _mlp(layer.post_attention_layernorm, layer.mlp, stream)
-    if head is not None and kernel_takes([head], stream.hidden):
-        return _linear(*stream.normed(decoder.norm), [head]).view(*shape[:2], -1)
+    if head is not None and kernel_takes([head.module], stream.hidden):
+        return head.of_products(_linear(*stream.normed(decoder.norm), [head.module]).view(*shape[:2], -1))
     normed = stream.norm(decoder.norm).view(shape)
     return normed if head is None else head(normed)
 

@@ -207,25 +207,24 @@ def _aligns(module: nn.Module) -> bool:
     return type(hook).__name__ == ALIGNS and of_a_library(type(hook).pre_forward) and not hook.offload
 
 
-LOOPS_OWN = (
-    "generate",
-    "prepare_inputs_for_generation",
-    "_prefill",
-    "_prepare_generation_config",
-    "_sample",
-    "_update_model_kwargs_for_generation",
-)
-"""What of a causal LM's generation the run-ahead loop takes the place of, or calls as transformers does."""
+LOOPS_PLACE = ("generate", "_prefill", "_prepare_generation_config", "_sample")
+"""What of a causal LM's generation the run-ahead loop takes the place of, or enters as GenerationMixin does."""
+
+LOOPS_OWN = (*LOOPS_PLACE, "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+"""These, and what the loop calls as transformers' own does, which may be a model's."""
 
 
-def unfamiliar_loop(model: Any, family: Family) -> str:
-    """What of a causal LM's forward and generation is not as transformers has it for the family; empty for nothing."""
-    if reason := _others_than([model], family, "ForCausalLM"):
-        return reason
-    for method in LOOPS_OWN:
-        of_class = getattr(type(model), method)
-        if on_instance(model, method) is not None or not is_own(
-            of_class, os.path.join("generation", "utils.py"), f"GenerationMixin.{method}"
-        ):
-            return f"{method} of the {type(model).__name__} is not transformers' own"
+def unfamiliar_loop(model: Any) -> str:
+    """What of a causal LM's forward and generation the run-ahead loop does not know; empty for nothing."""
+    name = type(model).__name__
+    for method in ("forward", *LOOPS_OWN):
+        function = getattr(type(model), method)
+        own = f"GenerationMixin.{method}"
+        known = (
+            is_own(function, os.path.join("generation", "utils.py"), own)
+            if method in LOOPS_PLACE
+            else (of_a_library(function))
+        )
+        if on_instance(model, method) is not None or not known:
+            return f"{method} of the {name} is not transformers' own"
     return ""

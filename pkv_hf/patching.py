@@ -138,7 +138,7 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
             (model, "prepare_inputs_for_generation", prepare_inputs),
             (model, "_prefill", prefill),
         ]
-        if state.settings["run_ahead"] and not state.known.generic:
+        if state.settings["run_ahead"]:
             methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
     for module, name, function in methods:
         state.replaced.method(module, name, function, state)

@@ -21,6 +21,7 @@ from pkv_hf import compat, configurations, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.runtime.captured.watch import Watch
+from pkv_hf.runtime.logits import Logits
 
 
 class LayerShape(NamedTuple):
@@ -53,7 +54,7 @@ class Look:
     attention: str
     """Of these, why attention is not."""
     loop: str
-    """Why the causal LM and its generation are not as the run-ahead loop takes them."""
+    """Why the run-ahead loop does not know the causal LM's forward and generation."""
     not_static: str
     """Why decode steps do not run on static buffers."""
     causal: bool
@@ -62,6 +63,10 @@ class Look:
     """Why no call can be served, as the layers turned out."""
     not_captured: str = ""
     """Why no step is captured in a CUDA graph, by a capture that failed."""
+    ahead: dict[frozenset[str], tuple[Logits | None, str]] = field(default_factory=dict)
+    """What logits are of hidden states, or why steps do not run ahead, by the arguments that the decoder is given."""
+    not_ahead: str = ""
+    """Why the last call's steps did not run ahead, by what the model was found to do."""
     token: object = field(default_factory=object)
     """Of this look alone, for those that may not hold the modules."""
 
@@ -165,14 +170,12 @@ class Evidence:
         watch = Watch(self.model, self.decoder.config)
         foreign = origins.foreign(watch.modules)
         if self.family is None:
-            layers = attention = loop = "it is of no family whose layers are known"
+            layers = attention = "it is of no family whose layers are known"
             static = compat.not_captured(self.decoder)
         else:
             static = layers = origins.unfamiliar(self.decoder, self.family)
             attention = origins.unfamiliar_attention(self.attentions, self.family)
-            loop = "its decoder is another than was patched"
-            if getattr(self.model, self.model.base_model_prefix, None) is self.decoder:
-                loop = origins.unfamiliar_loop(self.model, self.family)
+        loop = "" if self.decoder is self.model else origins.unfamiliar_loop(self.model)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         causal = all(getattr(module, "is_causal", True) for module in self.attentions)
         return Look(watch, foreign, layers, attention, loop, not_static, causal)
