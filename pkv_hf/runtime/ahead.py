@@ -77,7 +77,8 @@ class Forward:
         """Takes a static step for the steps to come, where one is known to do what the model does."""
         known = self.state.known
         if known.generic and (True not in known.served or known.output_type is None):
-            return  # no step has shown yet what its layers bring: the next one may
+            known.look().not_ahead = "no decode step of hidden states alone was served yet"
+            return  # the next one may be
         self._decided = True
         look = known.look()
         if look.not_static or known.may_keep_states:
@@ -159,10 +160,7 @@ class _Asking:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            return (
-                None,
-                f"{type(self.model).__name__} fails where its decoder is tried: {type(error).__name__}: {error}",
-            )
+            return None, f"{type(self.model).__name__} fails where its decoder is tried: {error!r}"
         finally:
             kept.restore()
 

@@ -126,12 +126,9 @@ def _candidates(model: Any, head: nn.Module) -> Iterator[Logits]:
     """What logits can be by the model's settings, the simplest first."""
     text = model.config.get_text_config(decoder=True)
     of = weakref.ref(head)
-    scales = [
-        *_settings(MULTIPLIERS, model.config, text),
-        *(1 / each for each in _settings(DIVISORS, model.config, text)),
-    ]
+    multipliers, divisors = (_settings(names, model.config, text) for names in (MULTIPLIERS, DIVISORS))
     for cap in (None, *_settings(CAPS, model.config, text)):
-        for scale in (1.0, *scales):
+        for scale in (1.0, *multipliers, *(1 / divisor for divisor in divisors)):
             yield Logits(of, scale, cap)
 
 
