@@ -141,8 +141,8 @@ def _same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
     """Whether logits are equal but for the last place of their dtype, which is as often too high as too low."""
     if ours.shape != theirs.shape:
         return False
-    eps = torch.finfo(ours.dtype).eps
+    eps, of_scale = torch.finfo(ours.dtype).eps, torch.finfo(torch.float32).eps  # which a scale is rounded to
     found, expected = ours.double(), theirs.double()
-    if not torch.allclose(found, expected, rtol=eps, atol=eps * 1e-3 * float(expected.abs().max())):
+    if not torch.allclose(found, expected, rtol=2 * eps, atol=eps * 1e-3 * float(expected.abs().max())):
         return False
-    return abs(float((found * expected).sum() / (expected * expected).sum()) - 1) < eps / 16
+    return abs(float((found * expected).sum() / (expected * expected).sum()) - 1) < eps / 16 + of_scale
