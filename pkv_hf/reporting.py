@@ -59,6 +59,9 @@ class Report:
     """Why it ran layers of transformers' own, empty where our kernels ran all; before it, what forbids that."""
     not_captured: str
     """Why it replayed no CUDA graph, empty where it did; before it, what forbids that."""
+    not_run_ahead: str
+    """Why `generate()` queues no step before the last one's tokens are read, by what is known of the model; empty for
+    nothing. Where routes are not of Triton, on a CPU say, none is queued either."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -102,6 +105,7 @@ class Report:
             f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
             f"last step {self.runs}",
             *self._not_better(),
+            *(f"not run ahead: {why}" for why in [self.not_run_ahead] if why),
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
         ]
@@ -133,6 +137,7 @@ def report(model: nn.Module) -> Report:
         last_step=last.how if last else None,
         not_fused=_not_fused(state),
         not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
+        not_run_ahead=_not_run_ahead(state),
         left=tuple(state.said.values()),
     )
 
@@ -155,6 +160,13 @@ def _last_fusion(state: PatchState) -> Fusion | None:
     route = state.decision.route.name if state.decision else ""
     last = state.counts.last_step
     return state.known.look().fusions.get(route) if last and last.how != "eager" else None
+
+
+def _not_run_ahead(state: PatchState) -> str:
+    if not state.settings["run_ahead"]:
+        return "patch() was called with run_ahead=False"
+    look = state.known.look()
+    return look.loop or look.not_ahead
 
 
 def explain(model_or_step: nn.Module | StepShape) -> Decision:

@@ -71,7 +71,7 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
     config = decoder.config
     if call.get("output_attentions", getattr(config, "output_attentions", False)):
         raise NotServed("output_attentions=True needs the attention weights")
-    tokens = call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
+    tokens = tokens_of(call)
     if tokens is None:
         raise NotServed("there are neither input_ids nor inputs_embeds")
     weight = next(decoder.parameters())
@@ -142,27 +142,34 @@ def _row_starts(mask: Any, cache: PagedCache, rows: int, q_len: int, state: Patc
 
 def extra_arguments(call: dict[str, Any]) -> list[str]:
     """The arguments of a call that say more than which tokens there are and where they go."""
-    given = [name for name, value in call.items() if value is not None and name not in PLAIN_ARGUMENTS]
-    return [name for name in given if not name.startswith("output_") or call[name]]
+    given = [name for name, value in call.items() if name not in PLAIN_ARGUMENTS and not _says_nothing(value)]
+    given = [name for name in given if not name.startswith("output_") or call[name]]
+    return [name for name in given if name != "logits_to_keep" or not _of_one_token(call)]
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def _of_one_token(call: dict[str, Any]) -> bool:
     """Whether a call of one token a row keeps its hidden states, where it is asked for the last ones."""
-    ids = call.get("input_ids")
-    return ids is not None and ids.shape[1] == 1 and isinstance(call["logits_to_keep"], int)
+    tokens = tokens_of(call)
+    return tokens is not None and tokens.shape[1] == 1 and isinstance(call["logits_to_keep"], int)
+
+
+def tokens_of(call: dict[str, Any]) -> torch.Tensor | None:
+    """What a call is of: tokens, int64 `[B, q_len]`, or their embeddings `[B, q_len, hidden]`; None for neither."""
+    return call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
 
 
 def _asks_more(config: Any, call: dict[str, Any]) -> str:
     """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
     if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
         return "output_hidden_states=True asks for those of all layers"
-    if extra := [name for name in extra_arguments(call) if not (name == "logits_to_keep" and _of_one_token(call))]:
+    if extra := extra_arguments(call):
         return f"its decoder is given {', '.join(extra)}"
     if call.get("return_dict", getattr(config, "return_dict", True)) is False:
         return "return_dict=False asks for a tuple"
     if call.get("use_cache") is False:
         return "use_cache=False, with a cache"
-    positions = call.get("position_ids")
-    if positions is not None and positions.ndim != 2:
-        return f"its positions have {positions.ndim} dimensions (mRoPE)"
     return ""

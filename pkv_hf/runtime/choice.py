@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.policy.choose import Decision, choose
@@ -15,6 +14,7 @@ from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.captured.static import Forward, StaticStep
 from pkv_hf.runtime.evidence import Look
 from pkv_hf.runtime.fusion import Fusion
+from pkv_hf.runtime.logits import Logits
 from pkv_hf.runtime.state import PatchState
 
 
@@ -86,7 +86,7 @@ def fusion_of(state: PatchState, look: Look, route: Route) -> Fusion:
 
 
 def static_step(
-    state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: nn.Module | None = None
+    state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: Logits | None = None
 ) -> StaticStep | str:
     """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are.
 

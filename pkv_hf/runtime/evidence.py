@@ -20,6 +20,7 @@ from pkv_hf import compat, configurations, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.runtime.captured.watch import Watch
+from pkv_hf.runtime.logits import Logits
 
 
 class LayerShape(NamedTuple):
@@ -48,7 +49,7 @@ class Look:
     foreign: str
     """Which module's code is of no known library."""
     loop: str
-    """Why the causal LM and its generation are not as the run-ahead loop takes them."""
+    """Why the run-ahead loop does not know the causal LM's forward and generation."""
     not_static: str
     """Why decode steps do not run on static buffers."""
     causal: bool
@@ -61,6 +62,10 @@ class Look:
     """Which layers are fused in the steps of a route, by its name."""
     mixes: str | None = None
     """What may mix the tokens of a prompt beside attention, empty for nothing; None until that was asked."""
+    ahead: dict[frozenset[str], tuple[Logits | None, str]] = field(default_factory=dict)
+    """What logits are of hidden states, or why steps do not run ahead, by the arguments that the decoder is given."""
+    not_ahead: str = ""
+    """Why the last call's steps did not run ahead, by what the model was found to do."""
     token: object = field(default_factory=object)
     """Of this look alone, for those that may not hold the modules."""
 
@@ -150,7 +155,8 @@ class Evidence:
     def _new_look(self) -> Look:
         watch = Watch(self.model, self.decoder.config)
         foreign = origins.foreign(watch.modules)
-        static, loop = compat.not_captured(self.decoder), origins.unfamiliar_loop(self.model)
+        static = compat.not_captured(self.decoder)
+        loop = "" if self.decoder is self.model else origins.unfamiliar_loop(self.model)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         causal = all(getattr(module, "is_causal", True) for module in self.attentions)
         return Look(watch, foreign, loop, not_static, causal)

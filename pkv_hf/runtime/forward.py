@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from pkv_hf import compat, origins
@@ -18,12 +17,13 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
-from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
+from pkv_hf.runtime.admission import Admitted, admit, extra_arguments, tokens_of
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.captured.watch import hooks_of
 from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
 from pkv_hf.runtime.interface import attention, mask
+from pkv_hf.runtime.logits import Logits, stub
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 
@@ -36,6 +36,9 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, "forward")(*args, **kwargs)
     state: PatchState = getattr(self, STATE)
     call = compat.call_arguments(self, args, kwargs)
+    standing = stub.get()
+    if standing is not None and standing.decoder is self:
+        return standing.answer(call)
     admitted = None
     try:
         admitted = admit(self, state, call)
@@ -84,7 +87,7 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
     bounds = Bounds(starts, admitted.begin, q_len)
-    static = _static_step(state, admitted, route, call) if bounds.decodes else ""
+    static = static_of(state, admitted, route) if bounds.decodes else ""
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
@@ -116,17 +119,18 @@ def _packs(state: PatchState, decoder: Any) -> bool:
     return not look.mixes
 
 
-def _static_step(state: PatchState, admitted: Admitted, route: Route, call: dict[str, Any]) -> StaticStep | str:
-    """The step on static buffers that serves a decode step, or why transformers' layers have to run as they are."""
+def static_of(state: PatchState, admitted: Admitted, route: Route, head: Logits | None = None) -> StaticStep | str:
+    """The step on static buffers that serves a decode step, or why transformers' layers have to run as they are.
+
+    With `head` it computes logits.
+    """
     if admitted.asks_more:
         return admitted.asks_more
-    if call.get("input_ids") is None:
-        return "its decoder is given inputs_embeds instead of input_ids"
     if admitted.cache.linear_layers and (admitted.starts > admitted.begin).any():
         return "linear attention takes padding out by a mask, which a static step has not"
     if state.known.output_type is None:
         return "its decoder returns more than hidden states"
-    return static_step(state, admitted.cache, route, admitted.q_len, transformers_layers)
+    return static_step(state, admitted.cache, route, admitted.q_len, transformers_layers, head)
 
 
 def _packed_prompt(
@@ -138,13 +142,19 @@ def _packed_prompt(
     positions = call.get("position_ids")
     if positions is None:
         positions = torch.arange(packing.length, device=next(iter(given.values())).device)[None]
-    positions = positions.expand(len(packing.starts), -1)
     packed: dict[str, Any] = {name: packing.pack(tensor) for name, tensor in given.items()}
-    packed.update(position_ids=packing.pack(positions), attention_mask=None)
+    packed.update(position_ids=_packed_positions(packing, positions), attention_mask=None)
     with Step(cache, bounds, route, decoder.config, packing):
         output = original(decoder, "forward")(**{**call, **packed})
     output.last_hidden_state = packing.unpack(output.last_hidden_state)
     return output
+
+
+def _packed_positions(packing: Packing, positions: torch.Tensor) -> torch.Tensor:
+    """Positions `[..., 1 or rows, length]` as `[..., 1, tokens]`."""
+    shape = positions.shape[:-2]
+    planes = positions.expand(*shape, len(packing.starts), -1).reshape(-1, len(packing.starts), packing.length)
+    return torch.stack([packing.pack(plane) for plane in planes]).view(*shape, 1, -1)
 
 
 def _by_static_step(state: PatchState, static: StaticStep, admitted: Admitted, call: dict[str, Any]) -> Any:
@@ -154,7 +164,9 @@ def _by_static_step(state: PatchState, static: StaticStep, admitted: Admitted, c
     if positions is None:
         end = admitted.begin + admitted.q_len
         positions = torch.arange(admitted.begin, end, device=static.device)[None]
-    hidden = run_static(state, static, admitted.cache, call["input_ids"], positions, admitted.starts)
+    inputs = tokens_of(call)
+    assert inputs is not None
+    hidden = run_static(state, static, admitted.cache, inputs, positions, admitted.starts)
     fields: dict[str, Any] = {"last_hidden_state": hidden.clone(), compat.CACHE: admitted.cache}
     return state.known.output_type(**fields)
 
@@ -163,23 +175,26 @@ def run_static(
     state: PatchState,
     step: StaticStep,
     cache: PagedCache,
-    tokens: torch.Tensor,
+    inputs: torch.Tensor,
     positions: torch.Tensor | None,
     starts: np.ndarray,
 ) -> torch.Tensor:
-    """Runs a static step on tokens `[B, q_len]`, by its graph from the second run of its shape on.
+    """Runs a static step on tokens `[B, q_len]` or their embeddings, by its graph from the second run of its shape on.
 
-    `positions` are `[1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
+    `positions` are `[..., 1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
-    shape = (step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size)
+    shape = (
+        step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size,
+        inputs.is_floating_point(),
+    )  # fmt: skip
     why = uncaptured(state, step.device)
     if not why and shape not in state.compiled:
         why = "the first step of its shape compiles kernels"
     elif not why and step.lacks_memory:
         why = "memory ran out when it was to be captured"
     try:
-        output = step.run(cache, tokens, positions, starts, None if why else state.graph_memories)
+        output = step.run(cache, inputs, positions, starts, None if why else state.graph_memories)
     except CaptureError as error:
         why = str(error)
         if error.for_memory:
@@ -187,16 +202,17 @@ def run_static(
         else:
             state.known.look().not_captured = why
         state.say(f"CUDA graphs, decode steps run without: {error}")
-        output = step.run(cache, tokens, positions, starts, None)
+        output = step.run(cache, inputs, positions, starts, None)
     state.compiled.add(shape)
     state.counts.add_step("static" if why else "captured", why)
     return output
 
 
 def transformers_layers(
-    decoder: Any, tokens: torch.Tensor, positions: torch.Tensor, step: Step, head: nn.Module | None
+    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None
 ) -> torch.Tensor:
     """A static step's forward through transformers' own layers."""
-    call: dict[str, Any] = {"input_ids": tokens, "position_ids": positions, "attention_mask": None, "use_cache": True}
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    call: dict[str, Any] = {name: inputs, "position_ids": positions, "attention_mask": None, "use_cache": True}
     output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
     return output.last_hidden_state if head is None else head(output.last_hidden_state)

@@ -20,14 +20,9 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig,
 
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
-from pkv_hf.errors import NotServed
-from pkv_hf.policy.choose import CHOOSE_EVERY
 from pkv_hf.replaced import STATE, original
-from pkv_hf.routes.base import Route
-from pkv_hf.runtime.admission import admit
-from pkv_hf.runtime.captured.static import StaticStep
-from pkv_hf.runtime.choice import choose_route, decide, static_step
-from pkv_hf.runtime.forward import run_static, transformers_layers
+from pkv_hf.runtime.ahead import Forward
+from pkv_hf.runtime.choice import decide
 from pkv_hf.runtime.state import PatchState
 
 NEED_TRANSFORMERS_LOOP = frozenset({"assistant_model", "synced_gpus", "stopping_criteria", "custom_generate"})
@@ -106,15 +101,24 @@ def run_ahead(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits
     del outputs
-    forward = _Forward(model, state, cache, model_kwargs)
+    forward = Forward(model, state, cache, model_kwargs)
     sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
-    reader = _Reader(input_ids.device, streamer)
+    with model._optimize_model_for_decode():
+        _decode(cache, logits, forward, sequences, _Reader(input_ids.device, streamer))
+    if streamer is not None:
+        streamer.end()
+    return sequences.result(cache)
+
+
+def _decode(cache: PagedCache, logits: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
+    """Extends sequences until all have ended, from the logits of their prompts' last tokens on."""
     reads_first = True  # the first token is not to wait for the launches of a step
     while True:
         sequences.extend(logits)
         del logits
         reader.copy(sequences.unfinished, sequences.last)
-        ahead = not (reads_first or forward.static is None)  # what is not static runs the caller's code
+        # what is not static runs the caller's code
+        ahead = not reads_first and forward.static is not None and cache.takes_back
         if (sequences.full or not ahead) and (reader.stops() or sequences.full):
             break
         logits = forward(sequences.ids, sequences.last)
@@ -124,13 +128,10 @@ def run_ahead(
                 stop = reader.stops()
             finally:
                 if stop:  # or the streamer raised
-                    cache.crop(-1)
+                    cache.take_back()
             if stop:
                 break
         reads_first = False
-    if streamer is not None:
-        streamer.end()
-    return sequences.result(cache)
 
 
 class _Sequences:
@@ -182,60 +183,11 @@ class _Sequences:
 
 
 def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
-    """Whether decode steps go by Triton kernels, for which queueing ahead is worth it."""
+    """Whether decode steps may go by Triton kernels, for which queueing ahead is worth it."""
     if model.device.type == "meta":
         return False  # accelerate brings the weights in for each forward
     decision = decide(state, cache, np.zeros(1), 1, model.device, model.dtype)
-    return decision is not None and decision.route.fuses_rope
-
-
-class _Forward:
-    """The forward of the steps after the prompt: static where it can be, else the model as transformers calls it."""
-
-    def __init__(self, model: Any, state: PatchState, cache: PagedCache, model_kwargs: dict[str, Any]) -> None:
-        self.model, self.state, self.cache, self.model_kwargs = model, state, cache, model_kwargs
-        self.static: StaticStep | None = None
-        decoder = state.known.decoder
-        next_tokens = torch.empty((cache.rows, 1), dtype=torch.long, device=model.device)
-        try:
-            step = admit(decoder, state, {**model_kwargs, "input_ids": next_tokens})
-        except NotServed:
-            return
-        self.starts = step.starts
-        route = choose_route(state, cache, step.starts, 1, step.device, step.dtype)
-        self.static = self._static(route)
-        position_ids = model_kwargs.get("position_ids")
-        if position_ids is None:  # a forward of the caller's own may not take them
-            position_ids = torch.tensor([[step.begin]], device=model.device)
-        self.positions: torch.Tensor | None = position_ids[:, -1:]
-
-    def _static(self, route: Route) -> StaticStep | None:
-        step = static_step(self.state, self.cache, route, 1, transformers_layers, self.model.lm_head)
-        return step if isinstance(step, StaticStep) else None
-
-    def _choose_again(self) -> None:
-        """Takes another route's step where rows have grown into another route's lengths."""
-        assert self.static is not None
-        route = choose_route(self.state, self.cache, self.starts, 1, self.static.device, self.static.dtype)
-        if route.name != self.static.route.name:
-            other = self._static(route)
-            if other is not None:
-                self.positions = self.static.positions.clone()
-                self.static = other
-
-    def __call__(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
-        if self.static is not None:
-            if self.positions is None and self.cache.get_seq_length() % CHOOSE_EVERY == 0:
-                self._choose_again()
-            tokens, positions = next_tokens[:, None], self.positions
-            self.positions = None  # from here on they count on the device
-            logits = run_static(self.state, self.static, self.cache, tokens, positions, self.starts)
-            self.state.counts.add("pages")
-            return logits
-        inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
-        outputs = self.model(**inputs, return_dict=True)
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
-        return outputs.logits
+    return decision is None or decision.route.fuses_rope  # None before a first forward has shown what layers are
 
 
 class _Reader:

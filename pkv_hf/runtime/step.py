@@ -42,23 +42,34 @@ def launching_on(device: torch.device) -> AbstractContextManager:
     return torch.cuda.device(device)
 
 
-@contextmanager
-def taken_back(decoder: nn.Module) -> Iterator[None]:
-    """Tensors that a decoder's modules keep from call to call, outside of any cache, are as before where this fails."""
-    kept = [
-        (module, name, tensor, None if tensor is None else tensor.clone())
-        for module in decoder.modules()
-        for name, tensor in vars(module).items()
-        if tensor is None or isinstance(tensor, torch.Tensor)
-    ]
-    try:
-        yield
-    except BaseException:
-        for module, name, tensor, value in kept:
+class KeptTensors:
+    """Tensors that modules keep from call to call, outside of any cache, as they are now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, name, tensor, None if tensor is None else tensor.clone())
+            for module in model.modules()
+            for name, tensor in vars(module).items()
+            if tensor is None or isinstance(tensor, torch.Tensor)
+        ]
+
+    def restore(self) -> None:
+        """Has them where they were then, with what was in them."""
+        for module, name, tensor, value in self._kept:
             if tensor is not None and value is not None:
                 with torch.inference_mode():  # in which tensors of either mode may be written
                     tensor.copy_(value)
             vars(module)[name] = tensor
+
+
+@contextmanager
+def taken_back(decoder: nn.Module) -> Iterator[None]:
+    """Tensors that a decoder's modules keep are as before where this fails."""
+    kept = KeptTensors(decoder)
+    try:
+        yield
+    except BaseException:
+        kept.restore()
         raise
 
 

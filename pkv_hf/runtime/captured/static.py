@@ -8,20 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.fusion import Fusion
+from pkv_hf.runtime.logits import Logits
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1
 """Where the ends on the device stand before a run has ended: while one is queued, or was interrupted."""
 
-Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "nn.Module | None"], torch.Tensor]
-"""decoder, tokens and positions (int64 `[B, q_len]`), step, head -> hidden states `[B, q_len, hidden]`, or logits."""
+Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "Logits | None"], torch.Tensor]
+"""decoder, inputs, positions, step, head -> hidden states `[B, q_len, hidden]`, or with `head` its logits.
+
+Inputs are tokens (int64 `[B, q_len]`) or their embeddings (floating `[B, q_len, hidden]`); positions are int64
+`[..., B, q_len]`, with as many planes before the rows as the decoder is given (mRoPE has three or four).
+"""
 
 
 class StaticStep:
@@ -33,10 +37,13 @@ class StaticStep:
     not hold, and holds no weights: caches outlive models.
     """
 
-    def __init__(self, decoder: Any, forward: Forward, head: nn.Module | None, route: Route, q_len: int, fusion: Fusion) -> None:
+    def __init__(
+        self, decoder: Any, forward: Forward, head: Logits | None, route: Route, q_len: int, fusion: Fusion
+    ) -> None:
         self._decoder = weakref.ref(decoder)
         self.forward = forward
-        self._head = None if head is None else weakref.ref(head)
+        self.head = head
+        """What makes logits of the hidden states, where the step computes them."""
         self.route = route
         self.q_len = q_len
         self._fusion = weakref.ref(fusion)
@@ -50,6 +57,8 @@ class StaticStep:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._output: torch.Tensor | None = None
         self._addresses: tuple[Any, ...] = ()
+        self.inputs: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
         self._end = UNKNOWN  # what `ends` on the device stand at, and `positions` with them
         self._replayed = False  # whether the graph may have run in the present step
@@ -57,14 +66,15 @@ class StaticStep:
     def run(
         self,
         cache: PagedCache,
-        tokens: torch.Tensor,
+        inputs: torch.Tensor,
         positions: torch.Tensor | None,
         starts: np.ndarray,
         memories: GraphMemories | None,
     ) -> torch.Tensor:
-        """Appends tokens (int64 `[B, q_len]`) to the cache; returns what `forward` does, in a buffer of the graph.
+        """Appends tokens to the cache; returns what `forward` does, in a buffer of the graph.
 
-        `positions` are `[1 or B, q_len]`; None continues from the step before. `starts` are the first real positions.
+        `inputs` are the tokens, int64 `[B, q_len]`, or their embeddings, floating `[B, q_len, hidden]`.
+        `positions` are `[..., 1 or B, q_len]`; None continues from the step before. `starts` are first real positions.
         `memories` are what to capture into, None to run without a graph.
 
         Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
@@ -79,7 +89,7 @@ class StaticStep:
         with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
             try:
                 self._place(cache, begin, end)
-                self._fill_buffers(tokens, positions, starts, end, stood_at)
+                self._fill_buffers(inputs, positions, starts, end, stood_at)
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
                 for layer in cache.paged_layers:
                     layer.length = end
@@ -95,12 +105,10 @@ class StaticStep:
         return output
 
     def _fill_buffers(
-        self, tokens: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int, stood_at: int
+        self, inputs: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int, stood_at: int
     ) -> None:
         """Writes what the step reads, where the device does not hold it already: its ends stand at `stood_at`."""
         if self._starts is None:
-            self.tokens = torch.zeros((len(starts), self.q_len), dtype=torch.int64, device=self.device)
-            self.positions = torch.zeros_like(self.tokens)
             self.starts = torch.zeros(len(starts), dtype=torch.int32, device=self.device)
             self.ends = torch.zeros_like(self.starts)
         if self._starts is None or not np.array_equal(starts, self._starts):
@@ -112,13 +120,18 @@ class StaticStep:
                 raise RuntimeError(f"the cache came to hold {end - self.q_len} tokens while its next step was queued")
             self.ends.fill_(end)
         if positions is not None:
+            shape = (*positions.shape[:-2], len(starts), self.q_len)
+            self.positions = self._buffer(self.positions, shape, torch.int64)
             self.positions.copy_(positions)
-        self.tokens.copy_(tokens)
+        self.inputs = self._buffer(self.inputs, tuple(inputs.shape), inputs.dtype)
+        self.inputs.copy_(inputs)
 
-    @property
-    def head(self) -> nn.Module | None:
-        """The output embeddings, where the step computes logits."""
-        return None if self._head is None else self._head()
+    def _buffer(self, held: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A buffer of a shape and dtype: the one that is held, or a fresh one where that is of another."""
+        if held is not None and held.shape == shape and held.dtype == dtype:
+            return held
+        self.drop()  # a graph reads the one before
+        return torch.zeros(shape, dtype=dtype, device=self.device)
 
     @property
     def captured(self) -> bool:
@@ -142,6 +155,8 @@ class StaticStep:
 
     def _body(self, cache: PagedCache, begin: int, captured: bool = False) -> torch.Tensor:
         assert self._starts is not None
+        assert self.inputs is not None
+        assert self.positions is not None
         mirrors = {self.device: (self.starts, self.ends)}
         bounds = Bounds(self._starts, begin, self.q_len, self.horizon, mirrors)
         decoder = self._decoder()
@@ -149,7 +164,7 @@ class StaticStep:
         fusion = self._fusion()
         assert fusion is not None  # it lives as long as the look that this step was made by
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fused=fusion.layers) as step:
-            output = self.forward(decoder, self.tokens, self.positions, step, self.head)
+            output = self.forward(decoder, self.inputs, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output
