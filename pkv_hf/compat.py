@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
 import logging
@@ -18,7 +19,7 @@ from packaging.version import Version
 from torch import nn
 
 from pkv_hf.errors import UnsupportedVersionError
-from pkv_hf.origins import is_own, of_a_library
+from pkv_hf.origins import chain, code_of, is_own, of_a_library
 
 logger = logging.getLogger("pkv_hf")
 logger.parent = logging.getLogger("transformers")  # its verbosity and its handlers are ours as well
@@ -104,6 +105,16 @@ def takes_cache(module: nn.Module) -> bool:
             if named:
                 return CACHE in named
     return False
+
+
+def changes_layers(module: nn.Module) -> bool:
+    """Whether a module's forward, or one of its bases', assigns `layers`: to its cache, which gets more of them where
+    the decoder's layers run several times.
+    """
+    forwards = [vars(base)["forward"] for base in type(module).__mro__ if "forward" in vars(base)]
+    codes = [code_of(each) for forward in forwards for each in chain(forward)]
+    steps = (step for code in codes if code is not None for step in dis.get_instructions(code))
+    return any(step.opname == "STORE_ATTR" and step.argval == "layers" for step in steps)
 
 
 def call_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
@@ -33,6 +36,17 @@ class PagedLayer(CacheLayerMixin):
 
     def __repr__(self) -> str:
         return f"PagedLayer(length={self.length}, window={self.window or None})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedLayer:
+        """As a part of its cache alone, whose tables are copied first: by itself it would copy the pages of all."""
+        if id(self.tables) not in memo:
+            raise NotImplementedError(
+                "the layers of a PagedCache share its pages, one alone cannot be copied: copy.deepcopy() the cache, or "
+                "pass DynamicCache(config=model.config) to a model that copies layers"
+            )
+        twin = memo[id(self)] = object.__new__(type(self))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
 
     @property
     def table(self) -> BlockTable:

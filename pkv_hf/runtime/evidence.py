@@ -231,6 +231,11 @@ def _not_served(model: Any, decoder: Any, attentions: list[Any]) -> str:
             f"the forward of its {type(decoder).__name__} takes no {compat.CACHE!r}, which is what transformers "
             f"{transformers.__version__} passes caches as"
         )
+    if compat.changes_layers(decoder):
+        return (
+            f"the forward of its {type(decoder).__name__} changes the layers of its cache: a PagedCache has the "
+            "configuration's"
+        )
     if not attentions:
         return f"no module of its {type(decoder).__name__} goes through transformers' attention interface"
     name = configurations.configured_implementation(decoder.config)

@@ -231,6 +231,15 @@ def test_a_copy_goes_on_by_itself(way):
     assert_same(paged, dense)
 
 
+@pytest.mark.parametrize("layer_idx", PAGED)
+def test_a_paged_layer_alone_is_not_copied(layer_idx):
+    paged, _ = both()
+    with pytest.raises(NotImplementedError, match=r"copy\.deepcopy\(\) the cache"):
+        copy.deepcopy(paged.layers[layer_idx])
+    paged, layer = copy.deepcopy([paged, paged.layers[layer_idx]])
+    assert paged.layers[layer_idx] is layer
+
+
 def test_memory_counts_states():
     paged, dense = both()
     of_states, memory = sum(tensor.nbytes for tensor in states(dense)), paged.memory()

@@ -7,7 +7,10 @@ import pytest
 from families.compare import Subject, check
 from families.modes import seen, text
 from jsonl import records
+from pkv_hf.compat import CACHE
+from pkv_hf.errors import NotServed
 from pkv_hf.routes.triton import Workqueue
+from pkv_hf.runtime import forward
 
 pytest.importorskip("triton")
 
@@ -41,3 +44,21 @@ def test_a_record_says_how_each_route_ran(run, tmp_path, monkeypatch):
     split, workqueue = records(out)
     assert (split["route"], split["tokens_equal"], split["right"], split["steps"]["eager"]) == ("split", True, True, 2)
     assert (workqueue["route"], workqueue["right"]) == ("workqueue", False)
+
+
+@pytest.mark.parametrize("on_pages", [True, False])
+def test_a_record_is_right_by_what_ran_on_pages(run, monkeypatch, on_pages):
+    admit, due = forward.admit, ["CUDA graphs, decode steps run without: the layers wait for the device"]
+
+    def said_once(decoder, state, call):
+        if due and call[CACHE].get_seq_length():
+            reason = due.pop()
+            if not on_pages:
+                raise NotServed(reason)
+            state.say(reason)
+        return admit(decoder, state, call)
+
+    monkeypatch.setattr(forward, "admit", said_once)
+    found = run.load("record_families").trial("gemma2", "split", 2)
+    assert (len(found["left"]), found["tokens_equal"], found["beams_equal"]) == (1, True, True)
+    assert (found["calls"]["transformers"] == 0, found["right"]) == (on_pages, on_pages)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -11,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.llama import modeling_llama as llama
 
 import pkv_hf
+from pkv_hf.compat import CACHE
 from pkv_hf.patches.families import FAMILIES
 from pkv_hf.replaced import STATE
 from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
@@ -146,3 +149,39 @@ def test_families_are_told_apart_by_their_files():
     runs = {family.prefix: family.runs(Qwen3ForCausalLM, "ForCausalLM") for family in FAMILIES}
     assert runs == {"Llama": False, "Mistral": False, "Qwen2": False, "Qwen3": True}
     assert all(family.runs(getattr(transformers, f"{family.prefix}Model"), "Model") for family in FAMILIES)
+
+
+class Looping(LlamaModel):
+    """As transformers' Dory: layers that run twice get copies of their cache's layers."""
+
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get(CACHE)
+        if cache is not None and len(cache.layers) == len(self.layers):
+            cache.layers += [copy.deepcopy(layer) for layer in cache.layers]
+        return super().forward(*args, **kwargs)
+
+
+class LoopingFurther(Looping):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def looping(decoder):
+    model = tiny("llama")
+    model.model.__class__ = decoder
+    return model
+
+
+def dory():
+    of_transformers = pytest.importorskip("transformers.models.dory")
+    sections = {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1}
+    with torch.device("meta"):
+        return of_transformers.DoryForCausalLM(of_transformers.DoryConfig(**COMMON, **sections))
+
+
+@pytest.mark.parametrize("make", [lambda: looping(Looping), lambda: looping(LoopingFurther), dory])
+def test_a_decoder_that_changes_the_layers_of_its_cache_is_refused(make):
+    model = make()
+    with pytest.raises(pkv_hf.UnsupportedModelError, match=r"the forward of its \w+ changes the layers of its cache"):
+        pkv_hf.patch(model)
+    assert not any(STATE in vars(module) for module in model.modules())

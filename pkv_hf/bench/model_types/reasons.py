@@ -12,13 +12,13 @@ SHARED = {
     r"latent attention": "latent attention",
     r"no module of its \w+ goes through|takes no '\w+', which is what": "attention or cache by the model's own code",
     r"get_decoder\(\) returned|is not a causal LM that generates": "no decoder that transformers' generate() runs",
+    r"changes the layers of its cache": "layers that run several times, each with a cache of its own",
     # left to transformers
     r"asks attention for s_aux": "attention sinks",
     r"asks attention for \w+=": "arguments of attention that are not known",
     r"has a mask that is more than causal": "masks of its own",
     r"attends to other keys and values": "keys or values changed after the cache",
     r"attends to a window of": "a window other than its cache keeps",
-    r"PagedCache has other windows": "layers that run several times, each with a cache of its own",
     r"the cache is a \w+, not a PagedCache": "its generate() makes a cache of another kind",
     r"does not go through transformers' cache": "attention or cache by the model's own code",
     # transformers alone fails
