@@ -150,14 +150,50 @@ def layer_of(kind: LayerKind, tables: Tables | None = None, layer_idx: int = 0) 
     return LinearLayer(kind.states) if kind.states else layer_without_cache()
 
 
-class Checkpoint:
-    """The states of layers, and how they were: which tensors and, with `values`, what was in them."""
+class SecondBuffers:
+    """Room for all states of a cache once more, which one step after the other is taken back to."""
 
-    def __init__(self, layers: Sequence[LinearLayer], values: bool) -> None:
+    def __init__(self) -> None:
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @property
+    def nbytes(self) -> int:
+        return sum(copied.nbytes for _, copied in self._pairs)
+
+    def filled(self, tensors: Sequence[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Each of the states, and what is in it now, in few launches. What was there before is gone."""
+        if len(tensors) != len(self._pairs) or any(own is not other for (own, _), other in zip(self._pairs, tensors)):
+            self._pairs = []  # and their memory, before there is more
+            self._pairs = [(tensor, torch.empty_like(tensor)) for tensor in tensors]
+        _fill([(copied, tensor) for tensor, copied in self._pairs])
+        return self._pairs
+
+
+class Checkpoint:
+    """The states of layers, and how they were: which tensors and, with `values`, what was in them.
+
+    Copies of values are its own, or in `second` buffers, where they hold until these are filled again.
+    """
+
+    def __init__(self, layers: Sequence[LinearLayer], values: bool, second: SecondBuffers | None = None) -> None:
         self.layers = layers
         self._saved = [(layer, layer.saved()) for layer in layers]
+        self._sealed: list[tuple[torch.Tensor, int]] = []
         tensors = [tensor for layer in layers for tensor in layer.tensors] if values else []
-        self._values = [(tensor, tensor.clone()) for tensor in tensors]
+        copies = [(tensor, tensor.clone()) for tensor in tensors] if second is None else second.filled(tensors)
+        self._values = copies
+
+    def seal(self) -> None:
+        """Notes the states as they are now, of which `sealed` says whether that has changed."""
+        self._sealed = [(tensor, tensor._version) for layer in self.layers for tensor in layer.tensors]
+
+    @property
+    def sealed(self) -> bool:
+        """Whether nothing has changed the states since `seal`, by torch's count of writes."""
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors]
+        return len(tensors) == len(self._sealed) and all(
+            own is other and own._version == version for own, (other, version) in zip(tensors, self._sealed)
+        )
 
     def restore(self) -> None:
         """Puts all back, in the same tensors, whose addresses CUDA graphs keep."""
@@ -189,10 +225,15 @@ class Checkpoint:
                         by_state[i] = tensor
 
 
-def _fill(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def _fill(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copies into the first of each pair what is in the second, in a launch for many of one dtype on one device."""
+    alike: dict[Any, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for tensor, value in pairs:
+        alike.setdefault((tensor.device, tensor.dtype, value.device, value.dtype), []).append((tensor, value))
     with torch.inference_mode():  # in which tensors of either mode may be written
-        for tensor, value in pairs:
-            tensor.copy_(value)
+        for some in alike.values():
+            tensors, values = zip(*some)
+            torch._foreach_copy_(tensors, values)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,29 +13,13 @@ from transformers.cache_utils import Cache, DynamicCache
 from pkv_hf.arguments import whole
 from pkv_hf.cache import linear
 from pkv_hf.cache.layer import PagedLayer
-from pkv_hf.cache.linear import Checkpoint, LinearLayer
+from pkv_hf.cache.linear import Checkpoint, LinearLayer, SecondBuffers
 from pkv_hf.cache.pending import Reordering, check_indices
 from pkv_hf.cache.sizes import KV_DTYPES, PAGE_SIZES, CacheMemory, check_kv_dtype, check_page_size
+from pkv_hf.cache.steps import CacheStep, LastStep, StaticSteps
 from pkv_hf.cache.table import BlockTable
 from pkv_hf.cache.tables import Tables
 from pkv_hf.compat import LayerKind, layer_kinds
-
-
-class CacheStep(Protocol):
-    """What a cache knows of the forward of a patched model that it serves."""
-
-    captured: bool
-    """Whether a CUDA graph keeps what the forward does."""
-
-    def update(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Appends k and v `[rows, H_kv, q_len, D]` to a layer; returns what its attention is to be called with."""
-
-
-class StaticSteps(dict[tuple, Any]):
-    """A cache's decode steps on static buffers, by shape. They hold its addresses: no copy may take them over."""
-
-    def __reduce__(self) -> tuple[type[StaticSteps], tuple[()]]:
-        return StaticSteps, ()
 
 
 class PagedCache(DynamicCache):
@@ -96,6 +80,7 @@ class PagedCache(DynamicCache):
         self.page_size, self.kv_dtype = page_size, tables.kv_dtype
         self.step: CacheStep | None = None  # set while a patched model's forward serves this cache
         self.static_steps = StaticSteps()
+        self.last_step = LastStep()
         self.last_route: str | None = None  # of its last step in a patched model
         Cache.__init__(self, layers=[linear.layer_of(kind, tables, layer_idx) for layer_idx, kind in enumerate(kinds)])
 
@@ -216,6 +201,7 @@ class PagedCache(DynamicCache):
         with self._tables.atomic(), linear.atomic(self.linear_layers) as before:
             if not any(lengths):
                 before.forget()
+                self.last_step = LastStep()
             elif cropped is not None:
                 before.crop(cropped)
             self._tables.cut(lengths)
@@ -225,9 +211,23 @@ class PagedCache(DynamicCache):
     def _lengths(self) -> list[int]:
         return [self._tables.length(layer_idx) for layer_idx in range(len(self._tables.windows))]
 
-    def checkpoint(self, values: bool = True) -> tuple[list[int], Checkpoint]:
-        """What `go_back` takes: lengths, and copies of all states; without `values` only where these are."""
-        return self._lengths(), Checkpoint(self.linear_layers, values)
+    def checkpoint(self, values: bool = True, second: SecondBuffers | None = None) -> tuple[list[int], Checkpoint]:
+        """What `go_back` takes: lengths, and copies of all states; without `values` only where these are.
+
+        In `second` buffers they hold until the next checkpoint there.
+        """
+        return self._lengths(), Checkpoint(self.linear_layers, values, second)
+
+    def take_back(self) -> None:
+        """Takes back the last token, of a decode step on static buffers: linear-attention states, too.
+
+        Waits for no device, though it may still be computing the step. Raises RuntimeError where there are such states,
+        and anything else has changed the cache since that step.
+        """
+        if self.holds_states:
+            self.last_step.take_back(self)
+        else:
+            self.crop(-1)
 
     def go_back(self, checkpoint: tuple[list[int], Checkpoint]) -> None:
         """Takes every layer back to what it held at `checkpoint`, after a forward that failed halfway."""
@@ -332,7 +332,7 @@ class PagedCache(DynamicCache):
     def memory(self) -> CacheMemory:
         """Bytes and pages that the cache holds now."""
         states = sum(layer.nbytes for layer in self.linear_layers)
-        return CacheMemory.of(self.tables.values(), self.get_seq_length(), states)
+        return CacheMemory.of(self.tables.values(), self.get_seq_length(), states, self.last_step.nbytes)
 
     @property
     def rows(self) -> int:

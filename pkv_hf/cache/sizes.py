@@ -38,7 +38,8 @@ class CacheMemory:
     """What a cache holds. Pages are counted over the kinds of layers, each page once for all layers of its kind."""
 
     held_bytes: int
-    """Bytes of the page pools, K and V of all layers, and of linear-attention states."""
+    """Bytes of the page pools, K and V of all layers, of linear-attention states, and of those that a step is taken
+    back to."""
     live_bytes: int
     """Bytes of the tokens that can still be attended to; a token that several rows share counts once a row. All of the
     linear-attention states count."""
@@ -50,9 +51,10 @@ class CacheMemory:
     """Pages held more than once, by several rows or by forks."""
 
     @classmethod
-    def of(cls, tables: Iterable[BlockTable], length: int, states: int) -> CacheMemory:
-        """Of tables whose rows are `length` tokens long, beside `states` bytes of linear-attention states."""
-        held = live = states
+    def of(cls, tables: Iterable[BlockTable], length: int, states: int, second: int) -> CacheMemory:
+        """Of tables whose rows are `length` tokens long, `states` bytes of linear-attention states, and `second` of
+        the buffers that these are copied into."""
+        held, live = states + second, states
         in_use = free = shared = 0
         for table in tables:
             counts = table.pool.allocator.refcounts

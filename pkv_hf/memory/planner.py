@@ -203,7 +203,7 @@ def _planned(
         prefill=tokens * _token_elements(sizes) * width,
         workspace=2 * CUBLAS_WORKSPACE
         + _partials(sizes)
-        + 2 * len(lengths) * sizes.states  # copies, of the first decode step and around it
+        + 2 * len(lengths) * sizes.states  # second buffers, and a copy of the first decode step
         + (0 if whole else _over_pages(sizes, longest)),
         graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
         + len(lengths) * sizes.vocabulary * (width + 4),  # and float32 scores

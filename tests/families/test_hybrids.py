@@ -238,7 +238,7 @@ def run_static(model, cache, starts, memories=None):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["delta", "both in one"])
-def test_static_steps_take_states_back_or_give_the_cache_up(name):
+def test_static_steps_that_fail_leave_states_as_they_were(name):
     model = pkv_hf.patch(hybrid(name))
     starts = np.array([5, 0])
     cache, _ = prompted(model, 9, 14)
@@ -256,13 +256,72 @@ def test_static_steps_take_states_back_or_give_the_cache_up(name):
 
     with pytest.raises(CaptureError, match="elsewhere"):
         run_static(model, cache, starts, Memory(elsewhere))
-    assert all(map(torch.equal, held(cache), before))
-    assert places(cache) == where
-    for fails, empty in ((Memory(stops), False), (Memory(lambda: None, stops), True)):
+
+    def ran():
+        for tensor in states(cache):
+            tensor.add_(1)
+        stops()
+
+    for fails in (Memory(stops), Memory(lambda: None, ran)):
         with pytest.raises(Stopped):
             run_static(model, cache, starts, fails)
-        assert (cache.get_seq_length() == 0) == empty
-    assert not states(cache)
+        assert all(map(torch.equal, held(cache), before))
+        assert places(cache) == where
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_a_stop_that_is_read_late_leaves_the_cache_as_transformers_has_it(name):
+    """Steps run on after the one whose token ends the row, as far as one more, which is taken back."""
+    model, inputs = hybrid(name), left_padded(14)
+    steps = int(torch.randint(1, 7, ()))
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_dict_in_generate": True, "pad_token_id": 0}
+    tokens = model.generate(**inputs, **settings).sequences[0, 14:].tolist()
+    eos = tokens[steps]
+    first = tokens.index(eos)
+    theirs = model.generate(**inputs, **settings, eos_token_id=eos)
+    cache = PagedCache(pkv_hf.patch(model).config)
+    token = model(**inputs, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+    static = StaticStep(model.get_decoder(), transformers_layers, model.lm_head, ROUTES["sdpa"], 1)
+    found = [token]
+    for step in range(first + 1):
+        positions = torch.tensor([[14]]) if step == 0 else None
+        found.append(static.run(cache, found[-1], positions, np.array([0]), None).argmax(-1))
+    cache.take_back()
+    assert torch.cat([inputs["input_ids"], *found[:-1]], dim=1).equal(theirs.sequences)
+    assert cache.get_seq_length() == theirs[CACHE].get_seq_length()
+    for ours, expected in zip(states(cache), states(theirs[CACHE]), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_step_is_taken_back_once_and_only_where_nothing_came_after_it():
+    model = pkv_hf.patch(hybrid("delta"))
+    starts = np.array([5, 0])
+    cache, _ = prompted(model, 9, 14)
+    with pytest.raises(RuntimeError, match="take_back"):
+        cache.take_back()
+    memory, before, where = cache.memory(), held(cache), places(cache)
+    run_static(model, cache, starts)
+    pools = sum(table.pool.nbytes for table in cache.tables.values())
+    assert cache.memory().held_bytes == pools + 2 * sum(x.nbytes for x in states(cache))
+    assert cache.memory().live_bytes - memory.live_bytes == 2 * 2 * 2 * 16 * 4  # K and V of a layer's two heads
+    cache.take_back()
+    assert all(map(torch.equal, held(cache), before))
+    assert places(cache) == where
+    changes = [
+        lambda: cache.take_back(),
+        lambda: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda: states(cache)[0].add_(1),
+        lambda: step(model, cache, torch.ones(2, 17, dtype=torch.long)),
+    ]
+    for change in changes:
+        run_static(model, cache, starts)
+        change()
+        with pytest.raises(RuntimeError, match="take_back"):
+            cache.take_back()
+    cache.reset()
+    assert cache.last_step.nbytes == 0
 
 
 @torch.no_grad()

@@ -61,7 +61,6 @@ class StaticStep:
         self.positions: torch.Tensor | None = None
         self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
         self._end = UNKNOWN  # what `ends` on the device stand at, and `positions` with them
-        self._replayed = False  # whether the graph may have run in the present step
 
     def run(
         self,
@@ -78,26 +77,24 @@ class StaticStep:
         `memories` are what to capture into, None to run without a graph.
 
         Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
-        Where a replay that may have run is interrupted, the cache is empty if it holds linear-attention states: they do
-        not go back.
+        Whatever else interrupts it leaves the cache as it was, too. `PagedCache.take_back` takes a step back.
         """
         begin = cache.get_seq_length()
         end = begin + self.q_len
         stood_at, self._end = self._end, UNKNOWN
-        before, self._replayed = cache.checkpoint(values=memories is None), False
         # torch forbids to write outside of inference mode what was made inside
         with torch.inference_mode(False), torch.no_grad(), launching_on(self.device):
+            # Outside of the graph: states are known to be copied before it may run, wherever that is interrupted.
+            before = cache.last_step.begin(cache)
             try:
                 self._place(cache, begin, end)
                 self._fill_buffers(inputs, positions, starts, end, stood_at)
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
                 for layer in cache.paged_layers:
                     layer.length = end
+                cache.last_step.end(before)
             except BaseException as error:
-                if self._replayed and cache.holds_states:
-                    cache.reset()
-                else:
-                    cache.go_back(before)
+                cache.go_back(before)
                 if isinstance(error, CaptureError):  # the buffers are filled, and a capture runs nothing
                     self._end = end
                 raise
@@ -185,6 +182,5 @@ class StaticStep:
                 raise CaptureError("the model puts its linear-attention states elsewhere at each step")
             self._memory, self._graph, self._output = memory, graph, output
             self.captures += 1
-        self._replayed = True
         graph.replay()
         return output
