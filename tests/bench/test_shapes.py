@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from jsonl import records
-from pkv_hf import replaced
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.floor import Floor
 from pkv_hf.bench.inputs.shapes import SHAPES
@@ -114,15 +113,10 @@ def test_a_peer_that_raises_is_recorded_by_its_error(run, tmp_path, monkeypatch)
     assert (ours["logits_right"], ours["last_step"], ours["left"]) == (True, "eager", [])
 
 
-def test_logits_further_off_than_twice_transformers_are_an_error(run, tmp_path, monkeypatch):
-    first_step = benchmark.logits.first_step
-
-    def off(model, *arguments, **settings):
-        tokens, found = first_step(model, *arguments, **settings)
-        patched = getattr(model, replaced.STATE, None) is not None
-        return tokens, found * 1.1 if patched else found
-
-    monkeypatch.setattr(benchmark.logits, "first_step", off)
-    status, (_, ours) = generate(run, tmp_path)
-    assert status == 1
-    assert ours["logits_right"] is False
+@pytest.mark.parametrize(("ours", "right"), [(0.0199, True), (0.0201, False)])
+def test_logits_further_off_than_twice_transformers_are_an_error(run, tmp_path, monkeypatch, ours, right):
+    errors = iter((0.01, ours))
+    monkeypatch.setattr(benchmark.logits, "error", lambda *_: next(errors))
+    status, (dynamic, patched) = generate(run, tmp_path)
+    assert status == int(not right)
+    assert (dynamic["logits_right"], patched["logits_right"]) == (None, right)
