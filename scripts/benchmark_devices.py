@@ -22,6 +22,7 @@ from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.inputs.models import DTYPES, quieten
+from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -88,7 +89,7 @@ def everywhere(arguments: argparse.Namespace, devices: int, processes: int) -> d
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="llama-3.2-1b", help=f"smollm2, {', '.join(benchmark.SHAPES)}, or a folder")
+    parser.add_argument("--model", default="llama-3.2-1b", help=f"smollm2, {', '.join(SHAPES)}, or a folder")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=count, default=[4096], metavar="N", help="the prompt of each row")
     parser.add_argument("--new-tokens", type=count, default=48, metavar="N")

@@ -1,12 +1,15 @@
 """Decode speed of model.generate() with and without pages, and the time that a step's bytes need at least.
 
-The floor of a step is (weights that it reads + live K and V) / read bandwidth, the bandwidth measured in the same run.
+The floor of a step is (weights that it reads + live K and V + states, `bench/floor.py`) / read bandwidth, the bandwidth
+measured in the same run.
 Every engine is measured on its second call of a case; its first, with what it compiles and captures, is `setup_s`.
 `dynamic-cold` is the first call of `dynamic`: a growing cache asks for new sizes at each step, which are slow until the
 allocator holds blocks of them.
 Tokens are compared with transformers' own first: in float32 a difference is an error, and nothing is recorded.
 `logit error` is how far the logits of an engine's first decode step are from those of wider arithmetic (float32; for a
-float32 model float64): the root mean square of the difference, relative. It says what other tokens are worth.
+float32 model float64): the root mean square of the difference, relative. It says what other tokens are worth. In half
+precision a patched engine's may be twice that of transformers' default cache in the same run: more is an error.
+An engine of transformers that raises is recorded with its error.
 
 `--mode beams` times the steps of beam search; the floor reads the prompt, which the beams share, once.
 `--mode assisted` times rounds: `--assistant` drafts `--draft-tokens` tokens one by one, then the model verifies them in
@@ -22,6 +25,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +35,12 @@ import torch
 from pkv_hf.arguments import count, device
 from pkv_hf.bench import benchmark, logits
 from pkv_hf.bench.compare import check_patchable
+from pkv_hf.bench.floor import Floor
 from pkv_hf.bench.inputs.models import DTYPES, quieten
+from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
-from pkv_hf.errors import status
-from pkv_hf.memory.weights import step_weight_bytes
+from pkv_hf.errors import first_line, status
 from pkv_hf.tables import table
 
 COLD = "dynamic-cold"
@@ -48,7 +54,7 @@ def measure(
         return benchmark.measure(model, inputs, new_tokens, engine, judged, **mode)
     started = time.perf_counter()
     run = run_generate(model, inputs, new_tokens, **mode)
-    return benchmark.Summary(run, time.perf_counter() - started, None)
+    return benchmark.Summary(run, time.perf_counter() - started, benchmark.UNPATCHED)
 
 
 def case_of(text: str) -> list[int]:
@@ -63,7 +69,7 @@ def kernels_are_cached() -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help=f"smollm2, {', '.join(benchmark.SHAPES)}, hub id or folder")
+    parser.add_argument("--model", default="smollm2", help=f"smollm2, {', '.join(SHAPES)}, hub id or folder")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument(
         "--lengths",
@@ -102,9 +108,9 @@ def main() -> int:
 
 
 def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: int) -> int:
-    """Measures every case by every engine. Returns 1 where one gives other tokens than transformers."""
+    """Measures every case by every engine. Returns 1 where one gives other tokens or logits than it may."""
     quieten()
-    compiled_before = kernels_are_cached()
+    triton_cache = "warm" if kernels_are_cached() else "empty"
     dtype = DTYPES[arguments.dtype]
     model = benchmark.load(arguments.model, dtype, arguments.device, arguments.load_in_4bit)
     used = [model]
@@ -117,59 +123,90 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
         if any(engine.startswith("patched") for engine in engines):
             check_patchable(each)
     bandwidth = benchmark.read_bandwidth(arguments.device)
-    weights = step_weight_bytes(model)
-    records = []
+    of_run = {
+        "bench": "generate",
+        "mode": arguments.mode,
+        "num_beams": beams,
+        "assistant": arguments.assistant if drafted else None,
+        "draft_tokens": drafted,
+        "model": arguments.model,
+        "dtype": arguments.dtype,
+        "weight_bits": 4 if arguments.load_in_4bit else None,
+        "new_tokens": arguments.new_tokens,
+        "triton_cache": triton_cache,
+        "read_gb_s": bandwidth / 1e9,
+        **environment(),
+    }
+    records: list[dict[str, Any]] = []
+    wrong = False
     for lengths in arguments.lengths:
-        inputs = benchmark.prompts(arguments.model, model, lengths)
-        least_bytes = benchmark.step_bytes(model, lengths, arguments.new_tokens, beams)
-        if drafted:
-            least_bytes += drafted * benchmark.step_bytes(used[-1], lengths, arguments.new_tokens)
-        floor_ms = least_bytes / bandwidth * 1e3
-        expected = None
-        judge: tuple[torch.Tensor, torch.Tensor] | None = None
-        for engine in engines:
-            print(f"{lengths} {engine} ...", file=sys.stderr)
-            summary = measure(model, inputs, arguments.new_tokens, engine, mode)
-            expected = summary.run.sequences if expected is None else expected
-            match = torch.equal(summary.run.sequences, expected)
-            if not match and arguments.dtype == "float32":
-                print(f"error: {engine} gave other tokens than transformers on {lengths}", file=sys.stderr)
+        floor = Floor.of(model, lengths, arguments.new_tokens, beams)
+        drafts = drafted * Floor.of(used[-1], lengths, arguments.new_tokens).total if drafted else 0
+        of_case = {
+            "weight_bytes": floor.weights,
+            "batch": len(lengths),
+            "lengths": lengths,
+            "floor_ms": (floor.total + drafts) / bandwidth * 1e3,
+            "floor_bytes": {**asdict(floor), "drafts": drafts},
+        }
+        for record in by_engine(arguments, model, lengths, engines, mode):
+            if "step_ms_p50" in record:
+                rate = len(lengths) * record["tokens_per_step"] * 1e3 / record["step_ms_p50"]
+                share = 100 * of_case["floor_ms"] / record["step_ms_p50"]
+                record |= {"tokens_per_s": rate, "percent_of_floor": share}
+            if record["tokens_match"] is False and arguments.dtype == "float32":
+                print(f"error: {record['engine']} gave other tokens than transformers on {lengths}", file=sys.stderr)
                 return 1
-            error = None
-            if summary.first_step is not None:
-                tokens, found = summary.first_step
-                if judge is None or not torch.equal(tokens, judge[0]):
-                    judge = tokens, logits.expected(model, tokens, inputs["attention_mask"])
-                error = logits.error(found, judge[1])
-            figures = summary.figures()
-            p50 = figures["step_ms_p50"]
-            record = {
-                "bench": "generate",
-                "mode": arguments.mode,
-                "num_beams": beams,
-                "assistant": arguments.assistant if drafted else None,
-                "draft_tokens": drafted,
-                "model": arguments.model,
-                "dtype": arguments.dtype,
-                "weight_bits": 4 if arguments.load_in_4bit else None,
-                "weight_bytes": weights,
-                "batch": len(lengths),
-                "lengths": lengths,
-                "new_tokens": arguments.new_tokens,
-                "engine": engine,
-                **figures,
-                "floor_ms": floor_ms,
-                "percent_of_floor": 100 * floor_ms / p50,
-                "tokens_per_step": summary.run.tokens_per_step,
-                "tokens_per_s": len(lengths) * summary.run.tokens_per_step * 1e3 / p50,
-                "triton_cache": "warm" if compiled_before else "empty",
-                "tokens_match": match,
-                "logit_error": error,
-                "read_gb_s": bandwidth / 1e9,
-                **environment(),
-            }
-            append_record(arguments.out, record)
-            records.append(record)
+            if record["logits_right"] is False:
+                print(f"error: {record['engine']}: logit error {record['logit_error']:.1e} on {lengths} is more than "
+                      "twice that of transformers", file=sys.stderr)  # fmt: skip
+                wrong = True
+            append_record(arguments.out, {**of_run, **of_case, **record})
+            records.append({**of_case, **record})
+    show(records)
+    ran = [record for record in records if "error" not in record]
+    best = {engine: [r["step_ms_p50"] for r in ran if r["engine"] == engine] for engine in engines}
+    print(json.dumps({"model": arguments.model, "records": len(records), "step_ms_p50": best}))
+    return 1 if wrong else 0
+
+
+def by_engine(
+    arguments: argparse.Namespace, model: Any, lengths: list[int], engines: list[str], mode: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """What a record says of each engine on a case. What comes after `dynamic` is compared with it."""
+    inputs = benchmark.prompts(arguments.model, model, lengths)
+    expected: torch.Tensor | None = None
+    judge: tuple[torch.Tensor, torch.Tensor] | None = None
+    own_error: float | None = None
+    for engine in engines:
+        print(f"{lengths} {engine} ...", file=sys.stderr)
+        record: dict[str, Any] = {"engine": engine, "tokens_match": None, "logit_error": None, "logits_right": None}
+        try:
+            summary = measure(model, inputs, arguments.new_tokens, engine, mode)
+        except Exception as error:  # of transformers, torch or a compiler: that this engine does not run is the result
+            if engine.startswith("patched"):
+                raise
+            print(f"{engine} raised {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+            yield {**record, "error": f"{type(error).__name__}: {first_line(error)}"}
+            continue
+        if expected is None and not engine.startswith("patched"):
+            expected = summary.run.sequences
+        if expected is not None:
+            record["tokens_match"] = torch.equal(summary.run.sequences, expected)
+        if summary.first_step is not None:
+            tokens, found = summary.first_step
+            if judge is None or not torch.equal(tokens, judge[0]):
+                judge = tokens, logits.expected(model, tokens, inputs["attention_mask"])
+            record["logit_error"] = logits.error(found, judge[1])
+            if engine == "dynamic":
+                own_error = record["logit_error"]
+            elif own_error is not None and engine.startswith("patched") and arguments.dtype != "float32":
+                record["logits_right"] = record["logit_error"] <= 2 * own_error
+        yield {**record, **summary.figures(), "tokens_per_step": summary.run.tokens_per_step}
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """Prints a table of what ran, and which engine did not."""
     header = ("case", "engine", "p20 ms", "p50 ms", "p80 ms", "floor ms", "of floor", "tokens a step", "tokens/s",
               "first ms", "peak GiB", "setup s", "KV MiB", "logit error", "tokens match")  # fmt: skip
     rows = [
@@ -178,12 +215,10 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
          f"{r['tokens_per_step']:.2f}", f"{r['tokens_per_s']:,.0f}", f"{r['first_token_ms']:,.0f}",
          f"{r['peak_gib']:.1f}", f"{r['setup_s']:.1f}", f"{r['kv_bytes'] / 2**20:,.1f}",
          "-" if r["logit_error"] is None else f"{r['logit_error']:.1e}", r["tokens_match"])
+        if "error" not in r else (f"{r['batch']} x {max(r['lengths']):,}", r["engine"], r["error"], *[""] * 12)
         for r in records
     ]  # fmt: skip
     print(table(header, rows), end="\n\n")
-    best = {engine: [r["step_ms_p50"] for r in records if r["engine"] == engine] for engine in engines}
-    print(json.dumps({"model": arguments.model, "records": len(records), "step_ms_p50": best}))
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.arguments import count, needs
-from pkv_hf.bench.benchmark import SHAPES, read_bandwidth
+from pkv_hf.bench.benchmark import read_bandwidth
+from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -80,7 +81,7 @@ def times_us(calls: list[Callable[[], object]], samples: int = 15) -> np.ndarray
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b", "llama-3.2-1b"], choices=SHAPES)
     parser.add_argument("--rows", nargs="+", type=count, default=[1, 2, 4, 8, 16])
     parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/linear.jsonl")
     arguments = parser.parse_args()
@@ -95,7 +96,7 @@ def run(arguments: argparse.Namespace) -> int:
     bandwidth = read_bandwidth("cuda") / 1e9
     records = []
     for shape in arguments.shapes:
-        for name, (inputs, outputs) in cases(SHAPES[shape]).items():
+        for name, (inputs, outputs) in cases(SHAPES[shape].text).items():
             nbytes = sum(outputs) * inputs * 2
             sets = [
                 [torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16) * inputs**-0.5 for count in outputs]

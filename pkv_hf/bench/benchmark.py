@@ -9,36 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pkv_hf.arguments import needs
 from pkv_hf.bench import logits
 from pkv_hf.bench.inputs.models import check_positions, in_4bit, loading
+from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
 from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
-from pkv_hf.memory.weights import step_weight_bytes
 from pkv_hf.patching import patched
 from pkv_hf.reporting import report
-
-LLAMA3_ROPE = {
-    "rope_type": "llama3", "rope_theta": 500_000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
-        "rope_parameters": {**LLAMA3_ROPE, "factor": 8.0},
-    },
-    "llama-3.2-1b": {
-        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 128256, "max_position_embeddings": 131072,
-        "tie_word_embeddings": True, "rope_parameters": {**LLAMA3_ROPE, "factor": 32.0},
-    },
-}  # fmt: skip
-"""Shapes of published models, built here with random weights."""
 
 WARM_STEPS = 4
 """Steps after the first token that a summary leaves out."""
@@ -51,7 +32,8 @@ class Summary:
     run: Run
     setup_s: float
     """The engine's whole first call, what it compiles and allocates included."""
-    route: str | None
+    ran: dict[str, Any]
+    """What `report` says of its last step, by the fields of a record; a route of None for transformers' own."""
     first_step: tuple[torch.Tensor, torch.Tensor] | None = None
     """Its tokens and logits, as `logits.first_step` returns them."""
 
@@ -59,7 +41,7 @@ class Summary:
         """Its fields of a record: times in milliseconds (`setup_s` in seconds), memory in GiB (`kv_bytes` in bytes)."""
         p20, p50, p80 = np.percentile(self.run.step_s[WARM_STEPS:], (20, 50, 80)) * 1e3
         return {
-            "route": self.route,
+            **self.ran,
             "step_ms_p20": float(p20),
             "step_ms_p50": float(p50),
             "step_ms_p80": float(p80),
@@ -81,13 +63,7 @@ def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False, op
         if name == "smollm2":
             model: Any = load_smollm2(dtype=dtype)
         elif name in SHAPES:
-            before = torch.get_default_dtype()
-            torch.set_default_dtype(dtype)
-            try:
-                with torch.device(device):
-                    model = LlamaForCausalLM(LlamaConfig(**SHAPES[name], eos_token_id=None, pad_token_id=0))
-            finally:
-                torch.set_default_dtype(before)
+            model = SHAPES[name].build(dtype, device)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return in_4bit(model, device) if four_bits else model.eval().to(device)
@@ -100,7 +76,9 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
         source = load_tokenizer()(pydoc_text(), return_tensors="pt").input_ids[0]
     else:
         generator = torch.Generator().manual_seed(0)
-        source = torch.randint(2, model.config.vocab_size, (sum(lengths),), generator=generator)
+        vocabulary = model.config.get_text_config().vocab_size
+        source = torch.randint(2, vocabulary, (sum(lengths),), generator=generator)
+        source[torch.isin(source, media_tokens(model.config))] = 2
     input_ids = torch.zeros(len(lengths), longest, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     taken = 0
@@ -109,6 +87,14 @@ def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor
         mask[row, longest - length :] = 1
         taken += length
     return {"input_ids": input_ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def media_tokens(config: Any) -> torch.Tensor:
+    """Tokens that stand for an image, or what is around one: a text of them alone would lack its image."""
+    plain = ("pad_token_id", "bos_token_id", "eos_token_id")
+    named = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))
+             and name not in plain]  # fmt: skip
+    return torch.tensor([value for value in named if isinstance(value, int)], dtype=torch.long)
 
 
 def load_draft(name: str, tokens: int, dtype: torch.dtype, model: Any) -> Any:
@@ -175,7 +161,17 @@ def measure(
         setup = time.perf_counter() - started
         run = run_generate(model, inputs, new_tokens, **settings.generate, **mode)
         step = logits.first_step(model, inputs, new_tokens, **settings.generate) if judged else None
-        return Summary(run, setup, None if settings.patch is None else report(model).route, step)
+        return Summary(run, setup, ran(model) if settings.patch is not None else UNPATCHED, step)
+
+
+UNPATCHED = {"route": None}
+
+
+def ran(model: Any) -> dict[str, Any]:
+    """How a patched model's last step ran, and why no better."""
+    said = report(model)
+    how = {name: getattr(said, name) for name in ("last_step", "not_fused", "not_captured")}
+    return {"route": said.route, **how, "left": list(said.left)}
 
 
 def read_bandwidth(device: str) -> float:
@@ -195,15 +191,3 @@ def read_bandwidth(device: str) -> float:
 def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def step_bytes(model: Any, lengths: list[int], new_tokens: int, beams: int = 1) -> int:
-    """Bytes that a decode step reads at least: weights it uses, and K and V of the tokens so far (mean of the run).
-
-    The prompt that the beams of a row share counts once.
-    """
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token = 2 * config.num_hidden_layers * kv_heads * head_dim * model.dtype.itemsize
-    return step_weight_bytes(model) + token * (sum(lengths) + len(lengths) * beams * new_tokens // 2)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
+
+from pkv_hf.compat import decoder_of
 
 
 def stored_bytes(weight: Any) -> int:
@@ -28,7 +31,13 @@ def weight_bytes(model: Any) -> int:
 
 
 def step_weight_bytes(model: Any) -> int:
-    """Bytes of the weights that a decode step reads: every expert, and the embedding table only where it is the head
-    too, since a step reads a few of its rows."""
-    embedding, head = model.get_input_embeddings().weight, getattr(model.get_output_embeddings(), "weight", None)
-    return weight_bytes(model) - (0 if embedding is head else stored_bytes(embedding))
+    """Bytes of the weights that a decode step reads: those of the decoder and the head, not of towers beside it.
+
+    Every expert counts, and the embedding table only where it is the head too, since a step reads a few of its rows.
+    """
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    read = {id(weight): weight for weight in decoder_of(model).parameters()}
+    read.pop(id(embedding), None)
+    if isinstance(head, nn.Module):
+        read |= {id(weight): weight for weight in head.parameters()}
+    return sum(map(stored_bytes, read.values()))

@@ -41,7 +41,8 @@ class Row(NamedTuple):
 
 
 def generate_records(*modes: str) -> list[Record]:
-    return [r for r in pages.read("generate.jsonl", **MODE) if r["mode"] in modes]
+    """Of what ran: a peer that raised is recorded by its error."""
+    return [r for r in pages.read("generate.jsonl", **MODE) if r["mode"] in modes and "error" not in r]
 
 
 def compared(records: list[Record]) -> list[dict[str, Record]]:

@@ -117,17 +117,6 @@ def test_benchmark_devices_records_nothing_where_tokens_differ(run, tmp_path, mo
     assert not out.exists()
 
 
-def test_a_step_reads_its_weights_and_the_live_kv():
-    from pkv_hf.bench.benchmark import step_bytes
-
-    model = tiny("llama-tied")
-    kv = 2 * 3 * 2 * 16 * 4
-    assert step_bytes(model, [40, 7], 10) == 4 * model.num_parameters() + kv * (47 + 10)
-    assert step_bytes(model, [40, 7], 10, beams=3) == 4 * model.num_parameters() + kv * (47 + 30)
-    model = tiny("llama")  # the embedding is not the head: a step reads a few rows of it
-    assert step_bytes(model, [40], 10) == 4 * (model.num_parameters() - 128 * 64) + kv * (40 + 5)
-
-
 def test_check_kernels_passes_and_appends_a_record_for_every_route_and_dtype(run, tmp_path):
     pytest.importorskip("triton")
     out = tmp_path / "kernels.jsonl"

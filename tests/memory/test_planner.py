@@ -12,7 +12,7 @@ from transformers import BloomConfig, LlamaConfig
 
 import pkv_hf
 from families.models import family_model
-from pkv_hf.bench.benchmark import SHAPES
+from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.compat import CACHE
 from places import ROOT
 from tiny import FAMILIES, left_padded, tiny
@@ -22,14 +22,15 @@ SMOLLM2 = {
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
-EIGHT_B = LlamaConfig(**SHAPES["llama-3.1-8b"])
+EIGHT_B = SHAPES["llama-3.1-8b"].config()
+LLAMAS = {name: shape.text for name, shape in SHAPES.items() if shape.model_class == "LlamaForCausalLM"}
 
 
 def measured() -> list[dict]:
     """Every committed record of a patched model's greedy decoding on a GPU, on pages of the model's own dtype."""
     records = [json.loads(line) for line in GENERATE.read_text().splitlines()]
     return [r for r in records if r["engine"].startswith("patched") and not r["gpu"].startswith("none")
-            and r["model"] in {*SHAPES, "smollm2"} and r.get("mode", "greedy") == "greedy"]  # fmt: skip
+            and r["model"] in {*LLAMAS, "smollm2"} and r.get("mode", "greedy") == "greedy"]  # fmt: skip
 
 
 def test_peaks_and_pages_of_every_committed_gpu_record():
@@ -37,7 +38,7 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
     assert len(records) >= 14
     for r in records:
         plan = pkv_hf.plan(
-            LlamaConfig(**{"smollm2": SMOLLM2, **SHAPES}[r["model"]]),
+            LlamaConfig(**{"smollm2": SMOLLM2, **LLAMAS}[r["model"]]),
             prompt_tokens=r["lengths"],
             max_new_tokens=r["new_tokens"],
             gpu_memory="80GiB",
