@@ -55,8 +55,8 @@ def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
     """The description of a layer by a run of its twin on hidden states `[1, tokens, width]`; or why there is none.
 
-    `given` are the layer's other arguments, in float32, without a cache; `config` is its decoder's. Afterwards the twin is
-    as it was.
+    `given` are the layer's other arguments, in float32, without a cache; `config` is its decoder's. The twin is as it
+    was, afterwards.
     """
     vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
     before = [parameter.clone() for parameter in vectors]
