@@ -37,7 +37,7 @@ ERROR = 2.0
 ROUNDING = 1e-6
 """Of the results, what may be lost beside: float32 has no other dtype to be judged by."""
 
-JUDGED = 512
+JUDGED = 256
 """Elements of results that errors are taken over, at least."""
 
 OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
