@@ -20,6 +20,7 @@ INPUTS = left_padded(12, 7)
 NEW_TOKENS = 4
 ONE_LAYER = {**COMMON, "num_hidden_layers": 1}
 
+
 def generate(model):
     return model.generate(**INPUTS, max_new_tokens=NEW_TOKENS, do_sample=False)
 
