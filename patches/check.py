@@ -21,7 +21,7 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE, LayerKind
 from pkv_hf.errors import first_line
 from pkv_hf.patches.description import AsIs, Layer, bind
-from pkv_hf.patches.fused import FusedLayer
+from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, read, twin_of
 from pkv_hf.replaced import original
@@ -62,7 +62,7 @@ class Fusing:
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
-        started, fusion = time.perf_counter(), Fusion()
+        started, fusion = time.perf_counter(), Fusion(product=product)
         layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
         bound = [each if isinstance(each, str) else bind(each, layer) for each, layer in zip(described, layers)]
         for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
@@ -74,9 +74,7 @@ class Fusing:
         fusion.seconds = time.perf_counter() - started
         return fusion
 
-    def _all(
-        self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None
-    ) -> list[Layer | str]:
+    def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
         layers, calls = decoder_layers(decoder), None
         found: list[Layer | str] = []

@@ -53,9 +53,17 @@ class FusedLayer:
         return stream.result(self.following)
 
 
-def _attention(
-    attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]
-) -> torch.Tensor:
+def product(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a linear layer makes of x `[..., inputs]`."""
+    from pkv_hf.kernels.linear import linear
+
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if not kernel_takes([module], rows):
+        return module(x)
+    return linear(rows, [module.weight], [module.bias]).view(*x.shape[:-1], -1)
+
+
+def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
     """What the output projection takes, `[B * q_len, H_q * D]`."""
     from pkv_hf.kernels.elementwise import rms_norm
     from pkv_hf.kernels.linear import linear
@@ -131,8 +139,7 @@ def _as_is(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Ten
     arguments = {here: given[there] for here, there in body.handed_on if there in given}
     arguments.update(body.constants)
     if body.hidden:
-        output = body.module(**{body.hidden: hidden}, **arguments)
-    else:
-        output = body.module(hidden, **arguments)
+        arguments[body.hidden] = hidden
+    output = body.module(**arguments) if body.hidden else body.module(hidden, **arguments)
     output = output[0] if isinstance(output, tuple) else output
     return output.view(-1, output.shape[-1])

@@ -86,7 +86,7 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     projected = _projected(inputs, value, (heads, kv_heads, head_dim))
     if projected is None:
         return None
-    names, (q, k, v), gated = projected
+    names, (q, k), gated = projected
     of_q = gate = q
     if gated:
         of_q, gate = q.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
@@ -130,7 +130,7 @@ def _scores(asked: Asked) -> Scores | None:
 def _projected(
     inputs: list[Call], value: torch.Tensor, sizes: tuple[int, int, int]
 ) -> tuple[tuple[Ref, ...], list[torch.Tensor], bool] | None:
-    """The projections to q, k and v, what came of each, and whether q's gives gates too."""
+    """The projections to q, k and v, what q and k came of, and whether q's projection gives gates too."""
     heads, kv_heads, head_dim = sizes
     q_width, kv_width = heads * head_dim, kv_heads * head_dim
     values = [each for each in inputs if within(value, each.output)]
@@ -140,7 +140,7 @@ def _projected(
         packed = inputs[0].output
         if packed.shape[-1] != q_width + 2 * kv_width or value.storage_offset() != q_width + kv_width:
             return None
-        return (Ref(inputs[0].name),), list(packed.split([q_width, kv_width, kv_width], dim=-1)), False
+        return (Ref(inputs[0].name),), list(packed.split([q_width, kv_width, kv_width], dim=-1))[:2], False
     if len(inputs) != 3 or not same(value, values[0].output):
         return None
     q, k = (each for each in inputs if each is not values[0])
@@ -150,7 +150,7 @@ def _projected(
     if widths not in ((q_width, kv_width), (2 * q_width, kv_width)):
         return None
     ordered = (q, k, values[0])
-    return tuple(Ref(each.name) for each in ordered), [each.output for each in ordered], widths[0] == 2 * q_width
+    return tuple(Ref(each.name) for each in ordered), [q.output, k.output], widths[0] == 2 * q_width
 
 
 def _rotary(states: list[torch.Tensor], rotated: list[torch.Tensor], angles: Any) -> Rotary | None:
@@ -171,8 +171,9 @@ def _rotary(states: list[torch.Tensor], rotated: list[torch.Tensor], angles: Any
 
 def _attended(asked: Asked, scores: Scores) -> torch.Tensor:
     """Causal attention of a first few tokens, `[B, tokens, H_q * D]`."""
-    query, (key, value) = asked.query, (
-        each.repeat_interleave(asked.query.shape[1] // each.shape[1], dim=1) for each in (asked.key, asked.value)
+    query, (key, value) = (
+        asked.query,
+        (each.repeat_interleave(asked.query.shape[1] // each.shape[1], dim=1) for each in (asked.key, asked.value)),
     )
     if not scores.softcap:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scores.scale)

@@ -1,4 +1,4 @@
-"""What a decoder gives its layers: its own forward on a few tokens, with layers that only note what they are called by."""
+"""What a decoder gives its layers: its own forward on a few tokens, with layers that only note their arguments."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Given(NamedTuple):
 probing: ContextVar[dict[nn.Module, Given] | None] = ContextVar("pkv_hf_probing", default=None)
 
 
-def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
+def decoder_layers(decoder: Any) -> list[nn.Module]:
     """The layers of a decoder, which are one list of modules; empty where there is no such list."""
     count = decoder.config.num_hidden_layers
     lists = [child for child in decoder.children() if isinstance(child, nn.ModuleList) and len(child) >= count]
@@ -60,7 +60,7 @@ def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls[self] = Given(hidden, given)
         return hidden
     step: Any = current_step()
-    fused = None if step is None else step.fused.get(self)
+    fused = None if step is None else step.fusion.layers.get(self)
     if fused is None:
         return original(self, "forward")(*args, **kwargs)
     return fused(step, *_by_name(self, args, kwargs))

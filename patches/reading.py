@@ -7,6 +7,7 @@ was found. Whatever is not understood is called as it is, or the layer is not de
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -46,8 +47,7 @@ def as_float32(given: Any) -> Any:
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
     """The description of a layer by a run of its twin on hidden states `[1, tokens, width]`; or why there is none.
 
-    `given` are the layer's other arguments, in float32, without a cache, `config` is its decoder's. Leaves the twin as it
-    was.
+    `given` are the layer's other arguments, in float32, without a cache, `config` is its decoder's. The twin is as before.
     """
     vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
     before = [parameter.clone() for parameter in vectors]
@@ -78,8 +78,10 @@ def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:
         result = after[0].output if after else call.output
         branch = Branch(body, before and before[1], after and after[1], 1.0, False)
         found.append((branch, source, result))
-    used = sum(branch.before is not None for branch, *_ in found) + sum(branch.after is not None for branch, *_ in found)
-    shared = sum(a[0].before is not None and a[0].before == b[0].before for a, b in zip(found, found[1:]))
+    used = sum(branch.before is not None for branch, *_ in found) + sum(
+        branch.after is not None for branch, *_ in found
+    )
+    shared = sum(a[0].before is not None and a[0].before == b[0].before for a, b in pairwise(found))
     if not found or used - shared != len(norms):
         return "its norms stand where no description has them"
     return _added_up(trace, found)

@@ -67,7 +67,7 @@ class Stream:
         return Normed(self._taken[2])
 
     def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Norm | None) -> None:
-        """Adds what a branch ends with, a module of x or x itself; takes the `following` norm where that costs nothing."""
+        """Adds what a branch ends with, a module of x or x itself; takes the `following` norm in one."""
         from pkv_hf.kernels.elementwise import add_norms
         from pkv_hf.kernels.linear import linear
 

@@ -260,15 +260,6 @@ class PagedCache(DynamicCache):
                 )
         self._cut([max(held + tokens_to_remove, 0) for held in self._lengths()], tokens_to_remove)
 
-    @property
-    def takes_back(self) -> bool:
-        """Whether `take_back` can drop a token that was appended last."""
-        return not self.linear_layers
-
-    def take_back(self) -> None:
-        """Drops the token of every row that was appended last, in a step taken too far. Raises as `crop(-1)`."""
-        self.crop(-1)
-
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `i` becomes row `beam_idx[i]`: table rows and reference counts move, no K or V does.
 

@@ -23,6 +23,7 @@ from pkv_hf import compat
 from pkv_hf.compat import LayerKind, unwrap
 from pkv_hf.errors import UnsupportedModelError
 from pkv_hf.memory.weights import weight_bytes
+from pkv_hf.runtime.evidence import served_layers
 
 QUANTISED_BITS = {4: 4.5, 8: 8.0}
 """bitsandbytes' bits a weight: NF4 has one float32 scale for 64 weights, LLM.int8() one a row, which is left out."""

@@ -76,7 +76,7 @@ class Forward:
     def _decide(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> None:
         """Takes a static step for the steps to come, where one is known to do what the model does."""
         known = self.state.known
-        if known.generic and (True not in known.served or known.output_type is None):
+        if True not in known.served or known.output_type is None:
             known.look().not_ahead = "no decode step of hidden states alone was served yet"
             return  # the next one may be
         self._decided = True

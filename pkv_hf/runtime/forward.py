@@ -215,4 +215,4 @@ def transformers_layers(
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     call: dict[str, Any] = {name: inputs, "position_ids": positions, "attention_mask": None, "use_cache": True}
     output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
-    return output.last_hidden_state if head is None else head(output.last_hidden_state)
+    return output.last_hidden_state if head is None else head(output.last_hidden_state, step.fusion.product)

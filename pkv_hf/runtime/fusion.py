@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import nn
 
 FusedForward = Callable[[Any, Any, "dict[str, Any]"], Any]
 """step, hidden states `[B, q_len, width]`, the layer's other arguments by name -> hidden states."""
+
+
+Product = Callable[[nn.Module, torch.Tensor], torch.Tensor]
+"""A linear layer, x -> what the layer makes of x."""
+
+
+def call(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return module(x)
+
+
+class Fuses(Protocol):
+    """Finds out what of a decoder's layers can be fused, and what they mix."""
+
+    def mixes(self, decoder: Any) -> str:
+        """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
+        ...
+
+    def __call__(self, decoder: Any, kinds: tuple[Any, ...], route: Any) -> Fusion:
+        """Which layers of a decoder, that keep what `kinds` say, are fused in the steps of a route."""
+        ...
 
 
 @dataclass
@@ -21,3 +42,5 @@ class Fusion:
     """How many layers run as they are, by why."""
     seconds: float = 0.0
     """That it took to find out."""
+    product: Product = call
+    """What a linear layer makes of hidden states, for the head."""

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkv_hf.runtime.fusion import Product, call
+
 MULTIPLIERS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
 """Settings that logits are multiplied by (Cohere, Falcon-H1)."""
 
@@ -41,9 +43,9 @@ class Logits:
         assert module is not None  # the model's forward runs
         return module
 
-    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits `[B, q_len, vocabulary]` of hidden states `[B, q_len, hidden]`."""
-        return self.of_products(self.module(hidden))
+    def __call__(self, hidden: torch.Tensor, product: Product = call) -> torch.Tensor:
+        """Logits `[B, q_len, vocabulary]` of hidden states `[B, q_len, hidden]`, which `product` multiplies."""
+        return self.of_products(product(self.module, hidden))
 
     def of_products(self, logits: torch.Tensor) -> torch.Tensor:
         """Logits of any shape, of what the output embeddings gave: scaled and capped, each rounded as the models do."""

@@ -118,7 +118,7 @@ def _decode(cache: PagedCache, logits: torch.Tensor, forward: Forward, sequences
         del logits
         reader.copy(sequences.unfinished, sequences.last)
         # what is not static runs the caller's code
-        ahead = not reads_first and forward.static is not None and cache.takes_back
+        ahead = not reads_first and forward.static is not None
         if (sequences.full or not ahead) and (reader.stops() or sequences.full):
             break
         logits = forward(sequences.ids, sequences.last)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -18,6 +18,7 @@ from pkv_hf.runtime.captured.graphs import GraphMemories
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.counts import Counts
 from pkv_hf.runtime.evidence import Evidence
+from pkv_hf.runtime.fusion import Fuses
 
 OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts", "lock")
 """The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""
@@ -34,8 +35,7 @@ class PatchState:
     """The model_type."""
     known: Evidence
     """What the gate and what follows it ask of the model."""
-    fusing: Callable[..., Any]
-    """Finds which of a decoder's layers are fused in the steps of a route; see `patches.check.Fusing`."""
+    fusing: Fuses
     cuda_graphs: bool
     settings: dict[str, Any]
     """What `patch` was called with."""

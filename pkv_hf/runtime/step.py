@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,8 +16,10 @@ from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.routes.base import Bounds, Norms, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
-from pkv_hf.runtime.fusion import FusedForward
+from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.masks import Expanded
+
+NOT_FUSED = Fusion()
 
 
 def current_step() -> Step | None:
@@ -97,7 +99,7 @@ class Step:
 
     Lives on `cache.step` while the forward runs; a forward that fails leaves the cache as it was, and so does one in
     which a layer did not append or attend. With `packing` the forward is over the rows' real tokens side by side, as
-    one row. `captured` says that a CUDA graph keeps what the forward does, `fused` which layers run by forwards of
+    one row. `captured` says that a CUDA graph keeps what the forward does, `fusion` which layers run by forwards of
     ours. `config` is the decoder's own. `shows_masks` gives layers transformers' masks
     for their hooks to see. `expanded` is what masks said that the model
     made: where they were causal no layer may bring one that is more, which would be made of less.
@@ -111,7 +113,7 @@ class Step:
         config: Any,
         packing: Packing | None = None,
         captured: bool = False,
-        fused: Mapping[nn.Module, FusedForward] = {},
+        fusion: Fusion = NOT_FUSED,
         shows_masks: bool = False,
         expanded: Expanded | None = None,
     ) -> None:
@@ -121,7 +123,7 @@ class Step:
         self.config = config
         self.packing = packing
         self.captured = captured
-        self.fused = fused
+        self.fusion = fusion
         self.shows_masks = shows_masks
         self.causal = packing is not None or (expanded is not None and expanded.causal)
         self.explicit = self.causal and expanded is not None and expanded.explicit

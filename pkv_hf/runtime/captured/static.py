@@ -160,7 +160,7 @@ class StaticStep:
         assert decoder is not None
         fusion = self._fusion()
         assert fusion is not None  # it lives as long as the look that this step was made by
-        with Step(cache, bounds, self.route, decoder.config, captured=captured, fused=fusion.layers) as step:
+        with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
             output = self.forward(decoder, self.inputs, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
