@@ -23,7 +23,7 @@ from pkv_hf.errors import first_line
 from pkv_hf.patches.description import AsIs, Layer, bind
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
-from pkv_hf.patches.reading import as_float32, read, twin_of
+from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
@@ -118,7 +118,7 @@ def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: 
     """What a layer computes, or why that is not known."""
     if isinstance(twin, str):
         return twin
-    hidden = torch.randn_like(given.hidden, dtype=torch.float32)
+    hidden = drawn(*given.hidden.shape, like=given.hidden).float()
     described = read(twin, hidden, as_float32(given.kwargs), config)
     if not isinstance(described, str) and all(
         isinstance(branch.body, AsIs) and branch.before is None for branch in described.branches
@@ -153,7 +153,7 @@ def _error(
     """The error of a fused layer over what it may be: twice that of the layer's own code, and rounding."""
     width, squares, errors = given.hidden.shape[-1], 0.0, [0.0, 0.0]
     for _ in range(-(-JUDGED // (rows * width))):
-        hidden = torch.randn(rows, TOKENS, width, dtype=given.hidden.dtype, device=given.hidden.device)
+        hidden = drawn(rows, TOKENS, width, like=given.hidden)
         exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
         squares += float(exact.square().mean())
         for i, run in enumerate((lambda _, x, kwargs: original(layer, "forward")(x, **kwargs), fused)):

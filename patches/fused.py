@@ -15,6 +15,7 @@ import torch
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Layer, Norm
 from pkv_hf.patches.stream import Normed, Stream, kernel_takes
+from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step
 
@@ -78,14 +79,14 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
         q, k, v = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
     else:
         q, k, v = (module(x.x) for module in modules)
-    norms = None
+    norms: Norms | None = None
     if attention.norms is not None:
         q_norm, k_norm = attention.norms
         if not attention.norms_heads:
             q = rms_norm(q, q_norm.module.weight, q_norm.eps, offset=q_norm.offset)[0]
             k = rms_norm(k, k_norm.module.weight, k_norm.eps, offset=k_norm.offset)[0]
         else:
-            norms = q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset
+            norms = Norms(q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset)
     q, k, v = (
         state.view(*shape[:2], count, -1)
         for state, count in ((q, attention.heads), (k, attention.kv_heads), (v, attention.kv_heads))

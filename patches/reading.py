@@ -44,15 +44,24 @@ def as_float32(given: Any) -> Any:
     return given
 
 
+_generator = torch.Generator()  # of our own: the caller's random numbers are left where they were
+
+
+def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers in a tensor's dtype, on its device."""
+    return torch.randn(shape, generator=_generator).to(like)
+
+
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
     """The description of a layer by a run of its twin on hidden states `[1, tokens, width]`; or why there is none.
 
-    `given` are the layer's other arguments, in float32, without a cache, `config` is its decoder's. The twin is as before.
+    `given` are the layer's other arguments, in float32, without a cache; `config` is its decoder's. The twin is as it
+    was, afterwards.
     """
     vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
     before = [parameter.clone() for parameter in vectors]
     for parameter in vectors:
-        parameter.add_(DRAWN * torch.randn_like(parameter))
+        parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
     try:
         trace = traced(twin, hidden, given, config)
         return "its layers return more than hidden states" if trace is None else _described(trace, given)

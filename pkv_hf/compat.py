@@ -207,11 +207,13 @@ def dynamic_rope(decoder: Any) -> str:
 def not_captured(decoder: Any) -> str:
     """Why a decoder of no known family is not captured in a CUDA graph. Empty where transformers says that it can be.
 
-    What torch compiles whole waits for nothing on the device; positions have to come from outside.
+    What torch compiles whole waits for nothing on the device; positions have to come from outside. Of layers that keep
+    K and V beside states it says no, as its static cache has none such, and nothing about what else they do.
     """
     if "position_ids" not in inspect.signature(type(decoder).forward).parameters:
         return "its forward takes no position_ids"
-    if not getattr(decoder, "_can_compile_fullgraph", False):
+    in_one = any(kind.window is not None and kind.states for kind in layer_kinds(decoder.config))
+    if not getattr(decoder, "_can_compile_fullgraph", False) and not in_one:
         return f"transformers does not compile {type(decoder).__name__} in one graph"
     return ""
 

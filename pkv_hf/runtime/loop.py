@@ -140,7 +140,7 @@ class _Sequences:
     def __init__(self, ids: torch.Tensor, processors: Any, criteria: Any, config: Any) -> None:
         self.ids = ids
         """int64 `[rows, tokens]`, the prompt included."""
-        self.last = ids[:, -1]
+        self.last = ids.new_empty(len(ids))
         """Every row's newest token, int64 `[rows]`."""
         self.unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
         """1 for every row that goes on, int64 `[rows]`."""

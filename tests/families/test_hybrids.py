@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pkv_hf
 from pkv_hf import PagedCache
-from pkv_hf.compat import CACHE
+from pkv_hf.compat import CACHE, not_captured
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
@@ -218,6 +218,7 @@ class Running(Memory):
 def test_a_step_is_captured_as_it_runs(name):
     """It reads nothing of the host's or the device's, and leaves states where they were."""
     model = pkv_hf.patch(hybrid(name))
+    assert not not_captured(model.get_decoder())
     cache, mask = prompted(model, 9, 14)
     starts, other = np.array([5, 0]), cache.fork()
     for _ in range(2):
