@@ -105,7 +105,7 @@ def of_altered(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def compared(shape: str, arguments: argparse.Namespace, alteration: str | None = None) -> dict[str, Any]:
-    """What a record says of a small model: its tokens in float32, its logits in bfloat16, and how its steps ran."""
+    """What a record says of a small model in each dtype: its tokens, its logits, and how its steps ran."""
     found: dict[str, Any] = {}
     for dtype, lengths in LENGTHS.items():
         model = _built(shape, dtype, arguments)

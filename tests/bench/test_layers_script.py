@@ -33,13 +33,17 @@ def test_alterations_show_in_tokens_and_pass_for_a_librarys_code(name):
 
 @pytest.fixture
 def check(run, tmp_path, monkeypatch, capsys):
-    """Runs the script on two layers of a few elements; returns its status and its records."""
+    """Runs the script on two layers of a few elements, by torch's attention: that takes no interpreted kernel.
+
+    Returns its status and its records.
+    """
     pytest.importorskip("triton")
     script = run.load("check_layers")
     build = type(SHAPES[NAME]).build
     small = {**TINY, "num_hidden_layers": 2}
     monkeypatch.setattr(type(SHAPES[NAME]), "build", lambda *args, **fields: build(*args, **{**fields, **small}))
     monkeypatch.setattr(script, "ALTERED", NAME)
+    monkeypatch.setattr(script, "ROUTE", "sdpa")
     monkeypatch.setattr(script, "LENGTHS", {torch.float32: [20, 9], torch.bfloat16: [20]})
 
     def of(*arguments) -> tuple[int, list[dict]]:
@@ -60,7 +64,9 @@ def test_a_model_and_an_alteration_are_recorded(check, monkeypatch):
     assert (model["part"], model["name"], model["right"]) == ("models", NAME, True)
     assert model["float32"]["tokens_equal"]
     assert 0 < model["bfloat16"]["logit_error"] <= 2 * model["bfloat16"]["own_logit_error"]
-    assert model["float32"]["fused"] == model["float32"]["layers"] == 2
+    assert (model["float32"]["layers"], model["float32"]["fused"]) == (2, 0)
+    assert "sdpa" in model["float32"]["not_fused"]
+    assert model["float32"]["calls"]["transformers"] == 0
     assert (alteration["name"], alteration["right"]) == ("activation", True)
     assert alteration["logits_moved"] > 0.01
 
