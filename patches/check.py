@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from pkv_hf.cache.linear import layer_of
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE, LayerKind
 from pkv_hf.errors import first_line
+from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
 from pkv_hf.patches.fused import FusedLayer, product
+from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.replaced import original
@@ -50,6 +53,7 @@ class Fusing:
     def __init__(self) -> None:
         self._described: dict[Hashable, Layer | str] = {}
         self._checked: dict[Hashable, str] = {}
+        self._mixed: dict[Hashable, bool] = {}
 
     def mixes(self, decoder: Any) -> str:
         """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
@@ -64,7 +68,7 @@ class Fusing:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
         started, fusion = time.perf_counter(), Fusion(product=product)
         layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
-        bound = [each if isinstance(each, str) else bind(each, layer) for each, layer in zip(described, layers)]
+        bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
         for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
             if isinstance(this, str):
                 fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
@@ -92,9 +96,24 @@ class Fusing:
                     this = self._described[key]
                     if check and kinds and route and not isinstance(this, str):
                         only = tuple(kind if k == i else LayerKind(None) for k, kind in enumerate(kinds))
-                        self._checked[check] = _disagrees(layer, twin, this, calls[layer], only, decoder.config, route)
+                        bound = self._bound(this, layer)
+                        self._checked[check] = _disagrees(layer, twin, bound, calls[layer], only, decoder.config, route)
                 found.append(self._checked.get(check, "") or self._described[key])
         return found or ["its layers are not one list of modules"]
+
+    def _bound(self, described: Layer, layer: nn.Module) -> Layer:
+        """A description with a layer's modules, and mixers for those that have one that agrees with them."""
+        branches = []
+        for branch in bind(described, layer).branches:
+            module: Any = getattr(branch.body, "module", None)
+            if isinstance(branch.body, AsIs) and (mixer := mixers.read(module)) is not None:
+                key = mixer, _alike(module)
+                if key not in self._mixed:
+                    self._mixed[key] = agrees(mixer, module, module.layer_idx)
+                if self._mixed[key]:
+                    branch = replace(branch, body=replace(branch.body, mixer=mixer))
+            branches.append(branch)
+        return Layer(tuple(branches))
 
 
 def _alike(layer: nn.Module) -> Hashable:
@@ -128,7 +147,7 @@ def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: 
 
 
 def _disagrees(
-    layer: nn.Module, twin: nn.Module | str, described: Layer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
+    layer: nn.Module, twin: nn.Module | str, bound: Layer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
     route: Route,
 ) -> str:  # fmt: skip
     """How a layer by its description differs from what its own code computes; empty where it does not."""
@@ -136,7 +155,7 @@ def _disagrees(
     if isinstance(twin, str):
         return twin
     try:
-        fused = FusedLayer(bind(described, layer), None)
+        fused = FusedLayer(bound, None)
         for rows in (1, 2):
             ratio = _error(layer, twin, fused, given, kinds, config, route, rows)
             if not ratio <= 1:

@@ -74,6 +74,8 @@ class AsIs:
     handed_on: tuple[tuple[str, str], ...]
     """Arguments that are the layer's own: their names here and there."""
     constants: tuple[tuple[str, Any], ...]
+    mixer: Any = None
+    """A `mixers.Mixer` that takes steps of one token in the module's place, once bound."""
 
 
 @dataclass(frozen=True)

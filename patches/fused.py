@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Layer, Norm
 from pkv_hf.patches.stream import Normed, Stream, kernel_takes
@@ -49,8 +50,8 @@ class FusedLayer:
                 x = stream.normed(branch.before, kernel_takes(first, stream.source))
                 stream.add(body.down, _mlp(body, x, first), branch, following)
             else:
-                x = stream.normed(branch.before, folds=False)
-                stream.add(None, _as_is(body, x.x.view(stream.shape), given), branch, following)
+                x = stream.normed(branch.before, folds=False).x.view(stream.shape)
+                stream.add(None, _mixed(body, x, given), branch, following)
         return stream.result(self.following)
 
 
@@ -134,6 +135,17 @@ def _mlp(mlp: MLP, x: Normed, first: list[Any]) -> torch.Tensor:
     else:
         gate, up = mlp.gate(x.x), mlp.up(x.x)
     return act_mul(gate, up, mlp.activation)
+
+
+def _mixed(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
+    """What a module that is not described gives, by its mixer where that takes the step."""
+    cache = given.get(CACHE)
+    if body.mixer is None or cache is None or hidden.shape[1] != 1:
+        return _as_is(body, hidden, given)
+    states = cache.layers[body.module.layer_idx]
+    if states.record_past or not states.tensors:
+        return _as_is(body, hidden, given)
+    return body.mixer.step(hidden, states).reshape(-1, hidden.shape[-1])
 
 
 def _as_is(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:

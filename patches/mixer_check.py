@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
+from pkv_hf import compat
 from pkv_hf.cache.linear import LinearLayer
 from pkv_hf.patches.mixers import Mixer
 from pkv_hf.runtime.step import launching_on
@@ -70,11 +70,8 @@ def _cache(layer_idx: int) -> Any:
 
 
 def _run(module: nn.Module, x: torch.Tensor, cache: Any) -> torch.Tensor:
-    """The module's own forward, to which releases and families hand the cache by several names."""
-    names = inspect.signature(module.forward).parameters
-    name = next((name for name in ("cache", "cache_params", "past_key_values") if name in names), "cache")
-    out = module(x, **{name: cache})
-    return out[0] if isinstance(out, tuple) else out
+    """The module's own forward."""
+    return module(x, **{compat.mixer_cache(module): cache})
 
 
 def _close(ours: torch.Tensor, own: torch.Tensor, expected: torch.Tensor) -> bool:

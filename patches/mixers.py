@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers.activations import SiLUActivation
 
 from pkv_hf.cache.linear import LinearLayer
-from pkv_hf.patches.fused import SILU, kernel_takes
+from pkv_hf.patches.stream import kernel_takes
+
+SILU = (nn.SiLU, SiLUActivation)
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,12 @@ def layer_without_cache() -> Any:
     return cache_utils.DummyLayer()
 
 
+def mixer_cache(module: nn.Module) -> str:
+    """What the forward of a linear-attention module calls its cache: before 5.24 many had a name of their own."""
+    names = inspect.signature(type(module).forward).parameters
+    return "cache_params" if "cache_params" in names else CACHE
+
+
 def dynamic_rope(decoder: Any) -> str:
     """Why a decoder's RoPE cannot be captured: its frequencies follow the length. Empty where they do not."""
     kinds: set[str] = set()

@@ -47,6 +47,9 @@ class Rotary:
     """cos and sin have the angles of pair i at 2 i and 2 i + 1."""
 
 
+WHOLE = Rotary()
+
+
 class Scores(NamedTuple):
     """What a layer does with its scores, from queries and keys to weights."""
 
@@ -205,7 +208,7 @@ class Route(Protocol):
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         cos: torch.Tensor | None, sin: torch.Tensor | None, bounds: Bounds,
-        rotary: Rotary = Rotary(), norms: Norms | None = None,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`append` with RoPE on q `[rows, H_q, q_len, D]` and on k before it; returns the rotated q.
 

@@ -18,7 +18,7 @@ from pkv_hf.kernels.launch import (
     splits_for,
 )
 from pkv_hf.kernels.quantize import LARGEST
-from pkv_hf.routes.base import Accepted, Bounds, Norms, Rejected, Rotary, Scores, StepShape, installed
+from pkv_hf.routes.base import WHOLE, Accepted, Bounds, Norms, Rejected, Rotary, Scores, StepShape, installed
 from pkv_hf.routes.costs import Work
 
 
@@ -68,7 +68,7 @@ class Triton:
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
         cos: torch.Tensor | None, sin: torch.Tensor | None, bounds: Bounds,
-        rotary: Rotary = Rotary(), norms: Norms | None = None,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         from pkv_hf.kernels.append import rope_append
 

@@ -14,7 +14,7 @@ from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed
-from pkv_hf.routes.base import Bounds, Norms, Rotary, Route, Scores
+from pkv_hf.routes.base import WHOLE, Bounds, Norms, Rotary, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.masks import Expanded
@@ -217,7 +217,7 @@ class Step:
 
     def rope_attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
-        layer_idx: int, scores: Scores, rotary: Rotary = Rotary(), norms: Norms | None = None,
+        layer_idx: int, scores: Scores, rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`update` and `attend` with RoPE in the append, as `Route.rope_append` has it: q, k and v as projected.
 

@@ -345,7 +345,7 @@ def test_benchmark_attention_measures_every_value_that_is_swept(run, tmp_path):
         run("benchmark_attention", "--query-heads", 4, "--group", 3)
 
 
-@pytest.mark.parametrize("name", ["record_gpu", "record_quality", "record_policy"])
+@pytest.mark.parametrize("name", ["record_gpu", "record_shapes", "record_quality", "record_policy"])
 def test_what_records_on_a_gpu_asks_for_options_that_there_are(run, name, tmp_path, monkeypatch):
     """Its commands, parsed by the scripts that they name."""
     for command in ("python3", "pkv-hf"):
