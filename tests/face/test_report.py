@@ -16,7 +16,7 @@ from pkv_hf.runtime.captured.static import StaticStep
 from tiny import COMMON, left_padded, randomized, tiny
 
 ON_A_CPU = "a CUDA graph needs a GPU, the step is on cpu"
-NO_FAMILY = "it is of no family whose layers are known"
+NOT_READ = "1 layers: what its modules give is not added to the residual stream alone"
 
 
 def small():
@@ -25,6 +25,11 @@ def small():
 
 def olmo2():
     return randomized(transformers.Olmo2ForCausalLM, transformers.Olmo2Config(**{**COMMON, "num_hidden_layers": 1}))
+
+
+def olmo():
+    """Its norms have no weights, and are not understood."""
+    return randomized(transformers.OlmoForCausalLM, transformers.OlmoConfig(**{**COMMON, "num_hidden_layers": 1}))
 
 
 def wrapper():
@@ -58,7 +63,8 @@ STEPS = {
         small, {"route": "split", "run_ahead": False}, {"output_hidden_states": True, "return_dict_in_generate": True},
         "eager", "output_hidden_states=True asks for those of all layers", "output_hidden_states=True",
     ),
-    "no family": (olmo2, {"route": "split"}, {}, "eager", NO_FAMILY, ON_A_CPU),
+    "other norms": (olmo2, {"route": "split"}, {}, "static", "", ON_A_CPU),
+    "not read": (olmo, {"route": "split"}, {}, "eager", ON_A_CPU, ON_A_CPU),
     "wrapper": (wrapper, {"route": "split"}, {}, "static", "", ON_A_CPU),
 }  # fmt: skip
 
@@ -74,7 +80,7 @@ def test_a_report_says_how_the_last_step_ran_and_why_not_better(name):
     assert not_fused in found.not_fused
     assert bool(found.not_fused) == bool(not_fused)
     assert not_captured in found.not_captured
-    assert found.runs == f"{how}, " + ("transformers' own layers run" if not_fused else "our kernels run whole layers")
+    assert found.runs == f"{how}, " + ("transformers' own layers run" if not_fused else "our kernels run 1 layers")
     lines = str(found).splitlines()
     assert f"last step {found.runs}" in lines
     if found.not_fused == found.not_captured:

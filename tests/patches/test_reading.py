@@ -101,39 +101,12 @@ def test_what_layers_compute_is_read(name):
     assert found == (expected if len(expected) > 1 else expected * len(found))
 
 
+WHOLE = """
+    arcee cohere2 cohere_compass_text ctrl cwm emu3 ernie4_5 exaone exaone4 gemma glm gpt2 gpt_bigcode helium hyperclovax
+    internlm3 iquestcoder jais2 ministral ministral3 mistral olmo3 phi4_multimodal qwen2 seed_oss stablelm vaultgemma
+"""
 TABLE: dict[str, tuple[int, int, int]] = {
-    **dict.fromkeys(
-        [
-            "arcee",
-            "cohere2",
-            "cohere_compass_text",
-            "ctrl",
-            "cwm",
-            "emu3",
-            "ernie4_5",
-            "exaone",
-            "exaone4",
-            "gemma",
-            "glm",
-            "gpt2",
-            "gpt_bigcode",
-            "helium",
-            "hyperclovax",
-            "internlm3",
-            "iquestcoder",
-            "jais2",
-            "ministral",
-            "ministral3",
-            "mistral",
-            "olmo3",
-            "phi4_multimodal",
-            "qwen2",
-            "seed_oss",
-            "stablelm",
-            "vaultgemma",
-        ],
-        (4, 4, 4),
-    ),
+    **dict.fromkeys(WHOLE.split(), (4, 4, 4)),
     **dict.fromkeys(["gpt2 (scaled by the layer's index)", "qwen2 (sliding layers)"], (4, 4, 4)),
     **dict.fromkeys(["granitemoehybrid (attention alone (4.0 Micro))"], (4, 4, 4)),
     **dict.fromkeys(["apertus", "bitnet", "codegen", "diffllama", "gpt_neox", "gptj", "granite_swa"], (0, 4, 4)),
