@@ -102,8 +102,9 @@ def test_what_layers_compute_is_read(name):
 
 
 WHOLE = """
-    arcee cohere2 cohere_compass_text ctrl cwm emu3 ernie4_5 exaone exaone4 gemma glm gpt2 gpt_bigcode helium hyperclovax
-    internlm3 iquestcoder jais2 ministral ministral3 mistral olmo3 phi4_multimodal qwen2 seed_oss stablelm vaultgemma
+    arcee cohere2 cohere_compass_text ctrl cwm emu3 ernie4_5 exaone exaone4 gemma glm gpt2 gpt_bigcode helium
+    hyperclovax internlm3 iquestcoder jais2 ministral ministral3 mistral olmo3 phi4_multimodal qwen2 seed_oss
+    stablelm vaultgemma
 """
 TABLE: dict[str, tuple[int, int, int]] = {
     **dict.fromkeys(WHOLE.split(), (4, 4, 4)),
