@@ -24,8 +24,8 @@ def python(code: str) -> str:
 
 
 def test_three_packages_come_from_here():
-    out = python("import pkv_hf.kernels.reference as k, pkv_hf.patches.families as p; print(k.__file__, p.__file__)")
-    assert out == f"{ROOT / 'kernels' / 'reference.py'} {ROOT / 'patches' / 'families.py'}"
+    out = python("import pkv_hf.kernels.reference as k, pkv_hf.patches.description as p; print(k.__file__, p.__file__)")
+    assert out == f"{ROOT / 'kernels' / 'reference.py'} {ROOT / 'patches' / 'description.py'}"
 
 
 def test_hugging_faces_kernels_package_is_not_hidden():
