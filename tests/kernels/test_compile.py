@@ -154,7 +154,7 @@ def test_every_kernel_fits(target):
     if target in (75, 80, 89, 90):  # one of each memory's size
         cases += [plain(512, 8, 1, half), (192, 128, 8, 1, half, 30.0, True, True)]
     if target == 90:  # where the registers are looked at
-        cases += [plain(64, 3, 1, "fp32"), plain(128, 4, 1, "fp32"), (256, 512, 2, 1, "fp32", 30.0, True, False)]
+        cases += [plain(64, 3, 1, "fp32"), plain(128, 4, 1, "fp32"), (480, 512, 2, 1, "fp32", 30.0, True, False)]
     wide = [plain(128, 16, 8, half), plain(256, 16, 8, half)]  # that a small shared memory has no tile for
     must = len(cases) + (len(wide) if target in (80, 90, 100) else 0)
     cases += wide if target not in (86, 120) else []
