@@ -130,9 +130,10 @@ def layer_norm(
     bias: torch.Tensor | None,
     eps: float,
     residual: torch.Tensor | None = None,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm (Ba et al. 2016), with weight and bias `[width]` where there are such; else as `rms_norm`."""
-    return _normalised(x, weight, bias, eps, residual, centered=True, offset=0.0)
+    return _normalised(x, weight, bias, eps, residual, centered=True, offset=offset)
 
 
 def _normalised(

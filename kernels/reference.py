@@ -97,10 +97,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: f
     return weight * wide.to(x.dtype)
 
 
-def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
-    """LayerNorm (Ba et al. 2016) over the last dimension, rounded once."""
+def layer_norm(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, offset: float = 0.0
+) -> torch.Tensor:
+    """LayerNorm (Ba et al. 2016) over the last dimension, times `offset + weight`; rounded once."""
     wide = _wide(x)
     weight, bias = (each if each is None else each.to(wide.dtype) for each in (weight, bias))
+    weight = weight if weight is None else offset + weight
     return functional.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 

@@ -28,7 +28,7 @@ class Norm:
     """"rms" (Zhang & Sennrich 2019) or "layer" (Ba et al. 2016)."""
     eps: float
     offset: float = 0.0
-    """What is added to the weight: Gemma's weights are kept less 1."""
+    """What is added to the weight: those of Gemma and Nemotron are kept less 1."""
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ def norm_of(call: Call) -> Norm | None:
         for offset in (0.0, 1.0):
             if bias is None and close(reference.rms_norm(x, weight, eps, offset), call.output):
                 return Norm(Ref(call.name), "rms", eps, offset)
-        if close(reference.layer_norm(x, weight, bias, eps), call.output):
-            return Norm(Ref(call.name), "layer", eps)
+            if close(reference.layer_norm(x, weight, bias, eps, offset), call.output):
+                return Norm(Ref(call.name), "layer", eps, offset)
     return None
 
 

@@ -103,5 +103,5 @@ def _normed(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     from pkv_hf.kernels.elementwise import layer_norm, rms_norm
 
     if norm.kind == "layer":
-        return layer_norm(x, norm.module.weight, norm.module.bias, norm.eps)[0]
+        return layer_norm(x, norm.module.weight, norm.module.bias, norm.eps, offset=norm.offset)[0]
     return rms_norm(x, norm.module.weight, norm.eps, offset=norm.offset)[0]

@@ -122,7 +122,7 @@ def report(model: nn.Module) -> Report:
     return Report(
         family=state.family,
         layers=len(state.known.attentions),
-        fused=len(fusion.layers) if (fusion := _last_fusion(state)) else 0,
+        fused=len(fusion.layers) if last and last.how != "eager" and (fusion := _fusion(state)) else 0,
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,
@@ -149,17 +149,16 @@ def _not_fused(state: PatchState) -> str:
         return "patch() was called with fuse=False"
     if last is None:
         return state.known.look().not_static
-    if last.how == "eager":
+    fusion = _fusion(state)
+    if last.how == "eager" and not (fusion and not fusion.layers):
         return last.why
-    fusion = _last_fusion(state)
     return "; ".join(f"{count} layers: {why}" for why, count in fusion.reasons.items()) if fusion else ""
 
 
-def _last_fusion(state: PatchState) -> Fusion | None:
-    """Which layers steps of the last step's route fuse, None before any was to."""
+def _fusion(state: PatchState) -> Fusion | None:
+    """Which layers steps of the last step's route fuse, None where none was to."""
     route = state.decision.route.name if state.decision else ""
-    last = state.counts.last_step
-    return state.known.look().fusions.get(route) if last and last.how != "eager" else None
+    return state.known.look().fusions.get(route)
 
 
 def _not_run_ahead(state: PatchState) -> str:

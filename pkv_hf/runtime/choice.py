@@ -78,10 +78,12 @@ def uncaptured(state: PatchState, device: torch.device) -> str:
 
 def fusion_of(state: PatchState, look: Look, route: Route) -> Fusion:
     """Which layers are fused in the steps of a route, found out at the first of them."""
-    if not state.settings["fuse"]:
-        return Fusion(reasons={"patch() was called with fuse=False": len(state.known.kinds)})
     if route.name not in look.fusions:
-        look.fusions[route.name] = state.fusing(state.known.decoder, state.known.kinds, route)
+        look.fusions[route.name] = (
+            state.fusing(state.known.decoder, state.known.kinds, route)
+            if state.settings["fuse"]
+            else Fusion(reasons={"patch() was called with fuse=False": len(state.known.kinds)})
+        )
     return look.fusions[route.name]
 
 

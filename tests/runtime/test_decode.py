@@ -13,15 +13,12 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.routes.triton import Split
 from pkv_hf.runtime.captured.watch import Watch
 from tiny import assert_on_pages, decode_logits, left_padded, tiny
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2-windows", "qwen3"])
-def test_blocks_longer_than_a_decode_step_are_rotated_into_the_pages(family, fuse, monkeypatch):
+def test_blocks_longer_than_a_decode_step_are_appended_and_attended():
     def blocks(cache):
         first = model(**inputs, **{CACHE: cache})
         mask, cache, logits = inputs["attention_mask"], first[CACHE], []
@@ -30,17 +27,13 @@ def test_blocks_longer_than_a_decode_step_are_rotated_into_the_pages(family, fus
             logits.append(model(input_ids=block, attention_mask=mask, **{CACHE: cache}).logits)
         return torch.cat(logits, dim=1)
 
-    model, inputs = tiny(family), left_padded(40, 11)
+    model, inputs = tiny("qwen2-windows"), left_padded(40, 11)
     for layer in model.model.layers:
         layer.self_attn.scaling *= 1.5
     turn = torch.randint(2, 128, (2, 18))
     expected = blocks(None)
-    rotated = []
-    original = Split.rope_append
-    monkeypatch.setattr(Split, "rope_append", lambda *args: rotated.append(1) or original(*args))
-    with pkv_hf.patched(model, route="split", fuse=fuse):
+    with pkv_hf.patched(model, route="split"):
         torch.testing.assert_close(blocks(pkv_hf.PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
-    assert len(rotated) == 2 * model.config.num_hidden_layers
 
 
 def generate(model, inputs, **settings):
@@ -223,7 +216,7 @@ class HalvedWeight(torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
-    from pkv_hf.patches.fused import kernel_takes
+    from pkv_hf.patches.stream import kernel_takes
 
     model, inputs = tiny("llama").to(dtype), left_padded(9)
     for module in model.modules():

@@ -33,8 +33,10 @@ SPECIAL = ("_token_id", "_token_index", "_token_ids")
 class Forward:
     """The forward of the steps after the prompt, which the cache holds: logits of every row's newest token."""
 
-    def __init__(self, model: Any, state: PatchState, cache: PagedCache, model_kwargs: dict[str, Any]) -> None:
-        self.model, self.state, self.cache, self.model_kwargs = model, state, cache, model_kwargs
+    def __init__(self, model: Any, state: PatchState, model_kwargs: dict[str, Any]) -> None:
+        self.model, self.state, self.model_kwargs = model, state, model_kwargs
+        self.cache: Any = model_kwargs.get(compat.CACHE)
+        """What the last forward left: models whose RoPE changes with the length begin anew there."""
         self.static: StaticStep | None = None
         """The step that runs, None for the model's own forward."""
         self._decided = False
@@ -70,13 +72,14 @@ class Forward:
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         outputs = self.model(**inputs, return_dict=True)
         self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        self.cache = self.model_kwargs.get(compat.CACHE)
         logits: torch.Tensor = outputs.logits
         return logits
 
     def _decide(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> None:
         """Takes a static step for the steps to come, where one is known to do what the model does."""
         known = self.state.known
-        if True not in known.served or known.output_type is None:
+        if True not in known.served or known.output_type is None or not isinstance(self.cache, PagedCache):
             known.look().not_ahead = "no decode step of hidden states alone was served yet"
             return  # the next one may be
         self._decided = True

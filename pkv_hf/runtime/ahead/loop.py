@@ -101,16 +101,16 @@ def run_ahead(
     model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
     logits = outputs.logits
     del outputs
-    forward = Forward(model, state, cache, model_kwargs)
+    forward = Forward(model, state, model_kwargs)
     sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
     with model._optimize_model_for_decode():
-        _decode(cache, logits, forward, sequences, _Reader(input_ids.device, streamer))
+        _decode(logits, forward, sequences, _Reader(input_ids.device, streamer))
     if streamer is not None:
         streamer.end()
-    return sequences.result(cache)
+    return sequences.result(forward.cache)
 
 
-def _decode(cache: PagedCache, logits: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
+def _decode(logits: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
     """Extends sequences until all have ended, from the logits of their prompts' last tokens on."""
     reads_first = True  # the first token is not to wait for the launches of a step
     while True:
@@ -128,7 +128,7 @@ def _decode(cache: PagedCache, logits: torch.Tensor, forward: Forward, sequences
                 stop = reader.stops()
             finally:
                 if stop:  # or the streamer raised
-                    cache.take_back()
+                    forward.cache.take_back()
             if stop:
                 break
         reads_first = False
@@ -174,7 +174,7 @@ class _Sequences:
             return torch.argmax(scores, dim=-1)
         return torch.multinomial(nn.functional.softmax(scores, dim=-1), num_samples=1).squeeze(1)
 
-    def result(self, cache: PagedCache) -> Any:
+    def result(self, cache: Any) -> Any:
         """What generate() returns."""
         if not self._config.return_dict_in_generate:
             return self.ids
