@@ -54,16 +54,16 @@ def _store(pages_ptr, scales_ptr, d, x, mask, write, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _store_halves(pages_ptr, scales_ptr, d, a, b, mask, write, HALF: tl.constexpr, LARGEST: tl.constexpr):
-    """`_store` of a vector in two halves [BLOCK_HALF]."""
+def _store_pairs(pages_ptr, scales_ptr, first, second, a, b, mask, write, LARGEST: tl.constexpr):
+    """`_store` of a vector in two parts [BLOCK_HALF], whose elements are at the places `first` and `second`."""
     if LARGEST > 0:
         scale, divisor = _scale(tl.maximum(tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)), LARGEST)
         tl.store(scales_ptr, scale, mask=write)
-        tl.store(pages_ptr + d, _quantized(a, divisor, pages_ptr.dtype.element_ty), mask=mask)
-        tl.store(pages_ptr + HALF + d, _quantized(b, divisor, pages_ptr.dtype.element_ty), mask=mask)
+        tl.store(pages_ptr + first, _quantized(a, divisor, pages_ptr.dtype.element_ty), mask=mask)
+        tl.store(pages_ptr + second, _quantized(b, divisor, pages_ptr.dtype.element_ty), mask=mask)
     else:
-        tl.store(pages_ptr + d, a, mask=mask)
-        tl.store(pages_ptr + HALF + d, b, mask=mask)
+        tl.store(pages_ptr + first, a, mask=mask)
+        tl.store(pages_ptr + second, b, mask=mask)
 
 
 @triton.jit(do_not_specialize=["q_len", "stride_tb"])
@@ -94,22 +94,61 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_p
 
 @triton.jit
 def _product(x, y):
-    return (x.to(tl.float32) * y.to(tl.float32)).to(x.dtype).to(tl.float32)
+    """x y in float32, rounded to x's dtype unless y is float32."""
+    product = x.to(tl.float32) * y.to(tl.float32)
+    if y.dtype != tl.float32:
+        product = product.to(x.dtype).to(tl.float32)
+    return product
 
 
 @triton.jit
-def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, mask, eps, NORM: tl.constexpr, HALF: tl.constexpr):
-    """x cos + rotate_half(x) sin for the elements d < HALF and HALF + d, every step rounded as transformers' is."""
-    low = tl.load(x_ptr + d, mask=mask, other=0.0)
-    high = tl.load(x_ptr + HALF + d, mask=mask, other=0.0)
+def _pairs(d, HALF: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """Where the elements of pair d are in a head; the first ROTARY // 2 pairs are turned, neighbours left over."""
+    if INTERLEAVED:
+        first, second = 2 * d, 2 * d + 1
+    elif ROTARY == 0 or ROTARY == 2 * HALF:
+        first, second = d, HALF + d
+    else:
+        turned = d < ROTARY // 2
+        first, second = tl.where(turned, d, 2 * d), tl.where(turned, ROTARY // 2 + d, 2 * d + 1)
+    return first, second
+
+
+@triton.jit
+def _scaled(x, scale, weight, OFFSET: tl.constexpr):
+    """A head's part x, normed by `scale`, times OFFSET + weight; rounded as `kernels.reference.rms_norm` does."""
+    normed = x.to(tl.float32) * scale
+    if OFFSET != 0:
+        return (normed * (weight.to(tl.float32) + OFFSET)).to(x.dtype)
+    else:
+        return _product(normed.to(x.dtype), weight).to(x.dtype)
+
+
+@triton.jit
+def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, eps, NORM: tl.constexpr, OFFSET: tl.constexpr,
+            HALF: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr):  # fmt: skip
+    """The elements at `first` and `second` of a head, normed and turned as `kernels.reference` does."""
+    low = tl.load(x_ptr + first, mask=mask, other=0.0)
+    high = tl.load(x_ptr + second, mask=mask, other=0.0)
     if NORM:
         a, b = low.to(tl.float32), high.to(tl.float32)
         scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
-        low = _product((a * scale).to(low.dtype), tl.load(norm_ptr + d, mask=mask)).to(low.dtype)
-        high = _product((b * scale).to(high.dtype), tl.load(norm_ptr + HALF + d, mask=mask)).to(high.dtype)
-    a = _product(low, tl.load(cos_ptr + d, mask=mask)) - _product(high, tl.load(sin_ptr + d, mask=mask))
-    b = _product(high, tl.load(cos_ptr + HALF + d, mask=mask)) + _product(low, tl.load(sin_ptr + HALF + d, mask=mask))
-    return a.to(low.dtype), b.to(low.dtype)
+        low = _scaled(low, scale, tl.load(norm_ptr + first, mask=mask), OFFSET)
+        high = _scaled(high, scale, tl.load(norm_ptr + second, mask=mask), OFFSET)
+    if ROTARY > 0:
+        if PAIRED:
+            at, at2 = 2 * d, 2 * d + 1
+        elif INTERLEAVED:
+            at, at2 = d, d
+        else:
+            at, at2 = d, ROTARY // 2 + d
+        turned = mask if ROTARY == 2 * HALF else mask & (d < ROTARY // 2)
+        a = _product(low, tl.load(cos_ptr + at, mask=turned)) - _product(high, tl.load(sin_ptr + at, mask=turned))
+        b = _product(high, tl.load(cos_ptr + at2, mask=turned)) + _product(low, tl.load(sin_ptr + at2, mask=turned))
+        a, b = a.to(low.dtype), b.to(low.dtype)
+        low = a if ROTARY == 2 * HALF else tl.where(turned, a, low)
+        high = b if ROTARY == 2 * HALF else tl.where(turned, b, high)
+    return low, high
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -119,7 +158,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
                        stride_qb, stride_qh, stride_qt, stride_kb, stride_kh, stride_kt,
                        stride_vb, stride_vh, stride_vt, stride_cb, stride_ct,
                        stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
-                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, NORM: tl.constexpr,
+                       D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, ROTARY: tl.constexpr,
+                       INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
                        LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program a row, token and head: query heads first, then KV heads."""
     release(PDL)
@@ -130,27 +170,30 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     HALF: tl.constexpr = D // 2
     d = tl.arange(0, BLOCK_HALF)
     inside = d < HALF
+    first, second = _pairs(d, HALF, ROTARY, INTERLEAVED)
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
         q = q_ptr + row * stride_qb + head * stride_qh + t * stride_qt
-        a, b = _rotate(q, q_norm_ptr, cos, sin, d, inside, eps, NORM, HALF)
+        a, b = _rotate(q, q_norm_ptr, cos, sin, d, first, second, inside, eps,
+                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED)  # fmt: skip
         out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
-        tl.store(out + d, a, mask=inside)
-        tl.store(out + HALF + d, b, mask=inside)
+        tl.store(out + first, a, mask=inside)
+        tl.store(out + second, b, mask=inside)
     else:
         kv_head = head - num_heads
         page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
         mask = inside & write
         k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
-        a, b = _rotate(k, k_norm_ptr, cos, sin, d, mask, eps, NORM, HALF)
+        a, b = _rotate(k, k_norm_ptr, cos, sin, d, first, second, mask, eps,
+                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED)  # fmt: skip
         scale_at = page * stride_sp + kv_head * stride_sh + slot
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
-        _store_halves(at, k_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
+        _store_pairs(at, k_scale_ptr + scale_at, first, second, a, b, mask, write, LARGEST)
         v = v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt
         a, b = tl.load(v + d, mask=mask, other=0.0), tl.load(v + HALF + d, mask=mask, other=0.0)
         at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
-        _store_halves(at, v_scale_ptr + scale_at, d, a, b, mask, write, HALF, LARGEST)
+        _store_pairs(at, v_scale_ptr + scale_at, d, HALF + d, a, b, mask, write, LARGEST)
 
 
 _append, _rope_append = Launcher(append_kernel, fp_fusion=False), Launcher(rope_append_kernel, fp_fusion=False)
@@ -200,42 +243,55 @@ def rope_append(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
+    cos: torch.Tensor | None,
+    sin: torch.Tensor | None,
     block_table: torch.Tensor,
     first_held: torch.Tensor,
     ends: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    norms: tuple[torch.Tensor, torch.Tensor, float, float] | None = None,
     scales: Scales | None = None,
+    *,
+    rotary: int | None = None,
+    interleaved: bool = False,
+    paired_angles: bool = False,
 ) -> torch.Tensor:
-    """`append` with rotary embedding (Su et al. 2021, halves rotated as transformers does) of q and k before it.
+    """`append` with rotary embedding (Su et al. 2021, as `kernels.reference.rotate` defines it) of q and k before it.
 
-    q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim,
-    cos and sin `[1 or rows, q_len, head_dim]` in q's dtype. `norms` are the weights `[head_dim]`, in q's dtype, and the
-    epsilon of an RMSNorm of every head of q and of k before that. Returns the rotated q, contiguous.
+    q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim.
+    Of head_dim the first `rotary` elements are turned, an even number: None for all, 0 for none, where cos and sin may
+    be None. cos and sin are `[1 or rows, q_len, rotary]`, both in q's dtype, or float32 where the result is rounded
+    once; `interleaved` and `paired_angles` are as the reference has them. `norms` are the weights `[head_dim]`, in q's
+    dtype, the epsilon, and what is added to the weights, of an RMSNorm of every head of q and of k before that. Returns
+    the rotated q, contiguous.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    q_norm, k_norm, eps = (q, k, 0.0) if norms is None else norms
-    held = {"block_table": block_table, "first_held": first_held, "ends": ends}
-    key = described(k_pages, v_pages, q, k, v, cos, sin, *held.values(), q_norm, k_norm, *(scales or ()))
-    if key not in _checked:
-        _check_rope(
-            k_pages, v_pages, {"q": q, "k": k, "v": v}, {"cos": cos, "sin": sin}, held, (q_norm, k_norm), scales
-        )
-        _checked[key] = None
     rows, num_heads, q_len, head_dim = q.shape
+    rotary = head_dim if rotary is None else rotary
+    q_norm, k_norm, eps, offset = (q, k, 0.0, 0.0) if norms is None else norms
+    held = {"block_table": block_table, "first_held": first_held, "ends": ends}
+    key = rotary, *described(k_pages, v_pages, q, k, v, cos, sin, *held.values(), q_norm, k_norm, *(scales or ()))
+    if key not in _checked:
+        _check_rope(k_pages, v_pages, {"q": q, "k": k, "v": v}, held, (q_norm, k_norm), scales)
+        _check_angles(q, {"cos": cos, "sin": sin}, rotary)
+        _checked[key] = None
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
-    stride_cb = cos.stride(0) if len(cos) > 1 else 0
+    if not rotary or cos is None or sin is None:
+        cos = sin = q
+        angles, strides = None, (0, 0)
+    else:
+        angles, strides = cos.dtype, (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1))
     constants = (
-        head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), norms is not None, LARGEST.get(k_pages.dtype, 0.0)
+        head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), rotary, interleaved, paired_angles,
+        norms is not None, offset, LARGEST.get(k_pages.dtype, 0.0),
     )  # fmt: skip
     _rope_append(
-        (q.dtype, k.dtype, v.dtype, k_pages.dtype, q.device, *constants), (q_len, num_heads + num_kv_heads, rows),
+        (q.dtype, k.dtype, v.dtype, angles, k_pages.dtype, q.device, *constants),
+        (q_len, num_heads + num_kv_heads, rows),
         (q, k, v, cos, sin, q_norm, k_norm, out, k_pages, v_pages, *(scales or (k, k)), block_table, first_held, ends),
-        (q_len, num_heads, num_kv_heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], stride_cb,
-         cos.stride(1), *k_pages.stride()[:2], *v_pages.stride()[:2],
+        (q_len, num_heads, num_kv_heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
+         *k_pages.stride()[:2], *v_pages.stride()[:2],
          *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0)),
         (*constants, overlaps(q.device)), num_warps=1, **options(q.device),
     )  # fmt: skip
@@ -246,7 +302,6 @@ def _check_rope(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     states: dict[str, torch.Tensor],
-    angles: dict[str, torch.Tensor],
     held: dict[str, torch.Tensor],
     norms: tuple[torch.Tensor, torch.Tensor],
     scales: Scales | None,
@@ -259,15 +314,23 @@ def _check_rope(
         raise ValueError(
             f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
         )
-    cos = angles["cos"]
-    for name, tensor in angles.items():
-        alike = len(tensor) == len(cos) and tensor.stride()[len(cos) == 1 :] == cos.stride()[len(cos) == 1 :]
-        if len(tensor) not in (1, len(q)) or tensor.shape[1:] != q.shape[2:] or not alike:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {list(q.shape[2:])} for one row "
-                "or all, cos and sin alike"
-            )
-        if tensor.dtype != q.dtype or tensor.stride(2) != 1:
-            raise ValueError(f"{name} is {tensor.dtype}, q {q.dtype}: want the same, with a contiguous head_dim")
     if not norms[0].dtype == norms[1].dtype == q.dtype:
         raise ValueError(f"norms are {norms[0].dtype} and {norms[1].dtype}, q {q.dtype}: want the same")
+
+
+def _check_angles(q: torch.Tensor, angles: dict[str, torch.Tensor | None], rotary: int) -> None:
+    """Raises ValueError, naming the argument, unless cos and sin fit q and what is turned of its heads."""
+    if rotary % 2 or not 0 <= rotary <= q.shape[3]:
+        raise ValueError(f"rotary={rotary} is not an even number from 0 to head_dim, {q.shape[3]}")
+    cos = angles["cos"]
+    for name, tensor in angles.items() if rotary else ():
+        if cos is None or tensor is None:
+            raise ValueError(f"{name} is None: want it, or rotary=0")
+        alike = len(tensor) == len(cos) and tensor.stride()[len(cos) == 1 :] == cos.stride()[len(cos) == 1 :]
+        if len(tensor) not in (1, len(q)) or tensor.shape[1:] != (q.shape[2], rotary) or not alike:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {[q.shape[2], rotary]} for one "
+                "row or all, cos and sin alike"
+            )
+        if tensor.dtype != cos.dtype or tensor.dtype not in (q.dtype, torch.float32) or tensor.stride(2) != 1:
+            raise ValueError(f"{name} is {tensor.dtype}: want q's {q.dtype} or float32, as the other, contiguous")

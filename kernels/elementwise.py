@@ -1,4 +1,7 @@
-"""The small operations of a decoder layer, each in one launch: RMSNorm with the residual, and SwiGLU."""
+"""The small operations of a decoder layer, each in one launch: norms with the residual, and activations.
+
+All round as `kernels.reference` does, which is as transformers does.
+"""
 
 from __future__ import annotations
 
@@ -6,70 +9,204 @@ import torch
 import triton
 import triton.language as tl
 
+from pkv_hf.kernels.activations import activated, check_activation
 from pkv_hf.kernels.launch import next_power_of_2
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
+from pkv_hf.kernels.reference import Norm
 
-
-@triton.jit(do_not_specialize=["eps"])
-def rms_norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, out_ptr, width, eps,
-                    RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
-    wait(PDL)
-    row = tl.program_id(0).to(tl.int64) * width
-    d = tl.arange(0, BLOCK)
-    mask = d < width
-    x = tl.load(x_ptr + row + d, mask=mask, other=0.0)
-    if RESIDUAL:
-        x = (x.to(tl.float32) + tl.load(residual_ptr + row + d, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
-        tl.store(sum_ptr + row + d, x, mask=mask)
-    wide = x.to(tl.float32)
-    normed = (wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)).to(x.dtype)
-    weight = tl.load(weight_ptr + d, mask=mask)
-    tl.store(out_ptr + row + d, (weight.to(tl.float32) * normed.to(tl.float32)).to(x.dtype), mask=mask)
+BLOCK = 1024
+"""Elements of a row that a program of an activation takes."""
 
 
 @triton.jit
-def silu_mul_kernel(gate_ptr, up_ptr, out_ptr, count, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _normed(x, weight_ptr, bias_ptr, d, mask, width, eps,
+            CENTERED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
+    """RMSNorm of a row x [BLOCK], LayerNorm where CENTERED; rounded once, but an RMSNorm's weight without offset."""
+    wide = x.to(tl.float32)
+    if CENTERED:
+        wide = tl.where(mask, wide - tl.sum(wide, 0) / width, 0.0)
+    wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
+    if WEIGHT:
+        weight = tl.load(weight_ptr + d, mask=mask).to(tl.float32)
+        if OFFSET != 0:
+            weight += OFFSET
+        elif not CENTERED:
+            wide = wide.to(x.dtype).to(tl.float32)
+        wide = weight * wide
+    if BIAS:
+        wide += tl.load(bias_ptr + d, mask=mask).to(tl.float32)
+    return wide.to(x.dtype)
+
+
+@triton.jit(do_not_specialize=["eps"])
+def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, width, stride_x, eps,
+                RESIDUAL: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
+                OFFSET: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     release(PDL)
     wait(PDL)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    gate = tl.load(gate_ptr + at, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    up = tl.load(up_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, (silu * up).to(gate.dtype), mask=mask)
+    row = tl.program_id(0).to(tl.int64)
+    at = row * width
+    d = tl.arange(0, BLOCK)
+    mask = d < width
+    x = tl.load(x_ptr + row * stride_x + d, mask=mask, other=0.0)
+    if RESIDUAL:
+        x = (x.to(tl.float32) + tl.load(residual_ptr + at + d, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
+        tl.store(sum_ptr + at + d, x, mask=mask)
+    normed = _normed(x, weight_ptr, bias_ptr, d, mask, width, eps, CENTERED, WEIGHT, BIAS, OFFSET)
+    tl.store(out_ptr + at + d, normed, mask=mask)
 
 
-_rms_norm, _silu_mul = Launcher(rms_norm_kernel, fp_fusion=False), Launcher(silu_mul_kernel, fp_fusion=False)
+@triton.jit(do_not_specialize=["after_eps", "before_eps", "scale"])
+def add_norms_kernel(y_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_ptr, width, after_eps, before_eps, scale,
+                     AFTER: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_OFFSET: tl.constexpr,
+                     BEFORE: tl.constexpr, BEFORE_WEIGHT: tl.constexpr, BEFORE_OFFSET: tl.constexpr,
+                     SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    release(PDL)
+    wait(PDL)
+    at = tl.program_id(0).to(tl.int64) * width
+    d = tl.arange(0, BLOCK)
+    mask = d < width
+    y = tl.load(y_ptr + at + d, mask=mask, other=0.0)
+    if AFTER:
+        y = _normed(y, after_ptr, after_ptr, d, mask, width, after_eps, False, AFTER_WEIGHT, False, AFTER_OFFSET)
+    if SCALED:
+        y = (y.to(tl.float32) * scale).to(y.dtype)
+    y = (y.to(tl.float32) + tl.load(residual_ptr + at + d, mask=mask, other=0.0).to(tl.float32)).to(y.dtype)
+    tl.store(sum_ptr + at + d, y, mask=mask)
+    if BEFORE:
+        y = _normed(y, before_ptr, before_ptr, d, mask, width, before_eps, False, BEFORE_WEIGHT, False, BEFORE_OFFSET)
+        tl.store(out_ptr + at + d, y, mask=mask)
+
+
+@triton.jit
+def act_kernel(x_ptr, up_ptr, out_ptr, width, stride_x, stride_up,
+               ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    release(PDL)
+    wait(PDL)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    mask = d < width
+    x = tl.load(x_ptr + row * stride_x + d, mask=mask, other=0.0)
+    y = activated(x.to(tl.float32), ACTIVATION).to(x.dtype)
+    if GATED:
+        up = tl.load(up_ptr + row * stride_up + d, mask=mask, other=0.0).to(tl.float32)
+        y = (y.to(tl.float32) * up).to(x.dtype)
+    tl.store(out_ptr + row * width + d, y, mask=mask)
+
+
+_norm, _add_norms, _act = (Launcher(kernel, fp_fusion=False) for kernel in (norm_kernel, add_norms_kernel, act_kernel))
+
+
+def row_stride(name: str, x: torch.Tensor) -> int:
+    """Elements from a row of x `[..., width]` to the next; raises ValueError where they are not one number."""
+    if x.is_contiguous():
+        return x.shape[-1]
+    shape, strides = x.shape, x.stride()
+    if strides[-1] == 1 and all(strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.ndim - 2)):
+        return strides[-2]
+    raise ValueError(f"{name} is {list(shape)} with strides {strides}: want contiguous rows, all as far apart")
 
 
 def rms_norm(
-    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    *,
+    offset: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """RMSNorm (Zhang & Sennrich 2019) of x, or of x + residual, over the last dimension; rounds as transformers does.
+    """RMSNorm (Zhang & Sennrich 2019) of x, or of x + residual, over the last dimension, times `offset + weight`.
 
-    x and residual `[..., width]`, contiguous, in the dtype of weight `[width]`. Returns the norm and what was normed.
+    x and residual are `[..., width]` in the dtype of weight `[width]`; residual is contiguous, x may be columns of a
+    wider tensor. Returns the norm, contiguous, and what was normed. Raises ValueError for x of any other strides.
     """
+    return _normalised(x, weight, None, eps, residual, centered=False, offset=offset)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    residual: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """LayerNorm (Ba et al. 2016), with weight and bias `[width]` where there are such; else as `rms_norm`."""
+    return _normalised(x, weight, bias, eps, residual, centered=True, offset=0.0)
+
+
+def _normalised(
+    x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
+    residual: torch.Tensor | None, *, centered: bool, offset: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     width = x.shape[-1]
-    out = torch.empty_like(x)
-    total = x if residual is None else torch.empty_like(x)
-    constants = residual is not None, next_power_of_2(width)
-    _rms_norm(
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = x if residual is None else torch.empty_like(out)
+    constants = (
+        residual is not None, centered, weight is not None, bias is not None, offset, next_power_of_2(width),
+    )  # fmt: skip
+    _norm(
         (x.dtype, x.device, *constants), (x.numel() // width, 1, 1),
-        (x, x if residual is None else residual, weight, total, out), (width, eps), (*constants, overlaps(x.device)),
+        tuple(x if each is None else each for each in (x, residual, weight, bias, total, out)),
+        (width, row_stride("x", x), eps), (*constants, overlaps(x.device)),
         num_warps=8 if width > 2048 else 4, **options(x.device),
     )  # fmt: skip
     return out, total
 
 
-def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up for contiguous tensors of one shape and dtype; rounds as transformers does."""
-    out = torch.empty_like(gate)
-    count, device = gate.numel(), gate.device
-    _silu_mul(
-        (gate.dtype, device), (-(-count // 1024), 1, 1), (gate, up, out), (count,), (1024, overlaps(device)),
-        num_warps=4, **options(device),
+NO_NORM = (None, 0.0, 0.0)
+
+
+def add_norms(
+    y: torch.Tensor, residual: torch.Tensor, after: Norm | None, before: Norm | None, *, scale: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """total = residual + scale * after(y), and before(total); where a norm is None, what it would be of.
+
+    y and residual `[..., width]`, contiguous, in one dtype. A norm is an RMSNorm: its weight `[width]` in that dtype or
+    None, its epsilon, and what is added to its weight. Returns both.
+    """
+    width = y.shape[-1]
+    total = torch.empty_like(y)
+    out = total if before is None else torch.empty_like(y)
+    (after_weight, after_eps, after_offset), (before_weight, before_eps, before_offset) = (
+        norm or NO_NORM for norm in (after, before)
+    )
+    constants = (
+        after is not None, after_weight is not None, after_offset, before is not None, before_weight is not None,
+        before_offset, scale != 1.0, next_power_of_2(width),
+    )  # fmt: skip
+    _add_norms(
+        (y.dtype, y.device, *constants), (y.numel() // width, 1, 1),
+        tuple(y if each is None else each for each in (y, residual, after_weight, before_weight, total, out)),
+        (width, after_eps, before_eps, scale), (*constants, overlaps(y.device)),
+        num_warps=8 if width > 2048 else 4, **options(y.device),
+    )  # fmt: skip
+    return total, out
+
+
+def act(x: torch.Tensor, activation: str) -> torch.Tensor:
+    """An activation by name (`kernels.reference.ACTIVATIONS`) of x `[..., width]`, which may be columns of a wider one.
+
+    Returns it contiguous. Raises ValueError for an activation or strides that the kernel does not take.
+    """
+    return _activate(x, None, activation)
+
+
+def act_mul(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up, of one shape and dtype; else as `act`. Both may be halves of one `[rows, 2 * width]`."""
+    return _activate(gate, up, activation)
+
+
+def _activate(x: torch.Tensor, up: torch.Tensor | None, activation: str) -> torch.Tensor:
+    check_activation(activation)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    device, width, up_ = x.device, x.shape[-1], x if up is None else up
+    stride_x, stride_up = row_stride("x", x), row_stride("up", up_)
+    if stride_x == stride_up == width:  # one row of all
+        width = stride_x = stride_up = x.numel()
+    constants = activation, up is not None, BLOCK
+    _act(
+        (x.dtype, device, *constants), (-(-width // BLOCK), x.numel() // width, 1), (x, up_, out),
+        (width, stride_x, stride_up), (*constants, overlaps(device)), num_warps=4, **options(device),
     )  # fmt: skip
     return out

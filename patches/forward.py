@@ -9,6 +9,7 @@ import torch
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import original
+from pkv_hf.routes.base import Scores
 from pkv_hf.runtime.interface import changes_nothing
 
 OWN_ARGUMENTS = frozenset({"hidden_states", "position_embeddings", "attention_mask", compat.CACHE})
@@ -33,7 +34,7 @@ def attention_forward(self: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tenso
         q, k = self.q_norm(q), self.k_norm(k)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     cos, sin = position_embeddings
-    out = step.rope_attend(q, k, v, cos, sin, self.layer_idx, self.scaling)
+    out = step.rope_attend(q, k, v, cos, sin, self.layer_idx, Scores(self.scaling))
     return self.o_proj(out.flatten(2)), None
 
 

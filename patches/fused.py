@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers.activations import SiLUActivation
 
+from pkv_hf.routes.base import Norms, Scores
 from pkv_hf.runtime.step import Step
 
 
@@ -110,16 +111,16 @@ def _attention(layer: Any, stream: Stream, cos: torch.Tensor, sin: torch.Tensor,
     if hasattr(attention, "q_norm"):
         q_norm, k_norm = attention.q_norm, attention.k_norm
         if q_norm.variance_epsilon == k_norm.variance_epsilon:  # the kernel takes one
-            norms = q_norm.weight, k_norm.weight, q_norm.variance_epsilon
+            norms = Norms(q_norm.weight, k_norm.weight, q_norm.variance_epsilon)
         else:
             q, k = q_norm(q), k_norm(k)
-    out = step.rope_attend(q, k, v, cos, sin, attention.layer_idx, attention.scaling, norms)
+    out = step.rope_attend(q, k, v, cos, sin, attention.layer_idx, Scores(attention.scaling), norms=norms)
     stream.add(attention.o_proj, out.view(len(stream.hidden), -1))
 
 
 def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
-    from pkv_hf.kernels.elementwise import silu_mul
-    from pkv_hf.kernels.linear import swiglu
+    from pkv_hf.kernels.elementwise import act_mul
+    from pkv_hf.kernels.linear import gated
 
     gate, up = mlp.gate_proj, mlp.up_proj
     if type(mlp.act_fn) not in SILU:
@@ -128,8 +129,8 @@ def _mlp(norm: Any, mlp: Any, stream: Stream) -> None:
         return
     if kernel_takes([gate, up], stream.hidden) and gate.bias is None and gate.weight.shape == up.weight.shape:
         x, norm = stream.normed(norm)
-        x = swiglu(x, gate.weight, up.weight, **_settings(norm))
+        x = gated(x, gate.weight, up.weight, **_settings(norm))
     else:
         normed = stream.norm(norm)
-        x = silu_mul(gate(normed), up(normed))
+        x = act_mul(gate(normed), up(normed), "silu")
     stream.add(mlp.down_proj, x)

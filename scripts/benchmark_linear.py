@@ -40,10 +40,10 @@ def cases(shape: dict) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 
 def ours(name: str, x: torch.Tensor, weights: list[torch.Tensor], residual: torch.Tensor) -> torch.Tensor:
-    from pkv_hf.kernels.linear import linear, swiglu
+    from pkv_hf.kernels.linear import gated, linear
 
     if name == "gate-up":
-        return swiglu(x, *weights)
+        return gated(x, *weights)
     return linear(x, weights, residual=residual if name in ("output", "down") else None)
 
 

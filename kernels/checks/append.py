@@ -11,7 +11,7 @@ import torch
 
 from pkv_hf.kernels import append as kernels
 from pkv_hf.kernels.checks.attention import PAGE_SIZES, log_uniform, poisoned_scratch, random_head_dim
-from pkv_hf.kernels.checks.layers import EPS, Draw, Result, beside, same
+from pkv_hf.kernels.checks.layers import EPS, OFFSETS, Draw, Result, beside, same
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
 from pkv_hf.kernels.reference import rms_norm, rotate
 
@@ -30,6 +30,12 @@ class AppendCase:
     """int8 or float8_e4m3fn for quantised pages, None for the states' own."""
     roped: bool
     norm: bool
+    rotary: int | None = None
+    interleaved: bool = False
+    paired_angles: bool = False
+    wide_angles: bool = False
+    """Whether cos and sin are float32."""
+    offset: float = 0.0
     value_dim: int = 0
     """V's head_dim where it is another, else 0; never with RoPE."""
     ends: tuple[int, ...] = ()
@@ -49,14 +55,19 @@ class AppendCase:
     @classmethod
     def random(cls, rng: np.random.Generator, dtype: torch.dtype) -> AppendCase:
         """What is compiled for a case of the supported space; `vary` draws its rows."""
-        roped = bool(rng.random() < 0.6)
+        roped, head_dim = bool(rng.random() < 0.6), random_head_dim(rng)
         return cls(
             dtype,
-            head_dim=random_head_dim(rng),
+            head_dim=head_dim,
             page_size=int(rng.choice(PAGE_SIZES)),
             kv_dtype=(None, None, *LARGEST)[int(rng.integers(2 + len(LARGEST)))],
             roped=roped,
             norm=roped and bool(rng.random() < 0.4),
+            rotary=(None, None, 0, 2 * int(rng.integers(1, head_dim // 2)))[int(rng.integers(4))],
+            interleaved=bool(rng.random() < 0.4),
+            paired_angles=bool(rng.random() < 0.4),
+            wide_angles=bool(rng.random() < 0.3),
+            offset=float(rng.choice(OFFSETS)),
             value_dim=0 if roped or rng.random() < 0.5 else random_head_dim(rng),
         )
 
@@ -95,18 +106,21 @@ def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Resu
     settings: dict[str, Any] = {"scales": tuple(scales)} if scales else {}
     results = {}
     if case.roped:
-        angles = [draw(len(k) if case.angles_by_row else 1, case.q_len, case.head_dim) for _ in range(2)]
+        pairing = {name: getattr(case, name) for name in ("rotary", "interleaved", "paired_angles")}
+        shape = len(k) if case.angles_by_row else 1, case.q_len, case.head_dim if case.rotary is None else case.rotary
+        angles = [draw(*shape, dtype=torch.float32 if case.wide_angles else case.dtype) for _ in range(2)]
         weights = [draw(case.head_dim) for _ in range(2)] if case.norm else []
         if case.norm:
-            settings["norms"] = (*weights, case.eps)
+            settings["norms"] = (*weights, case.eps, case.offset)
         with poisoned_scratch():
-            rotated_q = kernels.rope_append(*pools, q, k, v, *angles, table, *bounds, **settings)
+            rotated_q = kernels.rope_append(*pools, q, k, v, *angles, table, *bounds, **settings, **pairing)
 
         def roped(dtype: torch.dtype) -> list[torch.Tensor]:
             states = [x.to(dtype) for x in (q, k)]
             if case.norm:
-                states = [rms_norm(x, weight.to(dtype), case.eps) for x, weight in zip(states, weights)]
-            return [rotate(x, *(angle.to(dtype) for angle in angles)) for x in states]
+                states = [rms_norm(x, weight.to(dtype), case.eps, case.offset) for x, weight in zip(states, weights)]
+            wide = torch.promote_types(dtype, angles[0].dtype)
+            return [rotate(x, *(angle.to(wide) for angle in angles), **pairing) for x in states]
 
         (q, k), (exact_q, exact_k) = roped(case.dtype), roped(torch.float64)
         results["q"] = beside(rotated_q, q, exact_q) if case.norm else same(rotated_q, q)

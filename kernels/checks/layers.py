@@ -12,14 +12,16 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from pkv_hf.kernels import elementwise, linear
+from pkv_hf.kernels import elementwise, linear, reference
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
-from pkv_hf.kernels.reference import rms_norm
 
 MARGIN = 64
 """Elements of NaN before and after every tensor that a kernel reads."""
 
 EPS = (1e-5, 1e-6)
+OFFSETS = (0.0, 1.0)
+MULTIPLIERS = (1.0, 0.22)
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.dtype, self.begin = dtype, MARGIN + (not aligned)
 
-    def __call__(self, *shape: int, scale: float | torch.Tensor = 1.0) -> torch.Tensor:
+    def __call__(
+        self, *shape: int, scale: float | torch.Tensor = 1.0, dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
         device, count = self.generator.device, math.prod(shape)
-        memory = torch.full((2 * MARGIN + 1 + count,), float("nan"), dtype=self.dtype, device=device)
+        memory = torch.full((2 * MARGIN + 1 + count,), float("nan"), dtype=dtype or self.dtype, device=device)
         drawn = torch.randn(shape, generator=self.generator, device=device) * scale
         return memory[self.begin : self.begin + count].view(shape).copy_(drawn)
 
@@ -112,7 +116,7 @@ def _width(rng: np.random.Generator, longest: int) -> int:
 
 @dataclass(frozen=True)
 class LinearCase:
-    """A product of x `[rows, inputs]` with one weight or three, or SwiGLU of two where `gated`."""
+    """A product of x `[rows, inputs]` with one weight or three, or with gate and up where `gated`."""
 
     dtype: torch.dtype
     rows: int
@@ -121,6 +125,9 @@ class LinearCase:
     bias: bool
     norm: bool
     residual: bool
+    activation: str | None = None
+    offset: float = 0.0
+    multiplier: float = 1.0
     inputs: int = 0
     scale: float = 1.0
     eps: float = EPS[0]
@@ -132,14 +139,19 @@ class LinearCase:
         """What is compiled for a case of the supported space; `vary` draws its sizes."""
         one_row, gated = rng.random() < 0.5, rng.random() < 0.3
         weights = 2 if gated else int(rng.choice([1, 3]))
+        residual = bool(weights == 1 and rng.random() < 0.5)
+        active = gated or (weights == 1 and not residual and rng.random() < 0.6)
         return cls(
             dtype,
             rows=1 if one_row else 2,
             outputs=(0,) * weights,
             gated=gated,
-            bias=bool(not gated and rng.random() < 0.5),
+            bias=bool(rng.random() < 0.5),
             norm=bool(one_row and rng.random() < 0.6),
-            residual=bool(weights == 1 and rng.random() < 0.5),
+            residual=residual,
+            activation=str(rng.choice(ACTIVATIONS)) if active else None,
+            offset=float(rng.choice(OFFSETS)),
+            multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> LinearCase:
@@ -154,7 +166,7 @@ class LinearCase:
 
 
 def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Result]:
-    """The result of `linear.linear`, or of `linear.swiglu` where the case is gated."""
+    """The result of `linear.linear`, or of `linear.gated` where the case is."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     x = draw(case.rows, case.inputs, scale=case.scale)
     weights = [draw(count, case.inputs, scale=case.inputs**-0.5) for count in case.outputs]
@@ -162,32 +174,48 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
 
-    def reference(dtype: torch.dtype) -> torch.Tensor:
-        wide = x.to(dtype) if norm is None else rms_norm(x.to(dtype), norm.to(dtype), case.eps)
+    def by_torch(dtype: torch.dtype) -> torch.Tensor:
+        wide = x.to(dtype)
+        if norm is not None:
+            wide = reference.rms_norm(wide, norm.to(dtype), case.eps, case.offset)
         products = [
             functional.linear(wide, weight.to(dtype), bias if bias is None else bias.to(dtype))
             for weight, bias in zip(weights, biases)
         ]
+        if case.activation is not None:
+            products[0] = reference.activation(products[0], case.activation)
         if case.gated:
-            return functional.silu(products[0]) * products[1]
-        y = torch.cat(products, dim=1)
+            return products[0] * products[1]
+        y = torch.cat(products, dim=1) * case.multiplier
         return y if residual is None else y + residual.to(dtype)
 
+    settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset}
     with poisoned_scratch():
         if case.gated:
-            ours = linear.swiglu(x, *weights, norm=norm, eps=case.eps)
+            bias_gate, bias_up = biases
+            assert case.activation is not None
+            ours = linear.gated(x, *weights, case.activation, bias_gate=bias_gate, bias_up=bias_up, **settings)
         else:
-            ours = linear.linear(x, weights, biases, norm=norm, eps=case.eps, residual=residual)
-    return {"out": beside(ours, reference(case.dtype), reference(torch.float64))}
+            settings.update(residual=residual, scale=case.multiplier, activation=case.activation)
+            ours = linear.linear(x, weights, biases, **settings)
+    return {"out": beside(ours, by_torch(case.dtype), by_torch(torch.float64))}
 
 
 @dataclass(frozen=True)
 class ElementwiseCase:
-    """RMSNorm of x `[rows, width]`, or of x + residual; or SwiGLU of two such where `gated`."""
+    """A function of `elementwise` on rows `[rows, width]`, which are columns of wider ones where `strided`."""
 
     dtype: torch.dtype
-    gated: bool
-    residual: bool
+    operation: str
+    residual: bool = False
+    weight: bool = True
+    bias: bool = False
+    offset: float = 0.0
+    after: bool = False
+    before: bool = False
+    multiplier: float = 1.0
+    activation: str = "silu"
+    strided: bool = False
     rows: int = 0
     width: int = 0
     scale: float = 1.0
@@ -198,26 +226,76 @@ class ElementwiseCase:
     @classmethod
     def random(cls, rng: np.random.Generator, dtype: torch.dtype) -> ElementwiseCase:
         """What is compiled for a case of the supported space; `vary` draws its sizes."""
-        gated = bool(rng.random() < 0.4)
-        return cls(dtype, gated, residual=not gated and bool(rng.random() < 0.6))
+        operation = str(rng.choice(["rms_norm", "layer_norm", "add_norms", "act", "act_mul"]))
+        residual, weight, bias, after, before = (bool(draw < 0.6) for draw in rng.random(5))
+        case = cls(dtype, operation, weight=weight)
+        if operation.startswith("act"):
+            return dataclasses.replace(case, activation=str(rng.choice(ACTIVATIONS)))
+        if operation == "layer_norm":
+            return dataclasses.replace(case, residual=residual, bias=bias)
+        case = dataclasses.replace(case, offset=float(rng.choice(OFFSETS)))
+        if operation == "rms_norm":
+            return dataclasses.replace(case, residual=residual)
+        return dataclasses.replace(case, after=after, before=before, multiplier=float(rng.choice(MULTIPLIERS)))
 
     def vary(self, rng: np.random.Generator, longest: int) -> ElementwiseCase:
-        return dataclasses.replace(self, rows=log_uniform(rng, 64), width=_width(rng, longest), **_varied(rng))
+        return dataclasses.replace(
+            self,
+            rows=log_uniform(rng, 64),
+            width=_width(rng, longest),
+            strided=self.operation != "add_norms" and bool(rng.random() < 0.5),
+            **_varied(rng),
+        )
 
 
 def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict[str, Result]:
-    """The results of `elementwise.rms_norm`, or of `elementwise.silu_mul` where the case is gated."""
+    """The results of a function of `elementwise`: `out`, and what was normed as `sum`."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
-    x = draw(case.rows, case.width, scale=case.scale)
-    if case.gated:
-        up = draw(case.rows, case.width, scale=case.scale)
-        with poisoned_scratch():
-            ours = elementwise.silu_mul(x, up)
-        return {"out": beside(ours, functional.silu(x) * up, functional.silu(x.double()) * up.double())}
-    weight = draw(case.width)
-    residual = draw(case.rows, case.width) if case.residual else None
+    both = draw(case.rows, 2 * case.width, scale=case.scale)
+    x, up = (half if case.strided else half.contiguous() for half in both.chunk(2, dim=-1))
+    vectors = [draw(case.width) if case.weight else None for _ in range(2)]
+    bias = draw(case.width) if case.bias else None
+    residual = up.contiguous() if case.residual else None
     with poisoned_scratch():
-        ours, total = elementwise.rms_norm(x, weight, case.eps, residual)
-    summed = x if residual is None else x + residual
-    theirs, exact = (rms_norm(summed.to(dtype), weight.to(dtype), case.eps) for dtype in (case.dtype, torch.float64))
-    return {"out": beside(ours, theirs, exact), "sum": same(total, summed)}
+        if case.operation == "act":
+            ours = elementwise.act(x, case.activation)
+        elif case.operation == "act_mul":
+            ours = elementwise.act_mul(x, up, case.activation)
+        elif case.operation == "layer_norm":
+            ours, total = elementwise.layer_norm(x, vectors[0], bias, case.eps, residual)
+        elif case.operation == "rms_norm":
+            ours, total = elementwise.rms_norm(x, vectors[0], case.eps, residual, offset=case.offset)
+        else:
+            norms = _norms(case, vectors, case.dtype)
+            total, ours = elementwise.add_norms(x, up, *norms, scale=case.multiplier)
+
+    def by_torch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        wide, wide_up = x.to(dtype), up.to(dtype)
+        if case.operation.startswith("act"):
+            y = reference.activation(wide, case.activation)
+            return (y if case.operation == "act" else y * wide_up), wide
+        if case.operation == "add_norms":
+            summed, y = reference.add_norms(wide, wide_up, *_norms(case, vectors, dtype), case.multiplier)
+            return y, summed
+        summed = (x + up if case.residual else x).to(dtype)
+        weight, offset = (each if each is None else each.to(dtype) for each in (vectors[0], bias))
+        if case.operation == "layer_norm":
+            return reference.layer_norm(summed, weight, offset, case.eps), summed
+        return reference.rms_norm(summed, weight, case.eps, case.offset), summed
+
+    (theirs, their_sum), (exact, exact_sum) = by_torch(case.dtype), by_torch(torch.float64)
+    results = {"out": beside(ours, theirs, exact)}
+    if not case.operation.startswith("act"):
+        results["sum"] = beside(total, their_sum, exact_sum) if case.after else same(total, their_sum)
+    return results
+
+
+def _norms(
+    case: ElementwiseCase, vectors: Sequence[torch.Tensor | None], dtype: torch.dtype
+) -> list[reference.Norm | None]:
+    """The norms after and before of a case of `add_norms`, their weights in a dtype."""
+    weights = [weight if weight is None else weight.to(dtype) for weight in vectors]
+    return [
+        (weight, case.eps, case.offset) if wanted else None
+        for weight, wanted in zip(weights, (case.after, case.before))
+    ]

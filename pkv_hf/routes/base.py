@@ -25,8 +25,30 @@ MAX_DECODE_QUERIES = 8
 """Queries a row in one decode step (speculative verification); a longer block over the pages is prefill."""
 
 
-Norms = tuple[torch.Tensor, torch.Tensor, float]
-"""The weights `[D]` of an RMSNorm of every head of q and of k, and its epsilon."""
+class Norms(NamedTuple):
+    """An RMSNorm of every head of q and of k."""
+
+    q: torch.Tensor
+    """Its weight for q `[D]`, less offset."""
+    k: torch.Tensor
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """Which elements of a head RoPE turns, as `kernels.reference.rotate` defines it."""
+
+    dim: int | None = None
+    """The first so many; None for all, 0 for none."""
+    interleaved: bool = False
+    """Pairs are neighbours, not an element and the one half of them further on."""
+    paired: bool = False
+    """cos and sin have the angles of pair i at 2 i and 2 i + 1."""
+
+
+WHOLE = Rotary()
+"""All of a head, in halves."""
 
 
 class Scores(NamedTuple):
@@ -186,10 +208,12 @@ class Route(Protocol):
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, norms: Norms | None = None,
+        cos: torch.Tensor | None, sin: torch.Tensor | None, bounds: Bounds,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         """`append` with RoPE on q `[rows, H_q, q_len, D]` and on k before it; returns the rotated q.
 
+        cos and sin are `[1 or rows, q_len, rotary.dim]`, in q's dtype or float32; None where nothing is turned.
         `norms`, where there are any, come before RoPE.
         """
         ...

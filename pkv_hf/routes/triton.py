@@ -18,7 +18,7 @@ from pkv_hf.kernels.launch import (
     splits_for,
 )
 from pkv_hf.kernels.quantize import LARGEST
-from pkv_hf.routes.base import Accepted, Bounds, Norms, Rejected, Scores, StepShape, installed
+from pkv_hf.routes.base import WHOLE, Accepted, Bounds, Norms, Rejected, Rotary, Scores, StepShape, installed
 from pkv_hf.routes.costs import Work
 
 
@@ -67,14 +67,18 @@ class Triton:
 
     def rope_append(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        cos: torch.Tensor, sin: torch.Tensor, bounds: Bounds, norms: Norms | None = None,
+        cos: torch.Tensor | None, sin: torch.Tensor | None, bounds: Bounds,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
         from pkv_hf.kernels.append import rope_append
 
         layer.length = layer.prepare(k, v)
         table, first_held = layer.table.on(k.device)
         ends = bounds.on(k.device)[1]
-        return rope_append(*layer.pages, q, k, v, cos, sin, table, first_held, ends, norms, layer.scales)
+        return rope_append(
+            *layer.pages, q, k, v, cos, sin, table, first_held, ends, norms, layer.scales,
+            rotary=rotary.dim, interleaved=rotary.interleaved, paired_angles=rotary.paired,
+        )  # fmt: skip
 
 
 class Split(Triton):

@@ -14,7 +14,7 @@ from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.configurations import serving
 from pkv_hf.errors import LayerNotServed
-from pkv_hf.routes.base import Bounds, Norms, Route, Scores
+from pkv_hf.routes.base import WHOLE, Bounds, Norms, Rotary, Route, Scores
 from pkv_hf.routes.sdpa import over_packed_prompt, over_pages, over_prompt
 from pkv_hf.runtime.masks import Expanded
 
@@ -202,14 +202,17 @@ class Step:
             return self.route.decode(layer, q, scores, bounds)
 
     def rope_attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
-        layer_idx: int, scale: float, norms: Norms | None = None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+        layer_idx: int, scores: Scores, rotary: Rotary = WHOLE, norms: Norms | None = None,
     ) -> torch.Tensor:  # fmt: skip
-        """`update` and `attend` with RoPE in the append: q, k, v as projected, cos and sin `[1 or rows, q_len, D]`."""
+        """`update` and `attend` with RoPE in the append, as `Route.rope_append` has it: q, k and v as projected.
+
+        `[rows, heads, q_len, D]` each. Returns `[rows, q_len, H_q, D]`.
+        """
         layer = self.cache.layers[layer_idx]
         with launching_on(q.device):
-            q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, norms)
-        return self._over_pages(layer, q, Scores(scale))
+            q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, rotary, norms)
+        return self._over_pages(layer, q, scores)
 
 
 def handle_of(states: torch.Tensor) -> tuple[Step, int] | None:

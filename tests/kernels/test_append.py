@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
@@ -61,14 +63,55 @@ def test_rope_append_rounds_as_transformers_does(rows_of_cos, head_dim, dtype):
         assert int(torch.isfinite(pages).sum()) == states.numel()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+@pytest.mark.parametrize(
+    ("model", "rotary"), [("glm4", 40), ("glm4", 80), ("phi3", 20), ("cohere", 80), ("olmo2", 80), ("smollm3", 0)]
+)
+def test_rope_is_that_of(model, rotary, kv_dtype, dtype):
+    """Partial, interleaved, with angles in pairs, in float32, and none: by transformers' own functions."""
+    own = importlib.import_module(f"transformers.models.{model}.modeling_{model}").apply_rotary_pos_emb
+    k_pages, v_pages, table, first_held, ends = pools(dtype, 80)
+    scales = None
+    if kv_dtype:
+        k_pages, v_pages = (torch.zeros_like(k_pages).to(kv_dtype) for _ in range(2))
+        scales = tuple(torch.zeros(k_pages.shape[:3], device=DEVICE) for _ in range(2))
+    q, k, v = (torch.randn(3, heads, 3, 80, device=DEVICE).to(dtype) for heads in (6, 2, 2))
+    angles = torch.randn(3, 3, rotary // 2, device=DEVICE)
+    angles = angles.repeat_interleave(2, -1) if model == "cohere" else angles.repeat(1, 1, 2)
+    cos, sin = (each if model == "olmo2" else each.to(dtype) for each in (angles.cos(), angles.sin()))
+    expected_q, expected_k = own(q, k, cos, sin) if rotary else (q, k)
+    if model == "cohere":  # computes in float32
+        cos, sin = cos.float(), sin.float()
+    pairing = {"interleaved": model in ("glm4", "cohere"), "paired_angles": model == "cohere"}
+    held = table, first_held, ends
+    of = (cos, sin) if rotary else (None, None)
+    rotated_q = rope_append(k_pages, v_pages, q, k, v, *of, *held, scales=scales, rotary=rotary, **pairing)
+    assert torch.equal(rotated_q, expected_q)
+    assert torch.equal(rotate(q, *of, rotary, *pairing.values()), expected_q)
+    for row in range(3):
+        for t in range(3):
+            position = int(ends[row]) - 3 + t
+            at = int(table[row, position // 16]), slice(None), position % 16
+            if scales is None:
+                assert torch.equal(k_pages[at], expected_k[row, :, t])
+            else:
+                values, of_values = quantize(expected_k[row, :, t], kv_dtype)
+                assert torch.equal(k_pages[at], values)
+                assert torch.equal(scales[0][at], of_values)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_heads_are_normed_as_transformers_rounds_them(dtype):
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_heads_are_normed_as_transformers_rounds_them(offset, dtype):
     k_pages, v_pages, table, first_held, ends = pools(dtype, 80)
     q, k, v = (torch.randn(3, heads, 3, 80, device=DEVICE).to(dtype) for heads in (6, 2, 2))
     cos, sin, q_norm, k_norm = (torch.randn(shape, device=DEVICE).to(dtype) for shape in [(1, 3, 80)] * 2 + [(80,)] * 2)
     held = table, first_held, ends
-    rotated_q = rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, k_norm, 0.1))
-    expected_q, expected_k = (rotate(rms_norm(x, weight, 0.1), cos, sin) for x, weight in ((q, q_norm), (k, k_norm)))
+    rotated_q = rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, k_norm, 0.1, offset))
+    expected_q, expected_k = (
+        rotate(rms_norm(x, weight, 0.1, offset), cos, sin) for x, weight in ((q, q_norm), (k, k_norm))
+    )
     last = [(int(table[row, p // 16]), p % 16) for row in range(3) for p in range(int(ends[row]) - 3, int(ends[row]))]
     written = torch.stack([k_pages[page, :, slot] for page, slot in last]).view(3, 3, 2, 80).transpose(1, 2)
     for ours, expected in ((rotated_q, expected_q), (written, expected_k)):
@@ -141,6 +184,9 @@ def test_quantizing_errs_by_half_a_step(kv_dtype):
         ({"block_table": torch.zeros(3, 3, dtype=torch.int32, device="meta")}, "block_table is on meta"),
         ({"cos": torch.zeros(2, 2, 64)}, r"cos is \[2, 2, 64\]"),
         ({"sin": torch.zeros(1, 2, 64, dtype=torch.float16)}, "sin is torch.float16"),
+        ({"cos": None}, "cos is None"),
+        ({"rotary": 31}, "rotary=31"),
+        ({"rotary": 32}, r"cos is \[1, 2, 64\] .* want \[2, 32\]"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
@@ -151,6 +197,6 @@ def test_bad_arguments_of_append_are_named(change, named):
     where = {"block_table": table, "first_held": first_held, "ends": ends}
     with pytest.raises(ValueError, match=named):
         rope_append(k_pages, v_pages, **{"q": torch.zeros(3, 4, 2, 64), **states, **angles, **where, **change})
-    if not change.keys() & {"cos", "sin"}:
+    if not change.keys() & {"cos", "sin", "rotary"}:
         with pytest.raises(ValueError, match=named):
             append(k_pages, v_pages, **{**states, **where, **change})

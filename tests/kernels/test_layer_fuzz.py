@@ -38,7 +38,8 @@ def test_batches_share_what_is_compiled_and_go_through_all_kernels():
     assert [len(cases) for cases in made] == [3] * 16 + [2]
     assert [(type(cases[0]), cases[0].dtype) for cases in made[: len(KINDS)]] == KINDS
     for cases in made:
-        fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual"}
+        fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual", "offset"}
+        fixed |= {"rotary", "interleaved", "paired_angles", "wide_angles", "operation", "activation", "multiplier"}
         assert len({tuple(getattr(case, name, None) for name in fixed) for case in cases}) == 1
         assert len({case.seed for case in cases}) == len(cases)
 
@@ -68,10 +69,22 @@ LINEAR = LinearCase(
     torch.bfloat16, rows=16, outputs=(700,), gated=False, bias=True, norm=False, residual=True, inputs=64
 )
 GATED = LinearCase(
-    torch.float16, rows=1, outputs=(90, 90), gated=True, bias=False, norm=True, residual=False, inputs=50
+    torch.float16,
+    rows=1,
+    outputs=(90, 90),
+    gated=True,
+    bias=True,
+    norm=True,
+    residual=False,
+    activation="gelu_tanh",
+    offset=1.0,
+    inputs=50,
 )
-NORM = ElementwiseCase(torch.float32, gated=False, residual=True, rows=9, width=300)
-SILU = ElementwiseCase(torch.bfloat16, gated=True, residual=False, rows=3, width=500)
+NORM = ElementwiseCase(torch.float32, "rms_norm", residual=True, rows=9, width=300)
+CENTERED = ElementwiseCase(torch.bfloat16, "layer_norm", bias=True, rows=9, width=300)
+BOTH = ElementwiseCase(torch.bfloat16, "add_norms", offset=1.0, after=True, before=True, rows=9, width=300)
+ACT = ElementwiseCase(torch.bfloat16, "act", activation="relu2", rows=3, width=500)
+SILU = ElementwiseCase(torch.bfloat16, "act_mul", strided=True, rows=3, width=500)
 
 
 @pytest.mark.parametrize(
@@ -82,9 +95,13 @@ SILU = ElementwiseCase(torch.bfloat16, gated=True, residual=False, rows=3, width
         (ROPED, append, "rope_append", "last", "q"),
         (dataclasses.replace(ROPED, norm=True), append, "rope_append", "last", "q"),
         *[(LINEAR, linear, "linear", place, "out") for place in ("last", "unwritten")],
-        (GATED, linear, "swiglu", "last", "out"),
+        (dataclasses.replace(ROPED, rotary=32, interleaved=True, offset=1.0), append, "rope_append", "last", "q"),
+        (GATED, linear, "gated", "last", "out"),
         *[(NORM, elementwise, "rms_norm", place, "out") for place in ("last", "unwritten")],
-        (SILU, elementwise, "silu_mul", "last", "out"),
+        (CENTERED, elementwise, "layer_norm", "last", "out"),
+        (BOTH, elementwise, "add_norms", "last", "sum"),
+        (ACT, elementwise, "act", "last", "out"),
+        (SILU, elementwise, "act_mul", "last", "out"),
     ],
 )
 def test_one_wrong_element_is_caught(case, module, kernel, place, failed, monkeypatch):

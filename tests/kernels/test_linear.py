@@ -1,4 +1,4 @@
-"""Linear layers on few rows, RMSNorm and SwiGLU kernels, beside torch's own and float64."""
+"""Linear layers on few rows, alone and gated, beside torch's own and float64."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from pkv_hf.kernels import reference
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
-from pkv_hf.kernels.elementwise import rms_norm, silu_mul
-from pkv_hf.kernels.linear import choose_block, linear, swiglu
+from pkv_hf.kernels.linear import gated, linear
+from pkv_hf.kernels.products import choose_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -37,25 +37,34 @@ def double(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 7, 16])
+@pytest.mark.parametrize("rows", [1, 2, 16])
 @pytest.mark.parametrize(
-    ("inputs", "outputs"), [(96, (40, 24, 24)), (640, (100, 100, 100)), (4096, (9,)), (576, (70,))]
+    ("inputs", "outputs", "offset", "scale", "activation"),
+    [
+        (96, (40, 24, 24), 0.0, 1.0, None),
+        (640, (100, 100, 100), 1.0, 1.0, None),
+        (4096, (9,), 0.0, 1.0, None),
+        (576, (70,), 1.0, 0.22, None),
+        (96, (70,), 0.0, 1.0, "relu2"),
+    ],
 )
 @pytest.mark.parametrize("bias", [False, True])
-def test_linear(rows, inputs, outputs, bias, dtype):
+def test_linear(rows, inputs, outputs, offset, scale, activation, bias, dtype):
     x = drawn(rows, inputs, dtype=dtype)
     weights = [drawn(count, inputs, dtype=dtype, scale=inputs**-0.5) for count in outputs]
     biases = [drawn(count, dtype=dtype) if bias else None for count in outputs]
     norm = drawn(inputs, dtype=dtype) if rows == 1 else None
-    residual = drawn(rows, outputs[0], dtype=dtype) if len(outputs) == 1 else None
+    residual = drawn(rows, outputs[0], dtype=dtype) if len(outputs) == 1 and not activation else None
 
     def by_torch(x, norm, residual, weights, biases):
-        x = x if norm is None else reference.rms_norm(x, norm, EPS)
+        x = x if norm is None else reference.rms_norm(x, norm, EPS, offset)
         y = torch.cat([functional.linear(x, w, b) for w, b in zip(weights, biases)], dim=1)
+        y = scale * (reference.activation(y, activation) if activation else y)
         return y if residual is None else y + residual
 
     with poisoned_scratch():
-        ours = linear(x, weights, biases, norm=norm, eps=EPS, residual=residual)
+        settings = {"residual": residual, "scale": scale, "activation": activation}
+        ours = linear(x, weights, biases, norm=norm, eps=EPS, offset=offset, **settings)
     theirs = by_torch(x, norm, residual, weights, biases)
     exact = by_torch(*double([x, norm, residual]), double(weights), double(biases))
     judge(ours, theirs, exact)
@@ -69,57 +78,53 @@ def whole(*shape: int, dtype: torch.dtype, unit: float) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_products_are_rounded_as_transformers_rounds_them(rows, dtype):
-    """Before a residual is added, before SiLU and after, and before gate and up are multiplied."""
-    x, residual = whole(rows, 96, dtype=dtype, unit=2**-10), whole(rows, 400, dtype=dtype, unit=2**-6)
-    weight, up = (whole(400, 96, dtype=dtype, unit=2**-3) for _ in range(2))
-    bias = whole(400, dtype=dtype, unit=2**-6)
+    """Before a residual is added, before a multiplier, an activation and after, before gate and up are multiplied."""
+    x, residual = whole(rows, 96, dtype=dtype, unit=2**-10), whole(rows, 200, dtype=dtype, unit=2**-6)
+    weight, up = (whole(200, 96, dtype=dtype, unit=2**-3) for _ in range(2))
+    bias = whole(200, dtype=dtype, unit=2**-6)
     exact = functional.linear(x.double(), weight.double(), bias.double())
     expected = exact.to(dtype) + residual
     assert not torch.equal(expected, (exact + residual).to(dtype)), "rounding once was to differ"
     assert torch.equal(linear(x, [weight], [bias], residual=residual), expected)
-    gated, upper = (functional.linear(x.double(), each.double()).to(dtype) for each in (weight, up))
-    assert same(swiglu(x, weight, up), functional.silu(gated) * upper)
+    expected = exact.to(dtype) * 0.22 + residual
+    assert not torch.equal(expected, ((exact * 0.22).to(dtype) + residual)), "rounding once less was to differ"
+    assert torch.equal(linear(x, [weight], [bias], residual=residual, scale=0.22), expected)
+    expected = reference.activation(exact.to(dtype), "relu2")
+    assert not torch.equal(expected, reference.activation(exact, "relu2").to(dtype)), "rounding once was to differ"
+    assert torch.equal(linear(x, [weight], [bias], activation="relu2"), expected)
+    active, upper = (functional.linear(x.double(), each.double()).to(dtype) for each in (weight, up))
+    assert same(gated(x, weight, up), functional.silu(active) * upper)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 16])
-@pytest.mark.parametrize(("inputs", "outputs"), [(96, 40), (640, 130), (1100, 4100)])
-def test_swiglu(rows, inputs, outputs, dtype):
+@pytest.mark.parametrize(
+    ("rows", "inputs", "outputs", "activation", "offset"),
+    [
+        (1, 96, 40, "gelu_tanh", 1.0),
+        (1, 1100, 130, "silu", 0.0),
+        (1, 640, 130, "gelu", 0.0),
+        (16, 640, 130, "gelu_tanh", 0.0),
+        (3, 1100, 4100, "silu", 0.0),
+    ],
+)
+def test_gated(rows, inputs, outputs, activation, offset, dtype):
+    """gate and up are halves of one weight."""
     x = drawn(rows, inputs, dtype=dtype)
-    gate, up = (drawn(outputs, inputs, dtype=dtype, scale=inputs**-0.5) for _ in range(2))
+    weight = drawn(2 * outputs, inputs, dtype=dtype, scale=inputs**-0.5)
+    bias = drawn(2 * outputs, dtype=dtype) if activation != "silu" else None
     norm = drawn(inputs, dtype=dtype) if rows == 1 else None
 
-    def by_torch(x, norm, gate, up):
-        x = x if norm is None else reference.rms_norm(x, norm, EPS)
-        return functional.silu(functional.linear(x, gate)) * functional.linear(x, up)
+    def by_torch(x, norm, weight, bias):
+        x = x if norm is None else reference.rms_norm(x, norm, EPS, offset)
+        gate, up = functional.linear(x, weight, bias).chunk(2, dim=1)
+        return reference.activation(gate, activation) * up
 
+    biases = (None, None) if bias is None else bias.chunk(2)
     with poisoned_scratch():
-        ours = swiglu(x, gate, up, norm=norm, eps=EPS)
-    judge(ours, by_torch(x, norm, gate, up), by_torch(*double([x, norm, gate, up])))
-
-
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-@pytest.mark.parametrize("width", [64, 96, 4096])
-@pytest.mark.parametrize("residual", [False, True])
-def test_rms_norm(width, residual, dtype):
-    rows = 64  # all of a row's errors are alike: those of a few may happen to be small, or large
-    x, weight = drawn(rows, width, dtype=dtype), drawn(width, dtype=dtype)
-    other = drawn(rows, width, dtype=dtype) if residual else None
-    with poisoned_scratch():
-        ours, total = rms_norm(x, weight, EPS, other)
-    expected = x if other is None else x + other
-    assert torch.equal(total, expected)
-    judge(ours, reference.rms_norm(expected, weight, EPS), reference.rms_norm(expected.double(), weight.double(), EPS))
-    assert dtype == torch.float32 or same(ours, reference.rms_norm(expected, weight, EPS))
-
-
-@pytest.mark.parametrize("dtype", [*HALVES, torch.float32], ids=str)
-def test_silu_mul(dtype):
-    gate, up = drawn(3, 1100, dtype=dtype), drawn(3, 1100, dtype=dtype)
-    with poisoned_scratch():
-        ours = silu_mul(gate, up)
-    judge(ours, functional.silu(gate) * up, functional.silu(gate.double()) * up.double())
-    assert dtype == torch.float32 or same(ours, functional.silu(gate) * up)
+        ours = gated(
+            x, *weight.chunk(2), activation, norm=norm, eps=EPS, offset=offset, bias_gate=biases[0], bias_up=biases[1]
+        )
+    judge(ours, by_torch(x, norm, weight, bias), by_torch(*double([x, norm, weight, bias])))
 
 
 @pytest.mark.parametrize(
@@ -132,6 +137,8 @@ def test_silu_mul(dtype):
         ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 2}, "2 weights"),
         ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm with 2 rows"),
         ({"residual": torch.zeros(2, 8)}, "residual is torch.float32"),
+        ({"activation": "mish"}, "activation='mish' is not one of silu"),
+        ({"activation": "relu", "residual": torch.zeros(2, 8, dtype=torch.float16)}, "activation='relu' with a res"),
     ],
     ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
@@ -139,6 +146,12 @@ def test_bad_arguments_are_named(change, named):
     arguments = {"x": torch.zeros(2, 64, dtype=torch.float16), "weights": [torch.zeros(8, 64, dtype=torch.float16)]}
     with pytest.raises(ValueError, match=named):
         linear(**{**arguments, **change})
+
+
+def test_one_bias_of_two_is_refused():
+    x, weight = torch.zeros(1, 64, dtype=torch.float16), torch.zeros(8, 64, dtype=torch.float16)
+    with pytest.raises(ValueError, match="bias_up is None"):
+        gated(x, weight, weight, bias_gate=weight[:, 0].contiguous())
 
 
 @pytest.mark.parametrize("shared_kib", [64, 99, 163, 227])

@@ -16,9 +16,9 @@ from pkv_hf.kernels.append import append, rope_append
 from pkv_hf.kernels.attention.split import decode_split
 from pkv_hf.kernels.attention.workqueue import decode_workqueue
 from pkv_hf.kernels.checks.attention import ROUTES
-from pkv_hf.kernels.elementwise import rms_norm, silu_mul
+from pkv_hf.kernels.elementwise import act_mul, add_norms, layer_norm, rms_norm
 from pkv_hf.kernels.launch import has_dtypes
-from pkv_hf.kernels.linear import linear, swiglu
+from pkv_hf.kernels.linear import gated, linear
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LENGTHS, PAGE, HEADS = (5, 33, 70), 16, 2
@@ -91,7 +91,7 @@ def test_rope_append(dtype, kv_dtype):
     ends, zeros = (torch.tensor(bounds, dtype=torch.int32).to(DEVICE) for bounds in (LENGTHS, (0, 0, 0)))
     norms = tuple(torch.randn(80).to(dtype).to(DEVICE) for _ in range(2))
     on_device = [tensor.to(DEVICE) for tensor in (q, k, v, cos, sin)]
-    for normed in (None, (*norms, 1e-6)):
+    for normed in (None, (*norms, 1e-6, 1.0)):
         rotated = rope_append(*pools, *on_device, table, zeros, ends, norms=normed, scales=scales)
         assert torch.isfinite(rotated.cpu()).all()
 
@@ -109,11 +109,14 @@ def test_linear_layers(rows):
     assert torch.equal(total.cpu(), x + x)
     outputs = [
         linear(there, gpu, **scale),
-        linear(there, gpu[:1], residual=residual.to(DEVICE)),
-        swiglu(there, gpu[1], gpu[2], **scale),
-        silu_mul(there, there),
+        *add_norms(there, there, (norm.to(DEVICE), 1e-5, 1.0), (norm.to(DEVICE), 1e-5, 0.0), scale=0.5),
+        layer_norm(there, norm.to(DEVICE), None, 1e-5)[0],
+        gated(there, gpu[1], gpu[2], **scale),
+        act_mul(there, there, "silu"),
         normed,
     ]
     assert all(torch.isfinite(out.cpu()).all() for out in outputs)
     expected = residual.double() + x.double() @ weights[0].double().T
-    torch.testing.assert_close(outputs[1].cpu().double(), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        linear(there, gpu[:1], residual=residual.to(DEVICE)).cpu().double(), expected, atol=2e-3, rtol=2e-3
+    )
