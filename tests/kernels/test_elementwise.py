@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.nemotron.modeling_nemotron import NemotronLayerNorm1P
 
 from pkv_hf.kernels import reference
 from pkv_hf.kernels.checks.attention import DTYPES, poisoned_scratch, rms
@@ -70,6 +71,16 @@ def test_norms_are_those_of_transformers(of, width, residual, dtype):
     else:
         exact = reference.rms_norm(expected.double(), weight, EPS, offset)
     judge(ours, module(expected), exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_a_layer_norm_of_weights_less_one(dtype):
+    """transformers rounds the sum of weight and 1, the kernel does not."""
+    module, x = randomised(NemotronLayerNorm1P(96, eps=EPS), dtype), drawn(ROWS, 96, dtype=dtype)
+    ours, _ = layer_norm(x, module.weight, module.bias, EPS, offset=1.0)
+    exact = reference.layer_norm(x.double(), module.weight.double(), module.bias.double(), EPS, 1.0)
+    assert rms(ours - exact) <= 2 * rms(module(x) - exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
