@@ -150,8 +150,10 @@ def rotate(
     rounded once (OLMo 2, and Cohere with its angles made float32).
     """
     rotary = x.shape[-1] if rotary is None else rotary
-    if not rotary or cos is None or sin is None:
+    if not rotary:
         return x
+    if cos is None or sin is None:
+        raise ValueError(f"cos or sin is None: want both, or rotary=0 instead of {rotary}")
     cos, sin = (_angles(angles, interleaved, paired_angles) for angles in (cos, sin))
     turned, rest = x[..., :rotary], x[..., rotary:]
     if interleaved:

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 
 from pkv_hf.cache.linear import layer_of
 from pkv_hf.cache.paged import PagedCache
-from pkv_hf.compat import CACHE, LayerKind
+from pkv_hf.compat import CACHE, LayerKind, logger
 from pkv_hf.errors import first_line
 from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
@@ -76,11 +76,13 @@ class Fusing:
         layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
         for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
-            if not isinstance(this, str):
+            if isinstance(this, str):
+                fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
+            else:
                 norm = None if isinstance(following, str) else following.branches[0].before
                 fusion.layers[layer] = FusedLayer(this, norm)
-            for reason in _left(this):
-                fusion.reasons[reason] = fusion.reasons.get(reason, 0) + 1
+                for why in _not_understood(this):
+                    fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
         fusion.seconds = time.perf_counter() - started
         return fusion
 
@@ -116,20 +118,25 @@ class Fusing:
             if isinstance(branch.body, AsIs) and (mixer := mixers.read(module)) is not None:
                 key = mixer, _alike(module)
                 if key not in self._mixed:
-                    self._mixed[key] = agrees(mixer, module, module.layer_idx)
+                    self._mixed[key] = _agrees(mixer, module)
                 if self._mixed[key]:
                     branch = replace(branch, body=replace(branch.body, mixer=mixer))
             branches.append(branch)
         return Layer(tuple(branches))
 
 
-def _left(described: Layer | str) -> set[str]:
-    """What of a layer runs as it is."""
-    if isinstance(described, str):
-        return {described}
-    bodies = [branch.body for branch in described.branches]
-    left = [body.module for body in bodies if isinstance(body, AsIs) and body.mixer is None]
-    return {f"a {type(module).__name__} is not understood, and called as it is" for module in left}
+def _not_understood(layer: Layer) -> list[str]:
+    """What of a layer is called as it is."""
+    bodies = [branch.body for branch in layer.branches if isinstance(branch.body, AsIs) and branch.body.mixer is None]
+    return [f"their {type(body.module).__name__} is called as it is" for body in bodies]
+
+
+def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
+    try:
+        return agrees(mixer, module, module.layer_idx)
+    except Exception as error:  # of a module that does not take what others like it do, or for memory
+        logger.debug("pkv_hf: a %s cannot be compared with its mixer: %s", type(module).__name__, error)
+        return False
 
 
 def _alike(layer: nn.Module) -> Hashable:

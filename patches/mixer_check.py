@@ -39,7 +39,8 @@ def agrees(mixer: Mixer, module: Any, layer_idx: int) -> bool:
         return torch.randn(shape, generator=random, device=device, dtype=torch.float32).to(dtype)
 
     with launching_on(device), torch.inference_mode(False):
-        prompt, tokens = drawn(1, PROMPT, weight.shape[1]), [drawn(1, 1, weight.shape[1]) for _ in range(STEPS)]
+        width = (module.o_proj if hasattr(module, "o_proj") else module.out_proj).out_features
+        prompt, tokens = drawn(1, PROMPT, width), [drawn(1, 1, width) for _ in range(STEPS)]
         caches = [_cache(layer_idx) for _ in range(3)]
         try:
             _run(module, prompt, caches[0])

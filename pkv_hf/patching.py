@@ -19,10 +19,10 @@ from pkv_hf.patches.check import Fusing
 from pkv_hf.patches.probe import decoder_layers, layer_forward
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.ahead.loop import generate, mode_arguments
 from pkv_hf.runtime.evidence import Evidence, served_layers
 from pkv_hf.runtime.forward import decoder_forward
 from pkv_hf.runtime.generation import prefill, prepare_cache, prepare_inputs
-from pkv_hf.runtime.loop import generate, mode_arguments
 from pkv_hf.runtime.state import PatchState
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -28,12 +28,12 @@ def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, 
         m_i, l_i, acc = attend_tiles_8bit(
             q, k_ptr, v_ptr, k_scale_ptr + kv_head * stride_sh, v_scale_ptr + kv_head * stride_sh, table_ptr, start,
             end, q_len, window, first_tile, num_tiles, scale, stride_kp, stride_vp, stride_sp,
-            G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, CAP, CHUNKED, EIGHT_BIT == 2, NATIVE,
+            G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES, CAP, CHUNKED, EIGHT_BIT == 2, NATIVE,
         )  # fmt: skip
     else:
         m_i, l_i, acc = attend_tiles(
             q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles, scale, stride_kp,
-            stride_vp, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, CAP, CHUNKED,
+            stride_vp, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES, CAP, CHUNKED,
         )  # fmt: skip
     if sinks_ptr is not None:
         m_i, l_i, acc = add_sinks(m_i, l_i, acc, sinks_ptr + kv_head * G, ends_row, G, BLOCK_M)

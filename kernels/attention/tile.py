@@ -9,6 +9,10 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
+PART = tl.constexpr(64)
+"""Elements that one product takes of float32 heads of more than 128. It adds them up one after the other, and its error
+grows with their number: over 512 attention errs about three times as much as with cuBLAS's products."""
+
 
 @triton.jit
 def first_seen(start, end, q_len, window, CHUNKED: tl.constexpr):
@@ -30,12 +34,19 @@ def tile_range(start, end, q_len, window, TOKENS: tl.constexpr, CHUNKED: tl.cons
 @triton.jit
 def load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt,
                  G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
-    """The query block [BLOCK_M, BLOCK_D] of a KV head: row m is query m // G of head kv_head * G + m % G; 0 beyond."""
+    """The query block of a KV head: row m is query m // G of head kv_head * G + m % G; 0 beyond.
+
+    It is a tuple: parts [BLOCK_M, PART] of large float32 heads, else one [BLOCK_M, BLOCK_D].
+    """
+    WIDTH: tl.constexpr = PART if q_ptr.dtype.element_ty == tl.float32 and BLOCK_D > 128 else BLOCK_D
     m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, WIDTH)
     offsets = (kv_head * G + m % G) * stride_qh + (m // G) * stride_qt
-    mask = (m < q_len * G)[:, None] & (d < D)[None, :]
-    return tl.load(q_ptr + row * stride_qb + offsets[:, None] + d[None, :], mask=mask, other=0.0)
+    parts: tl.tuple = ()
+    for begin in tl.static_range(0, D, WIDTH):
+        mask = (m < q_len * G)[:, None] & (d + begin < D)[None, :]
+        parts += (tl.load(q_ptr + row * stride_qb + offsets[:, None] + (d + begin)[None, :], mask=mask, other=0.0),)
+    return parts
 
 
 @triton.jit
@@ -44,6 +55,15 @@ def add_compensated(total, part, lost):
     part -= lost
     after = total + part
     return after, (after - total) - part
+
+
+@triton.jit
+def add_scaled(products, scale):
+    """The sum of a tuple of products, each scaled before: Triton would make one long product of a plain sum of them."""
+    total = products[0] * scale
+    for part in tl.static_range(1, len(products)):
+        total += products[part] * scale
+    return total
 
 
 @triton.jit
@@ -88,22 +108,24 @@ def softmax_step(m_i, s):
 def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
                  scale, stride_kp, stride_vp,
                  G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                 BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+                 BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
                  CAP: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
     """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
 
-    k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block table. Returns (m, l, acc), fp32:
-    the largest score, the sum of weights and the weighted sum of V; m is -inf where a query saw no token. float32 sums
-    are compensated (Kahan 1965): over a thousand tiles their own rounding would outweigh all else.
+    q is the tuple of `load_queries`. k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block
+    table. Returns (m, l, acc), fp32: the largest score, the sum of weights and the weighted sum of V; m is -inf where a
+    query saw no token. float32 sums are compensated (Kahan 1965): over a thousand tiles their own rounding would
+    outweigh all else.
     """
-    COMPENSATED: tl.constexpr = q.dtype == tl.float32
+    COMPENSATED: tl.constexpr = q[0].dtype == tl.float32
+    WIDTH: tl.constexpr = q[0].shape[1]
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if COMPENSATED:
         l_lost = l_i
         lost = acc
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, WIDTH)
     dv = tl.arange(0, BLOCK_DV)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
     lowest = first_seen(start, end, q_len, window, CHUNKED)
@@ -117,9 +139,13 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
         after = n + TOKENS
         next_page = tl.load(table_ptr + after // PAGE, mask=after < end, other=0)
         slot = ((n % PAGE) * D).to(tl.int64)
-        mask = live[:, None] & (d < D)[None, :]
-        k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0.0)
-        s = cap_scores(tl.dot(q, tl.trans(k), input_precision="ieee") * scale, CAP)
+        products: tl.tuple = ()
+        for part in tl.static_range(len(q)):
+            at = d + part * WIDTH
+            mask = live[:, None] & (at < D)[None, :]
+            k = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + at[None, :], mask=mask, other=0.0)
+            products += (tl.dot(q[part], tl.trans(k), input_precision="ieee"),)
+        s = cap_scores(add_scaled(products, scale), CAP)
         m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, start, window, CHUNKED))
         slot = ((n % PAGE) * DV).to(tl.int64)
         mask = live[:, None] & (dv < DV)[None, :]

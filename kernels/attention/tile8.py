@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.attention.tile import add_compensated, cap_scores, first_seen, mask_scores, softmax_step
+from pkv_hf.kernels.attention.tile import (
+    add_compensated,
+    add_scaled,
+    cap_scores,
+    first_seen,
+    mask_scores,
+    softmax_step,
+)
 
 
 @triton.jit
@@ -72,7 +79,7 @@ def _add_rescaled(total, alpha, part, lost, COMPENSATED: tl.constexpr):
 def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, end, q_len, window, first_tile,
                       num_tiles, scale, stride_kp, stride_vp, stride_sp,
                       G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-                      BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
+                      BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
                       CAP: tl.constexpr, CHUNKED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
     """`attend_tiles` where k_ptr and v_ptr point at words [..., D // 2] and [..., DV // 2], with their strides, and the
     scale pointers at the KV head's scales in page 0.
@@ -81,11 +88,16 @@ def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, star
     scores. V's multiply the weights, as shares of the tile's largest, which multiplies the product: by themselves they
     would push weights into float16's subnormals.
     """
-    OPERAND: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.float16
-    COMPENSATED: tl.constexpr = q.dtype == tl.float32
-    HALF: tl.constexpr = BLOCK_D // 2
+    OPERAND: tl.constexpr = tl.float32 if q[0].dtype == tl.float32 else tl.float16
+    COMPENSATED: tl.constexpr = q[0].dtype == tl.float32
+    HALF: tl.constexpr = q[0].shape[1] // 2
     HALF_V: tl.constexpr = BLOCK_DV // 2
-    q_even, q_odd, q_scale = _split_queries(q, scale, OPERAND, BLOCK_M, HALF)
+    q_even: tl.tuple = ()
+    q_odd: tl.tuple = ()
+    for part in tl.static_range(len(q)):
+        of_even, of_odd, q_scale = _split_queries(q[part], scale, OPERAND, BLOCK_M, HALF)  # several have one scale
+        q_even += (of_even,)
+        q_odd += (of_odd,)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     l_lost = l_i
@@ -108,14 +120,16 @@ def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, star
         next_page = tl.load(table_ptr + after // PAGE, mask=after < end, other=0)
         slot = ((n % PAGE) * (D // 2)).to(tl.int64)
         scale_at = page * stride_sp + n % PAGE
-        mask = live[:, None] & (d < D // 2)[None, :]
-        k_words = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + d[None, :], mask=mask, other=0)
-        k_even, k_odd = _unpack(k_words, FP8, OPERAND, NATIVE)
-        s = tl.dot(q_even, tl.trans(k_even), input_precision="ieee")
-        s = tl.dot(q_odd, tl.trans(k_odd), s, input_precision="ieee")
+        products: tl.tuple = ()
+        for part in tl.static_range(len(q)):
+            at = d + part * HALF
+            mask = live[:, None] & (at < D // 2)[None, :]
+            k_words = tl.load(k_ptr + (page * stride_kp + slot)[:, None] + at[None, :], mask=mask, other=0)
+            k_even, k_odd = _unpack(k_words, FP8, OPERAND, NATIVE)
+            product = tl.dot(q_even[part], tl.trans(k_even), input_precision="ieee")
+            products += (tl.dot(q_odd[part], tl.trans(k_odd), product, input_precision="ieee"),)
         k_scale = tl.load(k_scale_ptr + scale_at, mask=live, other=0.0)
-        s *= q_scale[:, None] * k_scale[None, :]
-        s = cap_scores(s, CAP)
+        s = cap_scores(add_scaled(products, q_scale[:, None] * k_scale[None, :]), CAP)
         m_i, p, alpha = softmax_step(m_i, mask_scores(s, n, live, positions, start, window, CHUNKED))
         v_scale = tl.load(v_scale_ptr + scale_at, mask=live, other=0.0)
         largest = tl.max(v_scale, 0)

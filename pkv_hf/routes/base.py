@@ -48,6 +48,7 @@ class Rotary:
 
 
 WHOLE = Rotary()
+"""All of a head, in halves."""
 
 
 class Scores(NamedTuple):

@@ -11,10 +11,10 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.static import Forward, StaticStep
 from pkv_hf.runtime.evidence import Look
 from pkv_hf.runtime.fusion import Fusion
-from pkv_hf.runtime.logits import Logits
 from pkv_hf.runtime.state import PatchState
 
 

@@ -19,8 +19,8 @@ from transformers.utils import ModelOutput
 from pkv_hf import compat, configurations, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
+from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.watch import Watch
-from pkv_hf.runtime.logits import Logits
 
 
 class LayerShape(NamedTuple):

@@ -18,12 +18,12 @@ from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments, tokens_of
+from pkv_hf.runtime.ahead.logits import Logits, stub
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.captured.watch import hooks_of
 from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
 from pkv_hf.runtime.interface import attention, mask
-from pkv_hf.runtime.logits import Logits, stub
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 

@@ -16,7 +16,7 @@ from pkv_hf.compat import CACHE, decoder_of
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import ahead, choice, forward
-from pkv_hf.runtime.logits import find
+from pkv_hf.runtime.ahead.logits import find
 from tiny import COMMON, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract

@@ -314,6 +314,7 @@ def test_a_step_is_taken_back_once_and_only_where_nothing_came_after_it():
         lambda: cache.take_back(),
         lambda: cache.reorder_cache(torch.tensor([1, 0])),
         lambda: states(cache)[0].add_(1),
+        lambda: cache.update(*torch.zeros(2, 2, 2, 1, 16), 1),
         lambda: step(model, cache, torch.ones(2, 17, dtype=torch.long)),
     ]
     for change in changes:
@@ -321,6 +322,8 @@ def test_a_step_is_taken_back_once_and_only_where_nothing_came_after_it():
         change()
         with pytest.raises(RuntimeError, match="take_back"):
             cache.take_back()
+        cache, _ = prompted(model, 9, 14)
+    run_static(model, cache, starts)
     cache.reset()
     assert cache.last_step.nbytes == 0
 

@@ -29,8 +29,8 @@ from tiny import assert_on_pages, left_padded, tiny
 
 OUTCOMES = {
     "norm offset": (0, "3 layers: what its modules give is not added to the residual stream alone"),
-    "rotary half": (3, "3 layers: a LlamaAttention is not understood, and called as it is"),
-    "activation": (3, "3 layers: a LlamaMLP is not understood, and called as it is"),
+    "rotary half": (3, "3 layers: their LlamaAttention is called as it is"),
+    "activation": (3, "3 layers: their LlamaMLP is called as it is"),
     "multiplier": (0, "3 layers: what its modules give is not added to the residual stream alone"),
     "bias": (3, ""),
     "one layer": (3, ""),

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from families.models import HYBRIDS, family_model
 from pkv_hf.cache.linear import LinearLayer
-from pkv_hf.patches.mixer_check import _cache, _run, agrees
+from pkv_hf.patches.mixer_check import STEPS, _cache, _run, agrees
 from pkv_hf.patches.mixers import DeltaNet, Mamba2, Mixer, ShortConvolution, read
 
 pytestmark = pytest.mark.contract
@@ -133,6 +133,23 @@ def test_modules_that_do_something_else_are_found_out(name, change, dtype):
     module = drawn(module, dtype)
     CHANGES[change](module)
     assert not agrees(read(module), module, layer_idx)
+
+
+class Forgetful(ShortConvolution):
+    """Returns what it should, and loses the states at its last token."""
+
+    def step(self, x, layer):
+        out = super().step(x, layer)
+        layer.steps = getattr(layer, "steps", 0) + 1
+        if layer.steps == STEPS:
+            layer.conv_states[0].zero_()
+        return out
+
+
+def test_states_that_are_left_are_compared_too():
+    layer_idx, module = mixers("lfm2")[0]
+    assert agrees(ShortConvolution(module), module, layer_idx)
+    assert not agrees(Forgetful(module), module, layer_idx)
 
 
 def test_a_forward_of_the_caller_s_own_is_not_read():

@@ -12,9 +12,9 @@ import torch
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.routes.base import Bounds, Route
+from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.fusion import Fusion
-from pkv_hf.runtime.logits import Logits
 from pkv_hf.runtime.step import Step, launching_on
 
 UNKNOWN = -1

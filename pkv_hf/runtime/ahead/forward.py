@@ -19,10 +19,10 @@ from pkv_hf.policy.choose import CHOOSE_EVERY
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
+from pkv_hf.runtime.ahead.logits import Logits, answered, find, hidden_size
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import choose_route
 from pkv_hf.runtime.forward import run_static, static_of
-from pkv_hf.runtime.logits import Logits, answered, find, hidden_size
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import KeptTensors
 
