@@ -127,14 +127,13 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
         state.replaced.set(module, STATE, state)
     methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
     methods += [(layer, "forward", layer_forward) for layer in layers]
-    if decoder is not model:
-        methods += [
-            (model, "_prepare_cache_for_generation", prepare_cache),
-            (model, "prepare_inputs_for_generation", prepare_inputs),
-            (model, "_prefill", prefill),
-        ]
-        if state.settings["run_ahead"]:
-            methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
+    methods += [
+        (model, "_prepare_cache_for_generation", prepare_cache),
+        (model, "prepare_inputs_for_generation", prepare_inputs),
+        (model, "_prefill", prefill),
+    ]
+    if state.settings["run_ahead"]:
+        methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
     for module, name, function in methods:
         state.replaced.method(module, name, function, state)
 

@@ -156,7 +156,7 @@ class Evidence:
         watch = Watch(self.model, self.decoder.config)
         foreign = origins.foreign(watch.modules)
         static = compat.not_captured(self.decoder)
-        loop = "" if self.decoder is self.model else origins.unfamiliar_loop(self.model)
+        loop = origins.unfamiliar_loop(self.model)
         not_static = foreign or static or watch.reason or compat.dynamic_rope(self.decoder) or drops_out(self.decoder)
         causal = all(getattr(module, "is_causal", True) for module in self.attentions)
         return Look(watch, foreign, loop, not_static, causal)

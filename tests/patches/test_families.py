@@ -216,6 +216,7 @@ REFUSED: dict[str, tuple[str, str, dict, str]] = {
         {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
         "latent attention",
     ),
+    "decoder alone": ("LlamaConfig", "LlamaModel", {}, "not a causal LM that generates"),
     "masked language model": ("BertConfig", "BertForMaskedLM", {}, "not a causal LM that generates"),
 }
 
