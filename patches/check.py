@@ -30,7 +30,7 @@ from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.captured.watch import plain_attributes
+from pkv_hf.runtime.captured.watch import code_of, plain_attributes
 from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
 
@@ -54,6 +54,9 @@ class Fusing:
         self._described: dict[Hashable, Layer | str] = {}
         self._checked: dict[Hashable, str] = {}
         self._mixed: dict[Hashable, bool] = {}
+
+    def __reduce__(self) -> tuple[type[Fusing], tuple[()]]:
+        return Fusing, ()  # what is known names code of this process
 
     def mixes(self, decoder: Any) -> str:
         """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
@@ -133,13 +136,13 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
 
 
 def _alike(layer: nn.Module) -> Hashable:
-    """What layers that are alike have in common: all of their modules, settings and shapes."""
+    """What layers that are alike have in common: all of their modules, settings, shapes and code."""
     parts = []
     for name, module in layer.named_modules():
         settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
         tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
         parts.append((name, type(module), repr(sorted(settings.items())), repr(tensors)))
-    return tuple(parts)
+    return tuple(parts), tuple(code_of({part[1] for part in parts}))
 
 
 def _twin(layer: nn.Module) -> nn.Module | str:
