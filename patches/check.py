@@ -7,9 +7,11 @@ the same random states. At most one layer is held in float32.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Hashable
 from dataclasses import replace
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -27,10 +29,10 @@ from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
-from pkv_hf.replaced import original
+from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.captured.watch import code_of, plain_attributes
+from pkv_hf.runtime.captured.watch import NAMED_BY_LAYERS, plain_attributes
 from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
 
@@ -55,8 +57,9 @@ class Fusing:
         self._checked: dict[Hashable, str] = {}
         self._mixed: dict[Hashable, bool] = {}
 
-    def __reduce__(self) -> tuple[type[Fusing], tuple[()]]:
-        return Fusing, ()  # what is known names code of this process
+    def __reduce__(self) -> Any:
+        """A copy or a pickle finds out anew: what is known goes by the functions and classes of one process."""
+        return Fusing, ()
 
     def mixes(self, decoder: Any) -> str:
         """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
@@ -95,6 +98,7 @@ class Fusing:
                     calls = calls or given_to_layers(decoder)
                     if isinstance(calls, str):
                         return [calls] * len(layers)
+                    twin: Any = None  # the one before goes first: one layer in float32 at a time
                     twin = _twin(layer)
                     if key not in self._described:
                         self._described[key] = _description(layer, twin, calls[layer], decoder.config)
@@ -136,13 +140,22 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
 
 
 def _alike(layer: nn.Module) -> Hashable:
-    """What layers that are alike have in common: all of their modules, settings, shapes and code."""
+    """What layers that are alike have in common: all of their modules, code, settings and shapes."""
     parts = []
     for name, module in layer.named_modules():
         settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
         tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
-        parts.append((name, type(module), repr(sorted(settings.items())), repr(tensors)))
-    return tuple(parts), tuple(code_of({part[1] for part in parts}))
+        parts.append((name, type(module), _code(module), repr(sorted(settings.items())), repr(tensors)))
+    return tuple(parts)
+
+
+def _code(module: nn.Module) -> tuple[Any, ...]:
+    """The functions that a module runs: its own, those beside its classes, those that it holds."""
+    own = on_instance(module) or type(module).forward
+    files = [vars(sys.modules[base.__module__]) for base in type(module).__mro__ if base.__module__ in sys.modules]
+    beside = [file[name] for file in files for name in NAMED_BY_LAYERS if name in file]
+    held = [value for value in vars(module).values() if isinstance(value, (FunctionType, BuiltinFunctionType))]
+    return (own, *beside, *held)
 
 
 def _twin(layer: nn.Module) -> nn.Module | str:
@@ -194,8 +207,10 @@ def _error(
         hidden = drawn(rows, TOKENS, width, like=given.hidden)
         exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
         squares += float(exact.square().mean())
-        for i, run in enumerate((lambda _, x, kwargs: original(layer, "forward")(x, **kwargs), fused)):
-            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, route)
+        # The layer's own attention is torch's: a route that goes wrong is not to be judged by itself.
+        own: FusedForward = lambda _, x, kwargs: original(layer, "forward")(x, **kwargs)  # noqa: E731
+        for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
+            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, by)
             errors[i] += float((found.double() - exact).square().mean())
     return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
 

@@ -70,9 +70,13 @@ class _Code:
         set_on = [(m.__dict__, name) for m in modules for name in ("forward", "_compiled_call_impl")]
         set_on += [(model.__dict__, name) for name in LOOPS_OWN]
         self._set_on = [(now, name, now.get(name)) for now, name in set_on]
-        methods, self._functions = _code_beside(type(m) for m in modules)
+        classes = dict.fromkeys(type(m) for m in modules)
+        methods = [(c, name) for c in classes for name in ("forward", "__call__")]
         methods += [(type(model), name) for name in LOOPS_OWN if hasattr(model, name)]
         self._methods = [(c, name, getattr(c, name)) for c, name in methods]
+        files = dict.fromkeys(sys.modules.get(base.__module__) for c in classes for base in c.__mro__)
+        beside = [(vars(file), name) for file in files if file is not None for name in NAMED_BY_LAYERS]
+        self._functions = [(names, name, names[name]) for names, name in beside if name in names]
 
     def unchanged(self) -> bool:
         return (
@@ -80,23 +84,6 @@ class _Code:
             and all(getattr(c, name) is method for c, name, method in self._methods)
             and all(names.get(name) is function for names, name, function in self._functions)
         )
-
-
-def _code_beside(
-    classes: Iterable[type[nn.Module]],
-) -> tuple[list[tuple[type, str]], list[tuple[dict[str, Any], str, Any]]]:
-    """The methods of modules' classes that run, and the functions beside them: where they are, and what they are."""
-    classes = dict.fromkeys(classes)
-    methods: list[tuple[type, str]] = [(c, name) for c in classes for name in ("forward", "__call__")]
-    files = dict.fromkeys(sys.modules.get(base.__module__) for c in classes for base in c.__mro__)
-    beside = [(vars(file), name) for file in files if file is not None for name in NAMED_BY_LAYERS]
-    return methods, [(names, name, names[name]) for names, name in beside if name in names]
-
-
-def code_of(classes: Iterable[type[nn.Module]]) -> list[Any]:
-    """What modules of these classes run: their methods, and the functions beside them."""
-    methods, functions = _code_beside(sorted(classes, key=lambda each: each.__qualname__))
-    return [*(getattr(c, name) for c, name in methods), *(function for _, _, function in functions)]
 
 
 class _Structure:
