@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
@@ -94,7 +95,7 @@ class Fusing:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
         layers, calls = decoder_layers(decoder), None
         found: list[Layer | str] = []
-        with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+        with torch.inference_mode(False), torch.no_grad(), outside_of_steps(), _random_numbers_of_its_own(decoder):
             for i, layer in enumerate(layers):
                 key = _alike(layer)
                 check = (key, kinds[i], route.name) if kinds and route else None
@@ -127,6 +128,12 @@ class Fusing:
                     branch = replace(branch, body=replace(branch.body, mixer=mixer))
             branches.append(branch)
         return Layer(tuple(branches))
+
+
+def _random_numbers_of_its_own(decoder: Any) -> AbstractContextManager:
+    """Leaves torch's generators as they are: layers that drop out draw from them."""
+    devices = {parameter.device for parameter in decoder.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(devices)
 
 
 def _not_understood(layer: Layer) -> list[str]:

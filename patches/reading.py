@@ -20,17 +20,21 @@ from pkv_hf.patches.parts import as_is, attention_of, close, mlp_of, norm_of
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
 
+SET_ON = ("forward", REPLACED, REPLICATE)
+"""What a patch sets on layers, beside its state."""
+
 DRAWN = 0.3
 """By how much norms and biases of the copy are moved: those of a new model are all alike."""
 
 
 def twin_of(layer: nn.Module) -> nn.Module:
     """A copy of a layer in float32, without what is set on its modules. Its configuration and state are shared."""
-    shared = [value for inner in layer.modules() for name, value in vars(inner).items() if name in ("config", STATE)]
-    memo: dict[int, Any] = {id(value): value for value in shared}
+    # What is set on them knows all modules of the model: none of it may be copied.
+    kept = ("config", STATE, *SET_ON)
+    memo = {id(value): value for inner in layer.modules() for name, value in vars(inner).items() if name in kept}
     twin = copy.deepcopy(layer, memo)
     for inner in twin.modules():
-        for name in ("forward", REPLACED, REPLICATE):
+        for name in SET_ON:
             vars(inner).pop(name, None)
     return twin.float()
 
@@ -51,7 +55,7 @@ _generator = torch.Generator()  # of our own: the caller's random numbers are le
 
 def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """Standard normal numbers in a tensor's dtype, on its device."""
-    return torch.randn(shape, generator=_generator).to(like)
+    return torch.randn(shape, generator=_generator, device="cpu").to(like)
 
 
 @contextmanager
