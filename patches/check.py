@@ -26,6 +26,7 @@ from pkv_hf.compat import CACHE, LayerKind, logger
 from pkv_hf.errors import first_line
 from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
+from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
@@ -84,6 +85,9 @@ class Fusing:
                 fusion.layers[layer] = FusedLayer(this, norm)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
+        if fusion.layers:
+            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
         fusion.seconds = time.perf_counter() - started
         return fusion
 

@@ -7,6 +7,8 @@ was found. Whatever is not understood is called as it is, or the layer is not de
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -56,24 +58,32 @@ def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
     return torch.randn(shape, generator=_generator, device="cpu").to(like)
 
 
+@contextmanager
+def drawn_vectors(twin: nn.Module) -> Iterator[None]:
+    """Has norms and biases of a module drawn inside, and as they were afterwards."""
+    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
+    before = [parameter.clone() for parameter in vectors]
+    try:
+        for parameter in vectors:
+            parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
+        yield
+    finally:
+        for parameter, value in zip(vectors, before):
+            parameter.copy_(value)
+
+
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
     """The description of a layer by a run of its twin on hidden states `[1, tokens, width]`; or why there is none.
 
     `given` are the layer's other arguments, in float32, without a cache; `config` is its decoder's. The twin is as it
     was, afterwards.
     """
-    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
-    before = [parameter.clone() for parameter in vectors]
-    for parameter in vectors:
-        parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
     try:
-        trace = traced(twin, hidden, given, config)
-        return "its layers return more than hidden states" if trace is None else _described(trace, given)
+        with drawn_vectors(twin):
+            trace = traced(twin, hidden, given, config)
+            return "its layers return more than hidden states" if trace is None else _described(trace, given)
     except Exception as error:  # of a layer that computes with more than it is given here, or with other shapes
         return f"a {type(twin).__name__} is not understood: {type(error).__name__}: {error}"
-    finally:
-        for parameter, value in zip(vectors, before):
-            parameter.copy_(value)
 
 
 def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:
