@@ -191,15 +191,16 @@ def linear(
     """residual + scale * (norm(x) W^T + bias) of one weight, or of three side by side in one launch.
 
     x `[rows, inputs]`, 1 to 16 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
-    is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, for
-    one row. Of one row the sum that `summed` has stands in the place of x, before that norm. residual is `[rows, outputs]`, with one
-    weight. With one weight and no residual `activation`, a name in `kernels.reference.ACTIVATIONS`, may be taken of the
-    product before the scale. Returns `[rows, sum of outputs]`.
+    is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, and
+    `summed` a sum that stands in the place of x before that norm; both are for one row. residual is `[rows, outputs]`,
+    with one weight. With one weight and no residual `activation`, a name in `kernels.reference.ACTIVATIONS`, may be
+    taken of the product before the scale. Returns `[rows, sum of outputs]`.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
     rows, inputs = x.shape
-    _check(x, {f"weights[{i}]": weight for i, weight in enumerate(weights)}, {"norm": norm, "residual": residual}, summed)
+    named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
+    _check(x, named, {"norm": norm, "residual": residual}, summed)
     if len(weights) not in (1, 3) or (len(weights) > 1 and (residual is not None or activation is not None)):
         raise ValueError(f"{len(weights)} weights: want one, or three without a residual or an activation")
     if activation is not None:
