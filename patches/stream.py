@@ -78,6 +78,7 @@ class Stream:
         """Not written yet where there is a pending sum."""
         self.source = self.hidden
         """What the branches at hand are of."""
+        self._pending: Pending | None
         (norm, normed), self._pending = getattr(hidden, HANDED_ON, ((None, self.hidden), None))
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
