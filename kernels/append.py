@@ -152,14 +152,12 @@ def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, head, hea
             NORM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
             INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """The elements at `first` and `second` of a head, normed and turned as `kernels.reference` does."""
-    token_ptr = x_ptr
-    x_ptr += head * stride_h
     low = tl.load(x_ptr + first, mask=mask, other=0.0)
     high = tl.load(x_ptr + second, mask=mask, other=0.0)
     if NORM:
         a, b = low.to(tl.float32), high.to(tl.float32)
         if WHOLE > 0:
-            scale = tl.rsqrt(_mean_square(token_ptr, heads, stride_h, 2 * HALF, WHOLE) + eps)
+            scale = tl.rsqrt(_mean_square(x_ptr - head * stride_h, heads, stride_h, 2 * HALF, WHOLE) + eps)
             norm_ptr += head * 2 * HALF
         else:
             scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
@@ -207,7 +205,7 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
-        q = q_ptr + row * stride_qb + t * stride_qt
+        q = q_ptr + row * stride_qb + head * stride_qh + t * stride_qt
         a, b = _rotate(q, q_norm_ptr, cos, sin, d, first, second, inside, head, num_heads, stride_qh, eps,
                        NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
         out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
@@ -217,7 +215,7 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         kv_head = head - num_heads
         page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
         mask = inside & write
-        k = k_ptr + row * stride_kb + t * stride_kt
+        k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
         a, b = _rotate(k, k_norm_ptr, cos, sin, d, first, second, mask, kv_head, num_kv_heads, stride_kh, eps,
                        NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
         scale_at = page * stride_sp + kv_head * stride_sh + slot
