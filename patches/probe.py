@@ -60,8 +60,9 @@ def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
 def _far(decoder: Any) -> int:
     """A late position, from which on all tokens have one; an early one where RoPE itself follows the length."""
     longest = getattr(decoder.config, "max_position_embeddings", None)
-    late = type(longest) is int and longest > 2 * TOKENS and not dynamic_rope(decoder)
-    return longest - TOKENS if late else TOKENS
+    if not isinstance(longest, int) or longest < 2 * TOKENS or dynamic_rope(decoder):
+        return TOKENS
+    return longest - TOKENS
 
 
 def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
