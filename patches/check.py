@@ -66,8 +66,17 @@ class Fusing:
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
-        started, fusion = time.perf_counter(), Fusion(product=product)
-        layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
+        started = time.perf_counter()
+        fusion = self._fusion(decoder, self._all(decoder, kinds, route))
+        fusion.seconds = time.perf_counter() - started
+        return fusion
+
+    def described(self, decoder: Any) -> Fusion:
+        """Which layers of a decoder are described, and what of them is not; on any device, and not checked."""
+        return self._fusion(decoder, self._all(decoder, None, None))
+
+    def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
+        layers, fusion = decoder_layers(decoder), Fusion(product=product)
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
         for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
             if isinstance(this, str):
@@ -77,7 +86,6 @@ class Fusing:
                 fusion.layers[layer] = FusedLayer(this, norm)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
-        fusion.seconds = time.perf_counter() - started
         return fusion
 
     def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:
