@@ -7,9 +7,12 @@ the same random states. At most one layer is held in float32.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Hashable
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -23,14 +26,15 @@ from pkv_hf.compat import CACHE, LayerKind, logger
 from pkv_hf.errors import first_line
 from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
+from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.mixer_check import agrees
-from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
+from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, hands_on
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
-from pkv_hf.replaced import original
+from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.captured.watch import plain_attributes
+from pkv_hf.runtime.captured.watch import NAMED_BY_LAYERS, plain_attributes
 from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
 
@@ -55,6 +59,10 @@ class Fusing:
         self._checked: dict[Hashable, str] = {}
         self._mixed: dict[Hashable, bool] = {}
 
+    def __reduce__(self) -> Any:
+        """A copy or a pickle finds out anew: what is known goes by the functions and classes of one process."""
+        return Fusing, ()
+
     def mixes(self, decoder: Any) -> str:
         """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
         for described in self._all(decoder, None, None):
@@ -68,6 +76,9 @@ class Fusing:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
         started = time.perf_counter()
         fusion = self._fusion(decoder, self._all(decoder, kinds, route))
+        if fusion.layers:
+            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
         fusion.seconds = time.perf_counter() - started
         return fusion
 
@@ -77,13 +88,17 @@ class Fusing:
 
     def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
         layers, fusion = decoder_layers(decoder), Fusion(product=product)
+        if not layers:
+            fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
-        for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
+        with torch.inference_mode(False):
+            handed_on = hands_on(decoder)
+        for layer, this, other in zip(layers, bound, [*bound[1:], ""]):
             if isinstance(this, str):
                 fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
             else:
-                norm = None if isinstance(following, str) else following.branches[0].before
-                fusion.layers[layer] = FusedLayer(this, norm)
+                following = other.branches[0] if handed_on and not isinstance(other, str) else None
+                fusion.layers[layer] = FusedLayer(this, following)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
         return fusion
@@ -92,7 +107,7 @@ class Fusing:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
         layers, calls = decoder_layers(decoder), None
         found: list[Layer | str] = []
-        with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+        with torch.inference_mode(False), torch.no_grad(), outside_of_steps(), _random_numbers_of_its_own(decoder):
             for i, layer in enumerate(layers):
                 key = _alike(layer)
                 check = (key, kinds[i], route.name) if kinds and route else None
@@ -100,6 +115,7 @@ class Fusing:
                     calls = calls or given_to_layers(decoder)
                     if isinstance(calls, str):
                         return [calls] * len(layers)
+                    twin: Any = None  # the one before goes first: one layer in float32 at a time
                     twin = _twin(layer)
                     if key not in self._described:
                         self._described[key] = _description(layer, twin, calls[layer], decoder.config)
@@ -126,6 +142,12 @@ class Fusing:
         return Layer(tuple(branches))
 
 
+def _random_numbers_of_its_own(decoder: Any) -> AbstractContextManager:
+    """Leaves torch's generators as they are: layers that drop out draw from them."""
+    devices = {parameter.device for parameter in decoder.parameters() if parameter.is_cuda}
+    return torch.random.fork_rng(devices)
+
+
 def _not_understood(layer: Layer) -> list[str]:
     """What of a layer is called as it is."""
     bodies = [branch.body for branch in layer.branches if isinstance(branch.body, AsIs) and branch.body.mixer is None]
@@ -141,13 +163,22 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
 
 
 def _alike(layer: nn.Module) -> Hashable:
-    """What layers that are alike have in common: all of their modules, settings and shapes."""
+    """What layers that are alike have in common: all of their modules, code, settings and shapes."""
     parts = []
     for name, module in layer.named_modules():
         settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
         tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
-        parts.append((name, type(module), repr(sorted(settings.items())), repr(tensors)))
+        parts.append((name, type(module), _code(module), repr(sorted(settings.items())), repr(tensors)))
     return tuple(parts)
+
+
+def _code(module: nn.Module) -> tuple[Any, ...]:
+    """The functions that a module runs: its own, those beside its classes, those that it holds."""
+    own = on_instance(module) or type(module).forward
+    files = [vars(sys.modules[base.__module__]) for base in type(module).__mro__ if base.__module__ in sys.modules]
+    beside = [file[name] for file in files for name in NAMED_BY_LAYERS if name in file]
+    held = [value for value in vars(module).values() if isinstance(value, (FunctionType, BuiltinFunctionType))]
+    return (own, *beside, *held)
 
 
 def _twin(layer: nn.Module) -> nn.Module | str:
@@ -199,8 +230,10 @@ def _error(
         hidden = drawn(rows, TOKENS, width, like=given.hidden)
         exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
         squares += float(exact.square().mean())
-        for i, run in enumerate((lambda _, x, kwargs: original(layer, "forward")(x, **kwargs), fused)):
-            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, route)
+        # The layer's own attention is torch's: a route that goes wrong is not to be judged by itself.
+        own: FusedForward = lambda _, x, kwargs: original(layer, "forward")(x, **kwargs)  # noqa: E731
+        for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
+            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, by)
             errors[i] += float((found.double() - exact).square().mean())
     return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
 

@@ -31,7 +31,7 @@ def norm_of(call: Call) -> Norm | None:
     weight, bias = held.pop("weight", None), held.pop("bias", None)
     if held or x.shape != call.output.shape or weight is None or weight.shape != x.shape[-1:]:
         return None
-    settings = {name: value for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1e-2}
+    settings = {name: value for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1}
     for eps in settings.values():
         for offset in (0.0, 1.0):
             if bias is None and close(reference.rms_norm(x, weight, eps, offset), call.output):

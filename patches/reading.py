@@ -7,6 +7,8 @@ was found. Whatever is not understood is called as it is, or the layer is not de
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -18,17 +20,21 @@ from pkv_hf.patches.parts import as_is, attention_of, close, mlp_of, norm_of
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
 
+SET_ON = ("forward", REPLACED, REPLICATE)
+"""What a patch sets on layers, beside its state."""
+
 DRAWN = 0.3
 """By how much norms and biases of the copy are moved: those of a new model are all alike."""
 
 
 def twin_of(layer: nn.Module) -> nn.Module:
     """A copy of a layer in float32, without what is set on its modules. Its configuration and state are shared."""
-    shared = [value for inner in layer.modules() for name, value in vars(inner).items() if name in ("config", STATE)]
-    memo: dict[int, Any] = {id(value): value for value in shared}
+    # What is set on them knows all modules of the model: none of it may be copied.
+    kept = ("config", STATE, *SET_ON)
+    memo = {id(value): value for inner in layer.modules() for name, value in vars(inner).items() if name in kept}
     twin = copy.deepcopy(layer, memo)
     for inner in twin.modules():
-        for name in ("forward", REPLACED, REPLICATE):
+        for name in SET_ON:
             vars(inner).pop(name, None)
     return twin.float()
 
@@ -49,7 +55,21 @@ _generator = torch.Generator()  # of our own: the caller's random numbers are le
 
 def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
     """Standard normal numbers in a tensor's dtype, on its device."""
-    return torch.randn(shape, generator=_generator).to(like)
+    return torch.randn(shape, generator=_generator, device="cpu").to(like)
+
+
+@contextmanager
+def drawn_vectors(twin: nn.Module) -> Iterator[None]:
+    """Has norms and biases of a module drawn inside, and as they were afterwards."""
+    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
+    before = [parameter.clone() for parameter in vectors]
+    try:
+        for parameter in vectors:
+            parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
+        yield
+    finally:
+        for parameter, value in zip(vectors, before):
+            parameter.copy_(value)
 
 
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
@@ -58,18 +78,12 @@ def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: A
     `given` are the layer's other arguments, in float32, without a cache; `config` is its decoder's. The twin is as it
     was, afterwards.
     """
-    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
-    before = [parameter.clone() for parameter in vectors]
-    for parameter in vectors:
-        parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
     try:
-        trace = traced(twin, hidden, given, config)
-        return "its layers return more than hidden states" if trace is None else _described(trace, given)
+        with drawn_vectors(twin):
+            trace = traced(twin, hidden, given, config)
+            return "its layers return more than hidden states" if trace is None else _described(trace, given)
     except Exception as error:  # of a layer that computes with more than it is given here, or with other shapes
         return f"a {type(twin).__name__} is not understood: {type(error).__name__}: {error}"
-    finally:
-        for parameter, value in zip(vectors, before):
-            parameter.copy_(value)
 
 
 def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:

@@ -59,6 +59,14 @@ def fresh_pages_hold_nan(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def checks_of_one_run(monkeypatch):
+    """A tiny layer is judged by as many runs as a large one: the interpreter is slow."""
+    from pkv_hf.patches import check
+
+    monkeypatch.setattr(check, "JUDGED", 1)
+
+
+@pytest.fixture(autouse=True)
 def verbosity():
     """Sets how much transformers says. After each test that is as before, whatever a command has set."""
     library, ours = transformers.utils.logging, logging.getLogger("pkv_hf")

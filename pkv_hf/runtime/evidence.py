@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import transformers
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pkv_hf import compat, configurations, origins
@@ -220,6 +220,10 @@ def served_layers(model: nn.Module) -> ServedLayers:
     return ServedLayers(decoder, attentions)
 
 
+def _causal(attention: Any) -> bool:
+    return getattr(attention, "is_causal", False) is True
+
+
 def _not_served(model: Any, decoder: Any, attentions: list[Any]) -> str:
     """Why a model without an encoder cannot be served, empty where it may be."""
     try:
@@ -241,7 +245,10 @@ def _not_served(model: Any, decoder: Any, attentions: list[Any]) -> str:
     name = configurations.configured_implementation(decoder.config)
     if reason := compat.unfamiliar_implementation(name, compat.implementation_functions(name, attentions[0])):
         return f"{reason}: model.set_attn_implementation('sdpa') before patch"
-    if decoder is model or not model.can_generate() or not model._supports_default_dynamic_cache():
+    if decoder is model:
+        if type(model.config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not all(_causal(module) for module in attentions):
+            return "it is not the decoder of a causal LM"
+    elif not model.can_generate() or not model._supports_default_dynamic_cache():
         return "it is not a causal LM that generates with a DynamicCache around a decoder"
     for module in attentions:
         if getattr(module, "kv_lora_rank", None):

@@ -92,7 +92,9 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
     if admitted.hidden_alone and causal and not admitted.begin and starts.any() and _packs(state, decoder):
-        return _packed_prompt(decoder, cache, bounds, route, call)
+        output = _packed_prompt(decoder, cache, bounds, route, call)
+        state.known.learn_output(output)
+        return output
     settings: dict[str, Any] = {
         "shows_masks": known.hooked or not known.causal,
         "expanded": admitted.expanded,

@@ -38,6 +38,8 @@ class Fusion:
     """The fused forwards of layers, and why other layers have none."""
 
     layers: dict[nn.Module, FusedForward] = field(default_factory=dict)
+    norms: dict[nn.Module, Any] = field(default_factory=dict)
+    """The decoder's own norms that are taken by our kernel: `patches.description.Norm`."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many layers run as they are, by why."""
     seconds: float = 0.0

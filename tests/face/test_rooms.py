@@ -94,7 +94,7 @@ def test_breaches_of_the_law_are_seen():
         "if TYPE_CHECKING:\n"
         "    from pkv_hf.cli import main\n"
         "elif True:\n"
-        "    from pkv_hf.patches.families import FAMILIES\n"
+        "    from pkv_hf.patches.description import Layer\n"
     )
     rooms = [room for *_, room in imported(source)]
     assert rooms == ["face", "runtime", "ground", "face", "bench", "memory", "relative", "patches"]

@@ -21,7 +21,7 @@ from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import Step
-from tiny import COMMON, assert_on_pages, left_padded, randomized
+from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract
 
@@ -216,6 +216,7 @@ REFUSED: dict[str, tuple[str, str, dict, str]] = {
         {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 32},
         "latent attention",
     ),
+    "encoder alone": ("BertConfig", "BertModel", {}, "not the decoder of a causal LM"),
     "masked language model": ("BertConfig", "BertForMaskedLM", {}, "not a causal LM that generates"),
 }
 
@@ -246,3 +247,15 @@ def test_pages_go_on_where_rope_switches(length):
         assert_on_pages(model)
         assert type(output[CACHE]) is PagedCache
         assert output[CACHE].get_seq_length() == expected.shape[1] - 1
+
+
+@torch.no_grad()
+def test_a_decoder_alone_reads_its_pages():
+    decoder, inputs = tiny("llama").model, left_padded(20)
+    ids, cache = inputs["input_ids"], PagedCache(tiny("llama").config)
+    expected = decoder(ids).last_hidden_state
+    with pkv_hf.patched(decoder):
+        found = [decoder(ids[:, :15], **{CACHE: cache}), decoder(ids[:, 15:], **{CACHE: cache})]
+        assert_on_pages(decoder)
+    hidden = torch.cat([each.last_hidden_state for each in found], dim=1)
+    torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
