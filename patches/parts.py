@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import torch
@@ -15,6 +17,9 @@ from pkv_hf.runtime.interface import HARMLESS, Asked
 
 CLOSE = 1e-4
 """How far results of the same float32 arithmetic in another order may lie apart, by their root mean square."""
+
+QUIET, LOUD = 1e-2, 1e2
+"""What inputs are multiplied by where a part is tried again: an epsilon shows in small ones, a clamp in large ones."""
 
 ROTATIONS = ((False, False), (True, False), (True, True))
 """Interleaved pairs, paired angles."""
@@ -31,13 +36,21 @@ def norm_of(call: Call) -> Norm | None:
     weight, bias = held.pop("weight", None), held.pop("bias", None)
     if held or x.shape != call.output.shape or weight is None or weight.shape != x.shape[-1:]:
         return None
-    settings = {name: value for name, value in vars(module).items() if isinstance(value, float) and 0 < value < 1}
-    for eps in settings.values():
-        for offset in (0.0, 1.0):
-            if bias is None and close(reference.rms_norm(x, weight, eps, offset), call.output):
-                return Norm(Ref(call.name), "rms", eps, offset)
-            if close(reference.layer_norm(x, weight, bias, eps, offset), call.output):
-                return Norm(Ref(call.name), "layer", eps, offset)
+    if call.changed:
+        return None
+    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
+    tried = [(x, call.output)]
+    for eps, offset, kind in itertools.product(settings, (0.0, 1.0), ("rms", "layer")):
+        if kind == "rms" and bias is not None:
+            continue
+        if kind == "rms":
+            norm = functools.partial(reference.rms_norm, weight=weight, eps=eps, offset=offset)
+        else:
+            norm = functools.partial(reference.layer_norm, weight=weight, bias=bias, eps=eps, offset=offset)
+        if close(norm(x), call.output):
+            tried = tried if len(tried) > 1 else [*tried, *((by * x, call.again(by)) for by in (QUIET, LOUD))]
+            if all(close(norm(given), found) for given, found in tried):
+                return Norm(Ref(call.name), kind, eps, offset)
     return None
 
 
@@ -47,6 +60,8 @@ def mlp_of(trace: Trace, call: Call) -> MLP | None:
     first = [each for each in calls if same(each.input, call.input)]
     last = [each for each in calls if same(each.output, call.output)]
     if len(last) != 1 or len(first) not in (1, 2) or len(calls) != len(first) + 1:
+        return None
+    if any(each.changed for each in calls):
         return None
     names, made = [Ref(each.name) for each in first], [each.output for each in first]
     ways: list[tuple[Ref | None, Ref | None, torch.Tensor, torch.Tensor | None]] = []
@@ -65,7 +80,16 @@ def mlp_of(trace: Trace, call: Call) -> MLP | None:
             if close(acted, last[0].input):
                 mlp = MLP(gate_name, up_name, Ref(last[0].name), name)
                 found.append((float((acted - last[0].input).square().mean()), mlp))
-    return min(found, key=lambda each: each[0])[1] if found else None
+    if not found:
+        return None
+    mlp = min(found, key=lambda each: each[0])[1]
+    modules = {each.name: each.module for each in calls}
+    loud = [modules[name](LOUD * call.input) for name in (mlp.gate, mlp.up) if name is not None]
+    if mlp.gate is not None and mlp.up is None:
+        loud = list(loud[0].chunk(2, dim=-1))
+    acted = reference.activation(loud[0], mlp.activation)
+    acted = acted if len(loud) == 1 else acted * loud[1]
+    return mlp if close(last[0].module(acted), call.again(LOUD)) else None
 
 
 def attention_of(trace: Trace, call: Call) -> Attention | None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pkv_hf.compat import CACHE
+from pkv_hf.compat import CACHE, dynamic_rope
 from pkv_hf.replaced import original
 from pkv_hf.runtime.step import current_step, outside_of_steps
 
@@ -35,15 +35,19 @@ def decoder_layers(decoder: Any) -> list[nn.Module]:
 
 
 def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
-    """The calls of all layers for `TOKENS` tokens without a cache, or why they are not known."""
+    """The calls of all layers for `TOKENS` tokens without a cache, or why they are not known.
+
+    They are the last that the decoder has positions for: what scales with the position may begin far behind the first.
+    """
     device = next(decoder.parameters()).device
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
+    positions = torch.arange(TOKENS, device=device)[None] + _far(decoder)
     calls: dict[nn.Module, Given] = {}
     token = probing.set(calls)
     try:
         with outside_of_steps(), torch.no_grad():
             original(decoder, "forward")(
-                input_ids=ids, position_ids=ids + 2, attention_mask=None, use_cache=False, **{CACHE: None}
+                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, **{CACHE: None}
             )
     except Exception as error:  # of a decoder that layers have to compute for
         return f"{type(decoder).__name__} does not run on tokens alone: {type(error).__name__}: {error}"
@@ -59,6 +63,13 @@ def hands_on(decoder: Any) -> bool:
     if isinstance(calls, str) or list(calls) != layers:  # in the order of the calls
         return False
     return len({id(call.hidden) for call in calls.values()}) == 1
+
+
+def _far(decoder: Any) -> int:
+    """A late position, from which on all tokens have one; an early one where RoPE itself follows the length."""
+    longest: Any = getattr(decoder.config, "max_position_embeddings", None)
+    late = type(longest) is int and longest > 2 * TOKENS and not dynamic_rope(decoder)
+    return longest - TOKENS if late else TOKENS
 
 
 def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

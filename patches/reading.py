@@ -24,7 +24,8 @@ SET_ON = ("forward", REPLACED, REPLICATE)
 """What a patch sets on layers, beside its state."""
 
 DRAWN = 0.3
-"""By how much norms and biases of the copy are moved: those of a new model are all alike."""
+"""By how much norms, biases and single numbers of the copy are moved: those of a new model are all alike, and those of
+layers that share a description are not."""
 
 
 def twin_of(layer: nn.Module) -> nn.Module:
@@ -61,15 +62,16 @@ def drawn(*shape: int, like: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def drawn_vectors(twin: nn.Module) -> Iterator[None]:
     """Has norms and biases of a module drawn inside, and as they were afterwards."""
-    vectors = [parameter for parameter in twin.parameters() if parameter.ndim == 1]
+    held = [*twin.parameters(), *twin.buffers()]
+    vectors = [tensor for tensor in held if tensor.ndim <= 1 and tensor.is_floating_point()]
     before = [parameter.clone() for parameter in vectors]
     try:
         for parameter in vectors:
             parameter.add_(DRAWN * drawn(*parameter.shape, like=parameter))
         yield
     finally:
-        for parameter, value in zip(vectors, before):
-            parameter.copy_(value)
+        for vector, value in zip(vectors, before):
+            vector.copy_(value)
 
 
 def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: Any) -> Layer | str:
@@ -88,6 +90,8 @@ def read(twin: nn.Module, hidden: torch.Tensor, given: dict[str, Any], config: A
 
 def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:
     calls = [call for call in trace.children("") if not same(call.input, call.output)]
+    if any(call.changed for call in calls):
+        return "what its modules give is written into"
     norms = [(call, norm) for call in calls if (norm := norm_of(call))]
     bodies = [call for call in calls if all(call is not other for other, _ in norms)]
     found: list[tuple[Branch, torch.Tensor, torch.Tensor]] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +26,24 @@ class Call:
     """The first tensor among its arguments."""
     output: torch.Tensor
     """What it returned, or the first part of that."""
+    version: int = field(init=False)
+    """torch's count of writes to `output` when it was returned."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "version", self.output._version)
+
+    @property
+    def changed(self) -> bool:
+        """Whether what it returned was written into later on, as by a clamp in place: it is not what it was."""
+        return self.output._version != self.version
+
+    def again(self, factor: float) -> torch.Tensor:
+        """What the module returns where its first tensor is so many times what it was."""
+        x = factor * self.input
+        args = tuple(x if value is self.input else value for value in self.args)
+        kwargs = {name: x if value is self.input else value for name, value in self.kwargs.items()}
+        output = self.module(*args, **kwargs)
+        return output[0] if isinstance(output, tuple) else output
 
     @property
     def child(self) -> str:
