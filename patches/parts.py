@@ -133,11 +133,11 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     if not close(out * torch.sigmoid(gate) if gated else out, outputs[0].input):
         return None
     pair = (taken[0], taken[1]) if taken else None
-    if pair and of_heads and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
+    if pair and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
         return None  # the kernel takes one of each
     return Attention(
         module=Ref(call.name), inputs=names, output=Ref(outputs[0].name), heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, norms_heads=of_heads, gated=gated,
+        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, gated=gated,
     )  # fmt: skip
 
 
