@@ -74,8 +74,22 @@ class Fusing:
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
-        started, fusion = time.perf_counter(), Fusion(product=product)
-        layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
+        started = time.perf_counter()
+        fusion = self._fusion(decoder, self._all(decoder, kinds, route))
+        if fusion.layers:
+            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
+        fusion.seconds = time.perf_counter() - started
+        return fusion
+
+    def described(self, decoder: Any) -> Fusion:
+        """Which layers of a decoder are described, and what of them is not; on any device, and not checked."""
+        return self._fusion(decoder, self._all(decoder, None, None))
+
+    def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
+        layers, fusion = decoder_layers(decoder), Fusion(product=product)
+        if not layers:
+            fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
         with torch.inference_mode(False):
             handed_on = hands_on(decoder)
@@ -87,10 +101,6 @@ class Fusing:
                 fusion.layers[layer] = FusedLayer(this, following)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
-        if fusion.layers:
-            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
-                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
-        fusion.seconds = time.perf_counter() - started
         return fusion
 
     def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:
