@@ -74,8 +74,22 @@ class Fusing:
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
-        started, fusion = time.perf_counter(), Fusion(product=product)
-        layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
+        started = time.perf_counter()
+        fusion = self._fusion(decoder, self._all(decoder, kinds, route))
+        if fusion.layers:
+            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
+        fusion.seconds = time.perf_counter() - started
+        return fusion
+
+    def described(self, decoder: Any) -> Fusion:
+        """Which layers of a decoder are described, and what of them is not; on any device, and not checked."""
+        return self._fusion(decoder, self._all(decoder, None, None))
+
+    def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
+        layers, fusion = decoder_layers(decoder), Fusion(product=product)
+        if not layers:
+            fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
         with torch.inference_mode(False):
             handed_on = hands_on(decoder)
@@ -87,19 +101,15 @@ class Fusing:
                 fusion.layers[layer] = FusedLayer(this, following)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
-        if fusion.layers:
-            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
-                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
-        fusion.seconds = time.perf_counter() - started
         return fusion
 
     def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
-        layers, calls = decoder_layers(decoder), None
+        layers, calls, settings = decoder_layers(decoder), None, _settings(decoder.config)
         found: list[Layer | str] = []
         with torch.inference_mode(False), torch.no_grad(), outside_of_steps(), _random_numbers_of_its_own(decoder):
             for i, layer in enumerate(layers):
-                key = _alike(layer)
+                key = settings, _alike(layer)
                 check = (key, kinds[i], route.name) if kinds and route else None
                 if key not in self._described or (check and check not in self._checked):
                     calls = calls or given_to_layers(decoder)
@@ -150,6 +160,11 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
     except Exception as error:  # of a module that does not take what others like it do, or for memory
         logger.debug("pkv_hf: a %s cannot be compared with its mixer: %s", type(module).__name__, error)
         return False
+
+
+def _settings(config: Any) -> Hashable:
+    """What a decoder's configuration says by now: layers may read it in their forwards."""
+    return repr(sorted(plain_attributes(vars(config)).items()))
 
 
 def _alike(layer: nn.Module) -> Hashable:

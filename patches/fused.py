@@ -69,7 +69,6 @@ def product(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
     """What the output projection takes, `[B * q_len, H_q * D]`."""
-    from pkv_hf.kernels.elementwise import rms_norm
     from pkv_hf.kernels.linear import linear
 
     modules = projections(attention)
@@ -85,11 +84,7 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     norms: Norms | None = None
     if attention.norms is not None:
         q_norm, k_norm = attention.norms
-        if not attention.norms_heads:
-            q = rms_norm(q, q_norm.module.weight, q_norm.eps, offset=q_norm.offset)[0]
-            k = rms_norm(k, k_norm.module.weight, k_norm.eps, offset=k_norm.offset)[0]
-        else:
-            norms = Norms(q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset)
+        norms = Norms(q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset)
     q, k, v = (
         state.view(*shape[:2], count, -1)
         for state, count in ((q, attention.heads), (k, attention.kv_heads), (v, attention.kv_heads))
