@@ -53,7 +53,9 @@ class Stream:
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         self.source = self.hidden
         """What the branches at hand are of."""
-        norm, normed = getattr(hidden, TAKEN, (None, self.hidden))
+        norm, normed, version = getattr(hidden, TAKEN, (None, self.hidden, None))
+        if version != hidden._version:  # the decoder has written into them since
+            norm = None
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
     def normed(self, norm: Norm | None, folds: bool) -> Normed:
@@ -91,7 +93,7 @@ class Stream:
         hidden = self.hidden.view(self.shape)
         norm, of, normed = self._taken
         if following is not None and norm == following and of is self.hidden:
-            setattr(hidden, TAKEN, (norm, normed))
+            setattr(hidden, TAKEN, (norm, normed, hidden._version))
         return hidden
 
 

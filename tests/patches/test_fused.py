@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.patches.description import Norm
+from pkv_hf.patches.stream import TAKEN, Stream
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
 
@@ -91,3 +93,16 @@ def test_the_head_in_a_step_is_as_exact_as_transformers(lengths):
         output, ours = logits(model)
     assert [step.head.module for step in output[CACHE].static_steps.values()] == [model.lm_head]
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@torch.no_grad()
+def test_what_was_written_into_is_normed_anew():
+    """A decoder may write into hidden states between its layers, whose next norm is taken already."""
+    module = tiny("llama", num_hidden_layers=1).model.norm
+    norm, hidden = Norm(module, "rms", 1e-6), torch.randn(1, 1, 64)
+    stream = Stream(hidden)
+    stream.normed(norm, folds=False)
+    result = stream.result(norm)
+    assert hasattr(result, TAKEN)
+    result[..., :9] += 3
+    torch.testing.assert_close(Stream(result).normed(norm, folds=False).x, module(result)[0])
