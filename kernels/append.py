@@ -6,13 +6,25 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.launch import Remembered, Scales, check_pages, check_scales, described, next_power_of_2
+from pkv_hf.kernels.launch import (
+    Remembered,
+    Scales,
+    check_angles,
+    check_pages,
+    check_rope,
+    check_scales,
+    described,
+    next_power_of_2,
+)
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
 from pkv_hf.kernels.quantize import LARGEST
 
 NEAREST = tl.constexpr(12582912.0)
 """1.5 · 2^23: a float32 of at most 2^22 plus this, less this, is rounded to the nearest whole number, ties to even."""
+
+SQUARED_AT_ONCE = 4096
+"""Elements of all heads of a token whose squares are summed at a time: 32 registers of a thread."""
 
 RUNTIME = ["q_len", "num_heads", "num_kv_heads", "eps", "stride_tb"]
 """Arguments that Triton must not specialise on: lengths and counts change without a new compilation."""
@@ -125,14 +137,30 @@ def _scaled(x, scale, weight, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, eps, NORM: tl.constexpr, OFFSET: tl.constexpr,
-            HALF: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr):  # fmt: skip
+def _mean_square(x_ptr, heads, stride_h, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Of all heads of a token together."""
+    d = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(0, heads * D, BLOCK):
+        x = tl.load(x_ptr + (at + d) // D * stride_h + (at + d) % D, mask=at + d < heads * D, other=0.0).to(tl.float32)
+        squares += x * x
+    return tl.sum(squares, 0) / (heads * D)
+
+
+@triton.jit
+def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, head, heads, stride_h, eps,
+            NORM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
+            INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """The elements at `first` and `second` of a head, normed and turned as `kernels.reference` does."""
     low = tl.load(x_ptr + first, mask=mask, other=0.0)
     high = tl.load(x_ptr + second, mask=mask, other=0.0)
     if NORM:
         a, b = low.to(tl.float32), high.to(tl.float32)
-        scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
+        if WHOLE > 0:
+            scale = tl.rsqrt(_mean_square(x_ptr - head * stride_h, heads, stride_h, 2 * HALF, WHOLE) + eps)
+            norm_ptr += head * 2 * HALF
+        else:
+            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
         low = _scaled(low, scale, tl.load(norm_ptr + first, mask=mask), OFFSET)
         high = _scaled(high, scale, tl.load(norm_ptr + second, mask=mask), OFFSET)
     if ROTARY > 0:
@@ -160,8 +188,11 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
                        stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
                        D: tl.constexpr, PAGE: tl.constexpr, BLOCK_HALF: tl.constexpr, ROTARY: tl.constexpr,
                        INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-                       LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One program a row, token and head: query heads first, then KV heads."""
+                       WHOLE: tl.constexpr, LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One program a row, token and head: query heads first, then KV heads.
+
+    WHOLE: norms are of all heads together, whose squares every program sums so many at a time; 0 for norms of a head.
+    """
     release(PDL)
     wait(PDL)
     t = tl.program_id(0).to(tl.int64)
@@ -175,8 +206,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
         q = q_ptr + row * stride_qb + head * stride_qh + t * stride_qt
-        a, b = _rotate(q, q_norm_ptr, cos, sin, d, first, second, inside, eps,
-                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED)  # fmt: skip
+        a, b = _rotate(q, q_norm_ptr, cos, sin, d, first, second, inside, head, num_heads, stride_qh, eps,
+                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
         out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
         tl.store(out + first, a, mask=inside)
         tl.store(out + second, b, mask=inside)
@@ -185,8 +216,8 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
         mask = inside & write
         k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
-        a, b = _rotate(k, k_norm_ptr, cos, sin, d, first, second, mask, eps,
-                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED)  # fmt: skip
+        a, b = _rotate(k, k_norm_ptr, cos, sin, d, first, second, mask, kv_head, num_kv_heads, stride_kh, eps,
+                       NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
         scale_at = page * stride_sp + kv_head * stride_sh + slot
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
         _store_pairs(at, k_scale_ptr + scale_at, first, second, a, b, mask, write, LARGEST)
@@ -260,9 +291,9 @@ def rope_append(
     q `[rows, H_q, q_len, head_dim]` and k, v `[rows, H_kv, q_len, head_dim]` in any strides with contiguous head_dim.
     Of head_dim the first `rotary` elements are turned, an even number: None for all, 0 for none, where cos and sin may
     be None. cos and sin are `[1 or rows, q_len, rotary]`, both in q's dtype, or float32 where the result is rounded
-    once; `interleaved` and `paired_angles` are as the reference has them. `norms` are the weights `[head_dim]`, in q's
-    dtype, the epsilon, and what is added to the weights, of an RMSNorm of every head of q and of k before that. Returns
-    the rotated q, contiguous.
+    once; `interleaved` and `paired_angles` are as the reference has them. `norms` are the weights in q's dtype, the
+    epsilon, and what is added to the weights, of an RMSNorm of q and of k before that: of every head, `[head_dim]`, or
+    of all heads of each together, `[H_q * head_dim]` and `[H_kv * head_dim]`. Returns the rotated q, contiguous.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
@@ -272,8 +303,8 @@ def rope_append(
     held = {"block_table": block_table, "first_held": first_held, "ends": ends}
     key = rotary, *described(k_pages, v_pages, q, k, v, cos, sin, *held.values(), q_norm, k_norm, *(scales or ()))
     if key not in _checked:
-        _check_rope(k_pages, v_pages, {"q": q, "k": k, "v": v}, held, (q_norm, k_norm), scales)
-        _check_angles(q, {"cos": cos, "sin": sin}, rotary)
+        check_rope(k_pages, v_pages, {"q": q, "k": k, "v": v}, held, norms and norms[:2], scales)
+        check_angles(q, {"cos": cos, "sin": sin}, rotary)
         _checked[key] = None
     num_kv_heads = k.shape[1]
     out = torch.empty((rows, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
@@ -282,9 +313,11 @@ def rope_append(
         angles, strides = None, (0, 0)
     else:
         angles, strides = cos.dtype, (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1))
+    whole = norms is not None and max(q_norm.numel(), k_norm.numel()) > head_dim
     constants = (
         head_dim, k_pages.shape[2], next_power_of_2(head_dim // 2), rotary, interleaved, paired_angles,
-        norms is not None, offset, LARGEST.get(k_pages.dtype, 0.0),
+        norms is not None, offset, min(next_power_of_2(q_norm.numel()), SQUARED_AT_ONCE) if whole else 0,
+        LARGEST.get(k_pages.dtype, 0.0),
     )  # fmt: skip
     _rope_append(
         (q.dtype, k.dtype, v.dtype, angles, k_pages.dtype, q.device, *constants),
@@ -293,44 +326,6 @@ def rope_append(
         (q_len, num_heads, num_kv_heads, eps, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *strides,
          *k_pages.stride()[:2], *v_pages.stride()[:2],
          *(scales[0].stride()[:2] if scales else (0, 0)), block_table.stride(0)),
-        (*constants, overlaps(q.device)), num_warps=1, **options(q.device),
+        (*constants, overlaps(q.device)), num_warps=4 if whole else 1, **options(q.device),
     )  # fmt: skip
     return out
-
-
-def _check_rope(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    states: dict[str, torch.Tensor],
-    held: dict[str, torch.Tensor],
-    norms: tuple[torch.Tensor, torch.Tensor],
-    scales: Scales | None,
-) -> None:
-    """Raises ValueError, naming the argument, for what `rope_append` cannot take."""
-    q, k, v = states.values()
-    check_pages(k_pages, v_pages, {"q": q, "k": k}, {"v": v}, held)
-    check_scales(k_pages, v_pages, scales)
-    if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
-        raise ValueError(
-            f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
-        )
-    if not norms[0].dtype == norms[1].dtype == q.dtype:
-        raise ValueError(f"norms are {norms[0].dtype} and {norms[1].dtype}, q {q.dtype}: want the same")
-
-
-def _check_angles(q: torch.Tensor, angles: dict[str, torch.Tensor | None], rotary: int) -> None:
-    """Raises ValueError, naming the argument, unless cos and sin fit q and what is turned of its heads."""
-    if rotary % 2 or not 0 <= rotary <= q.shape[3]:
-        raise ValueError(f"rotary={rotary} is not an even number from 0 to head_dim, {q.shape[3]}")
-    cos = angles["cos"]
-    for name, tensor in angles.items() if rotary else ():
-        if cos is None or tensor is None:
-            raise ValueError(f"{name} is None: want it, or rotary=0")
-        alike = len(tensor) == len(cos) and tensor.stride()[len(cos) == 1 :] == cos.stride()[len(cos) == 1 :]
-        if len(tensor) not in (1, len(q)) or tensor.shape[1:] != (q.shape[2], rotary) or not alike:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {[q.shape[2], rotary]} for one "
-                "row or all, cos and sin alike"
-            )
-        if tensor.dtype != cos.dtype or tensor.dtype not in (q.dtype, torch.float32) or tensor.stride(2) != 1:
-            raise ValueError(f"{name} is {tensor.dtype}: want q's {q.dtype} or float32, as the other, contiguous")

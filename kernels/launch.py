@@ -207,3 +207,46 @@ def check_scales(k_pages: torch.Tensor, v_pages: torch.Tensor, scales: Scales | 
             )
     if scales[0].stride() != scales[1].stride():
         raise ValueError(f"k_scales and v_scales differ in strides: {scales[0].stride()} and {scales[1].stride()}")
+
+
+def check_rope(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    states: dict[str, torch.Tensor],
+    held: dict[str, torch.Tensor],
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    scales: Scales | None,
+) -> None:
+    """Raises ValueError, naming the argument, for what `append.rope_append` cannot take."""
+    q, k, v = states.values()
+    check_pages(k_pages, v_pages, {"q": q, "k": k}, {"v": v}, held)
+    check_scales(k_pages, v_pages, scales)
+    if k.shape != v.shape or k.shape[1] != k_pages.shape[1] or k.shape[2] != q.shape[2]:
+        raise ValueError(
+            f"k is {list(k.shape)} and v {list(v.shape)}: want both with {k_pages.shape[1]} heads, {q.shape[2]} tokens"
+        )
+    heads = q.shape[3], q.shape[3]
+    whole = q.shape[1] * q.shape[3], k.shape[1] * q.shape[3]
+    if norms and not norms[0].dtype == norms[1].dtype == q.dtype:
+        raise ValueError(f"norms are {norms[0].dtype} and {norms[1].dtype}, q {q.dtype}: want the same")
+    if norms and (norms[0].numel(), norms[1].numel()) not in (heads, whole):
+        found = norms[0].numel(), norms[1].numel()
+        raise ValueError(f"norms are of {found} elements: want {heads}, of a head, or {whole}, of all heads")
+
+
+def check_angles(q: torch.Tensor, angles: dict[str, torch.Tensor | None], rotary: int) -> None:
+    """Raises ValueError, naming the argument, unless cos and sin fit q and what is turned of its heads."""
+    if rotary % 2 or not 0 <= rotary <= q.shape[3]:
+        raise ValueError(f"rotary={rotary} is not an even number from 0 to head_dim, {q.shape[3]}")
+    cos = angles["cos"]
+    for name, tensor in angles.items() if rotary else ():
+        if cos is None or tensor is None:
+            raise ValueError(f"{name} is None: want it, or rotary=0")
+        alike = len(tensor) == len(cos) and tensor.stride()[len(cos) == 1 :] == cos.stride()[len(cos) == 1 :]
+        if len(tensor) not in (1, len(q)) or tensor.shape[1:] != (q.shape[2], rotary) or not alike:
+            raise ValueError(
+                f"{name} is {list(tensor.shape)} with strides {tensor.stride()}: want {[q.shape[2], rotary]} for one "
+                "row or all, cos and sin alike"
+            )
+        if tensor.dtype != cos.dtype or tensor.dtype not in (q.dtype, torch.float32) or tensor.stride(2) != 1:
+            raise ValueError(f"{name} is {tensor.dtype}: want q's {q.dtype} or float32, as the other, contiguous")

@@ -21,16 +21,21 @@ class Block:
     """Load a block of weights before the one in hand is used, the first before the kernel before this one is done."""
 
 
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
+def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int, summed: bool = False) -> Block:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
     One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
-    Small weights are mostly ramp-up, which `ahead` hides.
+    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not. A sum that is taken in is
+    read by every program: fewer of them have more outputs.
     """
+    if rows == 1 and summed and weights * outputs > 8192:
+        return Block(8, 512, 3)
+    if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
+        return Block(4, 512, 3)
     if rows == 1 and weights * outputs <= 8192:
         return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
     if rows == 1:
-        return Block(4, 1024, 3)
+        return Block(4, 1024 if inputs % 1024 == 0 else 512, 3)
     wide, narrow = Block(64, 256, 3), Block(32, 256, 4)
     for block in (wide if outputs > 4096 else narrow, Block(32, 128, 3), Block(16, 64, 3)):
         if block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 + 4096 <= shared_memory:
@@ -45,14 +50,46 @@ def _read_once(pointers, mask):
 
 
 @triton.jit
-def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+def _inverse_rms(y_ptr, inputs, eps, BLOCK: tl.constexpr):
+    """1 / rms(y) of one row."""
+    k = tl.arange(0, BLOCK)
+    squares = tl.zeros([BLOCK], tl.float32)
+    for at in tl.range(0, inputs, BLOCK):
+        y = tl.load(y_ptr + at + k, mask=at + k < inputs, other=0.0).to(tl.float32)
+        squares += y * y
+    return tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
+
+
+@triton.jit
+def _summed(x, y_ptr, after_ptr, k, inside, inverse_rms, scale,
+            AFTER: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
+    """x + scale * after(y) of the elements k, rounded as `elementwise.add_norms` rounds."""
+    y = tl.load(y_ptr + k, mask=inside, other=0.0)
+    if AFTER > 0:
+        wide = y.to(tl.float32) * inverse_rms
+        weight = tl.load(after_ptr + k, mask=inside, other=0.0).to(tl.float32)
+        if OFFSET != 0:
+            weight += OFFSET
+        else:
+            wide = wide.to(y.dtype).to(tl.float32)
+        y = (wide * weight).to(y.dtype)
+    if SCALED:
+        y = (y.to(tl.float32) * scale).to(y.dtype)
+    return (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
+
+
+@triton.jit
+def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first, outputs, inputs, eps, after_eps,
+             sum_scale, NORM: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr, AFTER: tl.constexpr,
+             AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
     """As `products`, of norm(x) for one row; [1, BLOCK_N] each.
 
     The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
     the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
+
+    Where there is a SUM, every program takes it anew, and the first writes it.
     """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -65,6 +102,9 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
     if AHEAD:  # no kernel writes weights, so that they need not wait as x does
         next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
+    inverse_rms = 0.0
+    if AFTER > 0:
+        inverse_rms = _inverse_rms(y_ptr, inputs, after_eps, AFTER)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = at + k < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
@@ -74,7 +114,11 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
             next_w = _read_once(w_ptr + w_at + at + BLOCK_K, w_mask & more)
         else:
             w = _read_once(w_ptr + w_at + at, mask)
-        x = tl.load(x_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at + k, mask=inside, other=0.0)
+        if SUM:
+            x = _summed(x, y_ptr, after_ptr, at + k, inside, inverse_rms, sum_scale, AFTER, AFTER_OFFSET, SUM_SCALED)
+            tl.store(total_ptr + at + k, x, mask=inside & (tl.program_id(0) == 0))
+        x = x.to(tl.float32)
         if NORM:
             squares += x * x
             weight = tl.load(norm_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
@@ -121,17 +165,21 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
 
 
 @triton.jit
-def products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr,
+def products(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, rows, first, outputs, inputs, eps, after_eps,
+             sum_scale, NORM: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr, AFTER: tl.constexpr,
+             AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr,
              EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
              AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x W^T, and x W2^T where GATED, for outputs first, ..., first + BLOCK_N - 1; float32.
 
-    EVEN: inputs are a multiple of BLOCK_K, so that loads of weights need no mask for the last block.
+    For one row x may be normed, and be a SUM before that: total = x + sum_scale * after(y), where AFTER, if there is
+    such a norm, is how many elements of y are squared at a time. EVEN: inputs are a multiple of BLOCK_K, so that loads
+    of weights need no mask for the last block.
     """
     if ONE_ROW:
-        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-                         NORM, OFFSET, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first, outputs, inputs, eps,
+                         after_eps, sum_scale, NORM, OFFSET, SUM, AFTER, AFTER_OFFSET, SUM_SCALED, GATED, EVEN,
+                         BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     else:
         y, y2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
                       GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip

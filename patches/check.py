@@ -29,7 +29,7 @@ from pkv_hf.patches.description import AsIs, Layer, bind
 from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.mixer_check import agrees
-from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
+from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, hands_on
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
@@ -74,21 +74,33 @@ class Fusing:
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
-        started, fusion = time.perf_counter(), Fusion(product=product)
-        layers, described = decoder_layers(decoder), self._all(decoder, kinds, route)
-        bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
-        for layer, this, following in zip(layers, bound, [*bound[1:], ""]):
-            if isinstance(this, str):
-                fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
-            else:
-                norm = None if isinstance(following, str) else following.branches[0].before
-                fusion.layers[layer] = FusedLayer(this, norm)
-                for why in _not_understood(this):
-                    fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
+        started = time.perf_counter()
+        fusion = self._fusion(decoder, self._all(decoder, kinds, route))
         if fusion.layers:
             with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
                 fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
         fusion.seconds = time.perf_counter() - started
+        return fusion
+
+    def described(self, decoder: Any) -> Fusion:
+        """Which layers of a decoder are described, and what of them is not; on any device, and not checked."""
+        return self._fusion(decoder, self._all(decoder, None, None))
+
+    def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
+        layers, fusion = decoder_layers(decoder), Fusion(product=product)
+        if not layers:
+            fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
+        bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
+        with torch.inference_mode(False):
+            handed_on = hands_on(decoder)
+        for layer, this, other in zip(layers, bound, [*bound[1:], ""]):
+            if isinstance(this, str):
+                fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
+            else:
+                following = other.branches[0] if handed_on and not isinstance(other, str) else None
+                fusion.layers[layer] = FusedLayer(this, following)
+                for why in _not_understood(this):
+                    fusion.reasons[why] = fusion.reasons.get(why, 0) + 1
         return fusion
 
     def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:

@@ -45,9 +45,7 @@ class Attention:
     scores: Scores
     rotary: Rotary
     norms: tuple[Norm, Norm] | None
-    """Of q and of k."""
-    norms_heads: bool
-    """Whether these are of each head alone, not of all heads together."""
+    """Of q and of k: of each head alone where weights are of a head's size, else of all heads together."""
     gated: bool
     """Whether q's projection gives each head a gate too, whose sigmoid multiplies the head's output."""
 

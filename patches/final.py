@@ -10,7 +10,7 @@ from torch import nn
 from pkv_hf.patches.description import Norm, bind
 from pkv_hf.patches.parts import norm_of
 from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
-from pkv_hf.patches.stream import _normed as normed
+from pkv_hf.patches.stream import take_norm
 from pkv_hf.patches.trace import Call
 from pkv_hf.replaced import original
 from pkv_hf.runtime.interface import Listener
@@ -33,7 +33,7 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     if norm is None or len(args) != 1 or kwargs:
         return original(self, "forward")(*args, **kwargs)
     x = args[0]
-    return normed(norm, x.reshape(-1, x.shape[-1]).contiguous()).view(x.shape)
+    return take_norm(norm, x.reshape(-1, x.shape[-1]).contiguous()).view(x.shape)
 
 
 def fused_norms(decoder: Any, error: float, rounding: float) -> dict[nn.Module, Norm]:
@@ -62,6 +62,6 @@ def _agrees(module: nn.Module, norm: Norm, error: float, rounding: float) -> boo
     exact = twin_of(module)(x.float()).double()
     own, ours = (
         float((found.double() - exact).square().mean().sqrt())
-        for found in (original(module, "forward")(x), normed(norm, x))
+        for found in (original(module, "forward")(x), take_norm(norm, x))
     )
     return ours <= error * own + rounding * float(exact.square().mean().sqrt())

@@ -2,8 +2,9 @@
 
 A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
-projection and residual. A norm after a branch takes one more, with the residual and the next norm. Modules that are
-something else (adapters, quantised weights, experts) are called as they are, between fused norms.
+projection and residual. A norm after a branch, and the sum with it, go with the next product of one row, across layers
+too; more rows take one launch more for them, with the next norm. Modules that are something else (adapters, quantised
+weights, experts) are called as they are, between fused norms.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import torch
 
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
-from pkv_hf.patches.description import MLP, AsIs, Attention, Layer, Norm
-from pkv_hf.patches.stream import Normed, Stream, kernel_takes
+from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
+from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections
 from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step
@@ -24,11 +25,14 @@ from pkv_hf.runtime.step import Step
 class FusedLayer:
     """A layer's forward by its description, for the steps of a `PagedCache` whose route appends with RoPE."""
 
-    def __init__(self, layer: Layer, following: Norm | None) -> None:
+    def __init__(self, layer: Layer, following: Branch | None) -> None:
         self.layer = layer
         """Bound to its modules."""
         self.following = following
-        """What the next layer begins with, None where that is no norm."""
+        """What the next layer begins with, None where that is not fused or is not given the very tensor of this one.
+
+        The result may be left for that branch to write.
+        """
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments.
@@ -36,22 +40,20 @@ class FusedLayer:
         A layer without attention needs no step.
         """
         stream, branches = Stream(hidden), self.layer.branches
-        for branch, other in zip(branches, (*branches[1:], None)):
+        for i, branch in enumerate(branches):
             if not branch.of_input:
                 stream.source = stream.hidden
-            following = self.following if other is None else None if other.of_input else other.before
-            body: Any = branch.body
+            following = self.following
+            if i + 1 < len(branches):
+                following = None if branches[i + 1].of_input else branches[i + 1]
+            x, body = stream.normed(branch), branch.body
             if isinstance(body, Attention):
-                x = stream.normed(branch.before, kernel_takes(list(body.inputs), stream.source))
                 assert step is not None
                 stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following)
             elif isinstance(body, MLP):
-                first = [each for each in (body.gate, body.up) if each is not None]
-                x = stream.normed(branch.before, kernel_takes(first, stream.source))
-                stream.add(body.down, _mlp(body, x, first), branch, following)
+                stream.add(body.down, _mlp(body, x), branch, following)
             else:
-                x = stream.normed(branch.before, folds=False).x.view(stream.shape)
-                stream.add(None, _mixed(body, x, given), branch, following)
+                stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following)
         return stream.result(self.following)
 
 
@@ -67,10 +69,9 @@ def product(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
     """What the output projection takes, `[B * q_len, H_q * D]`."""
-    from pkv_hf.kernels.elementwise import rms_norm
     from pkv_hf.kernels.linear import linear
 
-    modules = list(attention.inputs)
+    modules = projections(attention)
     q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     if kernel_takes(modules, x.x):
         weights, biases = [module.weight for module in modules], [module.bias for module in modules]
@@ -83,11 +84,7 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     norms: Norms | None = None
     if attention.norms is not None:
         q_norm, k_norm = attention.norms
-        if not attention.norms_heads:
-            q = rms_norm(q, q_norm.module.weight, q_norm.eps, offset=q_norm.offset)[0]
-            k = rms_norm(k, k_norm.module.weight, k_norm.eps, offset=k_norm.offset)[0]
-        else:
-            norms = Norms(q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset)
+        norms = Norms(q_norm.module.weight, k_norm.module.weight, q_norm.eps, q_norm.offset)
     q, k, v = (
         state.view(*shape[:2], count, -1)
         for state, count in ((q, attention.heads), (k, attention.kv_heads), (v, attention.kv_heads))
@@ -114,11 +111,12 @@ def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
     return seen[1]
 
 
-def _mlp(mlp: MLP, x: Normed, first: list[Any]) -> torch.Tensor:
+def _mlp(mlp: MLP, x: Normed) -> torch.Tensor:
     """What the down projection takes, `[B * q_len, intermediate]`."""
     from pkv_hf.kernels.elementwise import act, act_mul
     from pkv_hf.kernels.linear import gated, linear
 
+    first = projections(mlp)
     by_kernel = kernel_takes(first, x.x)
     if mlp.gate is None:
         if by_kernel:

@@ -39,7 +39,7 @@ def norm_of(call: Call) -> Norm | None:
         return None
     if call.changed:
         return None
-    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1e-2]
+    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
     tried = [(x, call.output)]
     for eps, offset, kind in itertools.product(settings, (0.0, 1.0), ("rms", "layer")):
         if kind == "rms" and bias is not None:
@@ -139,11 +139,11 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     if len(behind) != 1 or not all(close(a, b) for a, b in zip(behind[0][:3], asked[0][:3])):
         return None  # what it asks depends on what the cache holds
     pair = (taken[0], taken[1]) if taken else None
-    if pair and of_heads and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
+    if pair and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
         return None  # the kernel takes one of each
     return Attention(
         module=Ref(call.name), inputs=names, output=Ref(outputs[0].name), heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, norms_heads=of_heads, gated=gated,
+        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, gated=gated,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pkv_hf.compat import CACHE, dynamic_rope
 from pkv_hf.replaced import original
@@ -57,12 +58,39 @@ def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
     return "its layers are not called one by one" if missing or not calls else calls
 
 
+def hands_on(decoder: Any) -> bool:
+    """Whether every layer is given the very tensor that the one before it in their list returned, and alone."""
+    layers = decoder_layers(decoder)
+    with _Between(len(layers)) as between:
+        calls = given_to_layers(decoder)
+    if isinstance(calls, str) or list(calls) != layers:  # in the order of the calls
+        return False
+    return len({id(call.hidden) for call in calls.values()}) == 1 and not between.used
+
+
+class _Between(TorchFunctionMode):
+    """Notes whether a decoder computes with hidden states, or writes into them, on their way between its layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.used = False
+        self._layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        calls, kwargs = probing.get(), kwargs or {}
+        if (
+            calls and len(calls) < self._layers and getattr(func, "__name__", "") != "__get__"
+        ):  # as shapes are asked for
+            hidden = next(reversed(calls.values())).hidden
+            self.used |= any(value is hidden for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
+
+
 def _far(decoder: Any) -> int:
     """A late position, from which on all tokens have one; an early one where RoPE itself follows the length."""
-    longest = getattr(decoder.config, "max_position_embeddings", None)
-    if not isinstance(longest, int) or longest < 2 * TOKENS or dynamic_rope(decoder):
-        return TOKENS
-    return longest - TOKENS
+    longest: Any = getattr(decoder.config, "max_position_embeddings", None)
+    late = type(longest) is int and longest > 2 * TOKENS and not dynamic_rope(decoder)
+    return longest - TOKENS if late else TOKENS
 
 
 def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:

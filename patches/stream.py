@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from pkv_hf.patches.description import Branch, Norm
+from pkv_hf.patches.description import MLP, Attention, Branch, Norm
 
-TAKEN = "pkv_hf_normed"
-"""The attribute of a layer's result that holds the norm that the next layer begins with, taken already."""
+HANDED_ON = "pkv_hf_handed_on"
+"""The attribute of a layer's result that holds what the next layer may begin with: a norm that is taken, or a sum."""
+
+
+class Pending(NamedTuple):
+    """x + scale * after(y) `[1, width]`, which the next product takes and writes."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    after: Norm | None
+    scale: float
+
+
+def projections(body: Any) -> list[Any]:
+    """The linear layers that a branch begins with, none where it is a module that is called."""
+    if isinstance(body, Attention):
+        return list(body.inputs)
+    return [each for each in (body.gate, body.up) if each is not None] if isinstance(body, MLP) else []
 
 
 def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
@@ -30,19 +46,27 @@ def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
     )
 
 
-class Normed:
-    """x `[rows, width]`, and a norm of it that is still to be taken: one row's goes with the product."""
+def folds(branch: Branch, x: torch.Tensor) -> bool:
+    """Whether a branch begins with a product of ours of one row, which takes the norm and the sum before it in."""
+    rms = branch.before is None or branch.before.kind == "rms"
+    return rms and len(x) == 1 and kernel_takes(projections(branch.body), x)
 
-    def __init__(self, x: torch.Tensor, norm: Norm | None = None) -> None:
+
+class Normed:
+    """x `[rows, width]`, and what its product is to take before: of one row a sum with it, and a norm."""
+
+    def __init__(self, x: torch.Tensor, norm: Norm | None = None, summed: Any = None) -> None:
         self.x = x
         self.norm = norm
+        self.summed = summed
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of a product that takes the norm first."""
+        """Arguments of a product that takes the sum and the norm first."""
         if self.norm is None:
-            return {}
-        return {"norm": self.norm.module.weight, "eps": self.norm.eps, "offset": self.norm.offset}
+            return {"summed": self.summed}
+        norm = self.norm
+        return {"norm": norm.module.weight, "eps": norm.eps, "offset": norm.offset, "summed": self.summed}
 
 
 class Stream:
@@ -51,26 +75,40 @@ class Stream:
     def __init__(self, hidden: torch.Tensor) -> None:
         self.shape = hidden.shape
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
+        """Not written yet where there is a pending sum."""
         self.source = self.hidden
         """What the branches at hand are of."""
-        norm, normed, version = getattr(hidden, TAKEN, (None, self.hidden, None))
+        handed_on: Any = getattr(hidden, HANDED_ON, ((None, self.hidden, None), None))
+        (norm, normed, version), pending = handed_on
         if version != hidden._version:  # the decoder has written into them since
             norm = None
+        self._pending: Pending | None = pending
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
-    def normed(self, norm: Norm | None, folds: bool) -> Normed:
-        """The source, normed; where the product `folds` the norm of one row, that is left to it."""
+    def normed(self, branch: Branch) -> Normed:
+        """The source, normed as a branch begins; what its product `folds` is left to that."""
+        from pkv_hf.kernels.linear import Sum
+
+        norm, folded = branch.before, folds(branch, self.source)
+        if self._pending is not None:
+            (x, y, after, scale), self._pending = self._pending, None
+            if folded:
+                return Normed(x, norm, Sum(y, _settings(after), scale, self.source))
+            self._sum(y, x, after, scale, norm)
+            self.source = self.hidden
         if norm is None:
             return Normed(self.source)
         if self._taken[0] != norm or self._taken[1] is not self.source:
-            if folds and norm.kind == "rms" and len(self.source) == 1:
+            if folded:
                 return Normed(self.source, norm)
-            self._taken = norm, self.source, _normed(norm, self.source)
+            self._taken = norm, self.source, take_norm(norm, self.source)
         return Normed(self._taken[2])
 
-    def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Norm | None) -> None:
-        """Adds what a branch ends with, a module of x or x itself; takes the `following` norm in one."""
-        from pkv_hf.kernels.elementwise import add_norms
+    def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Branch | None) -> None:
+        """Adds what a branch ends with, a module of x or x itself.
+
+        With it goes the norm that the `following` branch begins with, or all is left to that branch's product.
+        """
         from pkv_hf.kernels.linear import linear
 
         after, scale = branch.after, branch.scale
@@ -82,18 +120,29 @@ class Stream:
         else:
             y = (x if module is None else module(x)).contiguous()
         if after is not None and after.kind != "rms":
-            y, after = _normed(after, y), None
-        if following is not None and following.kind != "rms":
-            following = None
-        total, normed = add_norms(y, self.hidden, _settings(after), _settings(following), scale=scale)
-        self.hidden, self._taken = total, (following, total, normed)
+            y, after = take_norm(after, y), None
+        if following is not None and folds(following, self.hidden):
+            self._pending = Pending(self.hidden, y, after, scale)
+            self.hidden = torch.empty_like(self.hidden)
+        else:
+            self._sum(y, self.hidden, after, scale, following and following.before)
 
-    def result(self, following: Norm | None) -> torch.Tensor:
-        """The hidden states in their shape, and with them the norm that the next layer begins with, if it is taken."""
+    def _sum(self, y: torch.Tensor, x: torch.Tensor, after: Norm | None, scale: float, before: Norm | None) -> None:
+        """x + scale * after(y), and its norm `before` a branch."""
+        from pkv_hf.kernels.elementwise import add_norms
+
+        before = None if before is not None and before.kind != "rms" else before
+        total, normed = add_norms(y, x, _settings(after), _settings(before), scale=scale)
+        self.hidden, self._taken = total, (before, total, normed)
+
+    def result(self, following: Branch | None) -> torch.Tensor:
+        """The hidden states in their shape, and with them what the layer of the `following` branch begins with."""
         hidden = self.hidden.view(self.shape)
         norm, of, normed = self._taken
-        if following is not None and norm == following and of is self.hidden:
-            setattr(hidden, TAKEN, (norm, normed, hidden._version))
+        if self._pending is not None:
+            setattr(hidden, HANDED_ON, ((None, self.hidden, None), self._pending))
+        elif following is not None and norm == following.before and of is self.hidden:
+            setattr(hidden, HANDED_ON, ((norm, normed, hidden._version), None))
         return hidden
 
 
@@ -101,9 +150,9 @@ def _settings(norm: Norm | None) -> tuple[torch.Tensor, float, float] | None:
     return None if norm is None else (norm.module.weight, norm.eps, norm.offset)
 
 
-def _normed(norm: Norm, x: torch.Tensor) -> torch.Tensor:
+def take_norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     from pkv_hf.kernels.elementwise import layer_norm, rms_norm
 
     if norm.kind == "layer":
-        return layer_norm(x, norm.module.weight, norm.module.bias, norm.eps, offset=norm.offset)[0]
+        return layer_norm(x, norm.module.weight, getattr(norm.module, "bias", None), norm.eps, offset=norm.offset)[0]
     return rms_norm(x, norm.module.weight, norm.eps, offset=norm.offset)[0]

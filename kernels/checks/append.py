@@ -30,6 +30,8 @@ class AppendCase:
     """int8 or float8_e4m3fn for quantised pages, None for the states' own."""
     roped: bool
     norm: bool
+    whole: bool = False
+    """Whether norms are of all heads together."""
     rotary: int | None = None
     interleaved: bool = False
     paired_angles: bool = False
@@ -63,6 +65,7 @@ class AppendCase:
             kv_dtype=(None, None, *LARGEST)[int(rng.integers(2 + len(LARGEST)))],
             roped=roped,
             norm=roped and bool(rng.random() < 0.4),
+            whole=bool(rng.random() < 0.4),
             rotary=(None, None, 0, 2 * int(rng.integers(1, head_dim // 2)))[int(rng.integers(4))],
             interleaved=bool(rng.random() < 0.4),
             paired_angles=bool(rng.random() < 0.4),
@@ -109,7 +112,7 @@ def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Resu
         pairing = {name: getattr(case, name) for name in ("rotary", "interleaved", "paired_angles")}
         shape = len(k) if case.angles_by_row else 1, case.q_len, case.head_dim if case.rotary is None else case.rotary
         angles = [draw(*shape, dtype=torch.float32 if case.wide_angles else case.dtype) for _ in range(2)]
-        weights = [draw(case.head_dim) for _ in range(2)] if case.norm else []
+        weights = [draw((x.shape[1] if case.whole else 1) * case.head_dim) for x in (q, k)] if case.norm else []
         if case.norm:
             settings["norms"] = (*weights, case.eps, case.offset)
         with poisoned_scratch():
@@ -118,7 +121,7 @@ def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Resu
         def roped(dtype: torch.dtype) -> list[torch.Tensor]:
             states = [x.to(dtype) for x in (q, k)]
             if case.norm:
-                states = [rms_norm(x, weight.to(dtype), case.eps, case.offset) for x, weight in zip(states, weights)]
+                states = [_normed(case, x, weight.to(dtype)) for x, weight in zip(states, weights)]
             wide = torch.promote_types(dtype, angles[0].dtype)
             return [rotate(x, *(angle.to(wide) for angle in angles), **pairing) for x in states]
 
@@ -139,6 +142,13 @@ def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Resu
     untouched = [same(_bits(tensor), bits) for tensor, bits in zip(written, before)]
     results["elsewhere"] = max(untouched, key=lambda result: result.error)
     return results
+
+
+def _normed(case: AppendCase, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    if not case.whole:
+        return rms_norm(x, weight, case.eps, case.offset)
+    together = x.transpose(1, 2)
+    return rms_norm(together.flatten(2), weight, case.eps, case.offset).view(together.shape).transpose(1, 2)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,10 @@ MAX_DECODE_QUERIES = 8
 
 
 class Norms(NamedTuple):
-    """An RMSNorm of every head of q and of k."""
+    """An RMSNorm of every head of q and of k, or of all heads of each together."""
 
     q: torch.Tensor
-    """Its weight for q `[D]`, less offset."""
+    """Its weight for q, less offset: `[D]`, or `[H_q * D]` of all heads together, as k's is `[H_kv * D]`."""
     k: torch.Tensor
     eps: float
     offset: float = 0.0

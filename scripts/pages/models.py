@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 import pages
@@ -15,6 +16,7 @@ WORDS = {"pages": "on pages", "left": "left", "raises": "refused", "wrong": "wro
 NO_GPU = "Triton kernels need a GPU"
 NO_RUN = "No run of all models is committed yet.\n"
 NO_MODES = "The committed run compared none.\n"
+AS_IT_IS = r"their (\w+) is called as it is"
 OWN_PATH = ("static cache", "forward")
 """Modes that are transformers' own path by design."""
 EXAMPLES = 3
@@ -29,7 +31,7 @@ WELL_KNOWN = (
 def newest_run() -> list[Record]:
     """The records of the last run of all models by route auto that came to its end, none where there is none."""
     runs: dict[str, list[Record]] = {}
-    for record in pages.read("models.jsonl", eager=None, modes={}):
+    for record in pages.read("models.jsonl", modes={}):
         if record["route"] == "auto":
             runs.setdefault(record["date"], []).append(record)
     whole = [run for run in runs.values() if len(run) == run[0]["of"]]
@@ -41,13 +43,25 @@ def why(record: Record) -> str:
     if record["status"] != "pages":
         return shared(record["reason"])
     rejected = record["split_rejected"] or ""
-    by_torch = "" if not rejected or rejected.startswith(NO_GPU) else f"; attention by torch: {shared(rejected)}"
-    if not record["own_layers"]:
-        return f"fused layers{by_torch}"
-    if record["eager"] is None:  # of a run that did not say
-        return f"its own layers{by_torch}"
-    graph = f"not captured: {shared(record['eager'])}" if record["eager"] else "captured"
-    return f"its own layers, {graph}{by_torch}"
+    if rejected and not rejected.startswith(NO_GPU):
+        return f"its own layers, attention by torch: {shared(rejected)}"
+    if record["eager"]:
+        return f"its own layers: {shared(record['eager'])}"
+    steps = fused(record)
+    if record["not_captured"]:
+        return f"{steps}; not captured: {shared(record['not_captured'])}"
+    return f"{steps}; not run ahead: {shared(record['not_run_ahead'])}" if record["not_run_ahead"] else steps
+
+
+def fused(record: Record) -> str:
+    """Which layers of a model, and what of them, our kernels run."""
+    called = {module[1]: None for why in record["not_fused"] if (module := re.search(AS_IT_IS, why))}
+    others = dict.fromkeys(shared(why) for why in record["not_fused"] if not re.search(AS_IT_IS, why))
+    if not record["fused"]:
+        return f"its own layers: {', '.join(others)}"
+    layers = "" if record["fused"] == record["layers"] else f" {record['fused']} of {record['layers']} layers"
+    but_for = f" but for {', '.join(called)}" if called else ""
+    return f"fused{layers}{but_for}" + (f" ({', '.join(others)})" if others else "")
 
 
 def modes_of(record: Record) -> str:

@@ -138,12 +138,14 @@ def models_short() -> str:
         return models.NO_RUN
     on_pages = [r for r in run if r["status"] == "pages"]
     among = [name for name in models.WELL_KNOWN if name in {r["model_type"] for r in on_pages}]
-    fused = sorted({r["class"].removesuffix("ForCausalLM") for r in on_pages if not r["own_layers"]})
-    named = " and ".join(filter(None, [", ".join(fused[:-1]), *fused[-1:]]))
+    ways = [models.why(r) for r in on_pages]
+    whole, parts = (
+        sum(bool(re.match(way, each)) for each in ways) for way in (r"fused($|;| but for)", "fused but for")
+    )
     served = f"{len(on_pages)} run on pages" + (f", among them {', '.join(among)}" if among else "")
     return (
-        f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}. "
-        f"{named} gain most: our kernels run their whole layers, not attention alone.\n"
+        f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}. Of {whole} of them our kernels "
+        f"run whole layers, not attention alone; in {parts} of these a part of a layer, experts say, runs as it is.\n"
     )
 
 

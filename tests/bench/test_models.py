@@ -45,9 +45,13 @@ def test_each_status_is_recorded_with_its_reason(run, tmp_path):
     found = {r["model_type"]: r for r in records(out) if not r["variant"]}
     assert {name: (r["class"], r["status"]) for name, r in found.items()} == {n: e[:2] for n, e in ENDS.items()}
     assert all(found[name]["reason"].startswith(reason) for name, (*_, reason) in ENDS.items())
-    assert {(n, r["own_layers"], r["eager"], r["step_route"]) for n, r in found.items() if r["status"] == "pages"} == {
-        ("llama", False, "", "sdpa"), ("gemma3_text", True, "", "sdpa"), ("vipllava", False, "", "sdpa")
-    }  # fmt: skip
+    on_pages = {name: r for name, r in found.items() if r["status"] == "pages"}
+    assert {name: (r["fused"], r["layers"], r["not_fused"], r["step_route"]) for name, r in on_pages.items()} == (
+        dict.fromkeys(("llama", "gemma3_text", "vipllava"), (4, 4, {}, "sdpa"))
+    )
+    assert not any(r["eager"] or r["not_captured"] or r["not_run_ahead"] for r in on_pages.values())
+    assert (found["doge"]["fused"], found["doge"]["layers"]) == (0, 4)
+    assert list(found["doge"]["not_fused"].values()) == [4]
     assert {"gpu", "torch", "transformers", "commit", "date", "route", "of"} <= set.intersection(
         *map(set, found.values())
     )
@@ -193,8 +197,9 @@ def test_every_kind_of_layer_of_a_default_configuration_is_in_the_tiny_one():
 
 def record(**fields):
     place = {"gpu": "none (x86_64 CPU)", "torch": "2", "transformers": "5", "commit": "abc", "route": "auto"}
-    plain = {"class": "A", "variant": "", "status": "pages", "reason": "", "own_layers": True, "split_rejected": None}
-    return {**place, **plain, "of": 2, **fields}
+    plain = {"class": "A", "variant": "", "status": "pages", "reason": "", "split_rejected": None}
+    steps = {"layers": 2, "fused": 2, "not_fused": {}, "eager": "", "not_captured": "", "not_run_ahead": ""}
+    return {**place, **plain, **steps, "of": 2, **fields}
 
 
 def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch):
@@ -207,8 +212,8 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     assert page.modes() == "The committed run compared none.\n"
     lines = [
         record(date="1", model_type="old"), record(date="1", model_type="older"),
-        record(date="2", model_type="b", own_layers=False, split_rejected="Triton kernels need a GPU, it is on cpu",
-               eager="", modes={"beams": "on pages", "prompt lookup": "refused", "forward": "by transformers"}),
+        record(date="2", model_type="b", split_rejected="Triton kernels need a GPU, it is on cpu",
+               modes={"beams": "on pages", "prompt lookup": "refused", "forward": "by transformers"}),
         record(date="2", model_type="a", status="raises", reason="no layer of A was patched: B is latent attention: b"),
         record(date="3", model_type="a", route="split"), record(date="3", model_type="b", route="split"),
         record(date="4", model_type="part"),
@@ -216,7 +221,7 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     (tmp_path / "models.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert page.every_model().splitlines()[2:] == [
         "| a | A | refused | latent attention | - |",
-        "| b | A | on pages | fused layers | all but prompt lookup |",
+        "| b | A | on pages | fused | all but prompt lookup |",
     ]
     assert page.modes().splitlines()[2:] == [
         "| mode | the same, on pages | the same, by transformers | transformers refuses it |",
@@ -228,19 +233,27 @@ def test_the_page_shows_the_newest_run_of_all_models(run, tmp_path, monkeypatch)
     assert page.summary().startswith("1 of 2 models of transformers 5 run on pages.")
     assert "| on pages | 1 | 0 |" in page.summary()
     assert "| all | 2 | 0 |" in page.summary()
-    assert readme.models_short().startswith("Of the 2 models in transformers 5, 1 run on pages. A gain most")
+    assert readme.models_short().startswith("Of the 2 models in transformers 5, 1 run on pages. Of 1 of them")
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"eager": ""}, "its own layers, captured"),
-        ({"eager": "its decoder is given inputs_embeds instead of input_ids"},
-         "its own layers, not captured: its decoder is called with embeddings"),
-        ({"eager": None}, "its own layers"),
-        ({"eager": "", "split_rejected": "head_dim 24 is not a multiple of 16 up to 512"},
-         "its own layers, captured; attention by torch: heads of a size that our kernels do not take"),
-        ({"own_layers": False, "eager": ""}, "fused layers"),
+        ({}, "fused"),
+        ({"not_fused": {"their Experts is called as it is": 2, "their A is called as it is": 1}},
+         "fused but for Experts, A"),
+        ({"fused": 1, "not_fused": {"a B is given what its layer computes": 1}},
+         "fused 1 of 2 layers (parts of layers that are not understood)"),
+        ({"fused": 0, "not_fused": {"its norms stand where no description has them": 2}},
+         "its own layers: layers of another form"),
+        ({"eager": "its decoder is given per_layer_inputs"},
+         "its own layers: its decoder is given, or returns, more than tokens"),
+        ({"not_captured": "the model reads the length of its cache on the host"},
+         "fused; not captured: it reads the length of its cache on the host"),
+        ({"not_run_ahead": "its positions do not go on by one a step"},
+         "fused; not run ahead: positions that the model counts"),
+        ({"split_rejected": "head_dim 24 is not a multiple of 16 up to 512"},
+         "its own layers, attention by torch: heads of a size that our kernels do not take"),
     ],
 )  # fmt: skip
 def test_the_page_says_how_steps_run(run, fields, says):

@@ -223,3 +223,39 @@ def test_perplexity_says_whether_its_target_is_met(run):
         for pages, percent, error in ((None, 0.04, 0.01), (None, -0.06, 0.001), (None, 0.06, 0.02), ("int8", 0.6, 0.01))
     ]
     assert found == ["0.05 %: met", "0.05 %: missed", "0.05 %: too few tokens to tell", "0.5 %: missed"]
+
+
+def test_the_tables_of_layers_are_of_the_shapes_that_have_a_name(tables):
+    assert tables("shapes") == tables("layers-checked") == tables("self-check") == NO_GPU_RUN
+    step = {"step_ms_p20": 1, "step_ms_p80": 1, "dtype": "bfloat16", "weight_bits": None, "route": "split"}
+    made = []
+    for model, length, ms in (
+        ("glm-4-9b", 512, 4.0),
+        ("glm-4-9b", 8192, 5.0),
+        ("gemma-3-4b", 8192, 2.0),
+        ("gemma-3-4b", 16_384, 3.0),
+        ("llama-3.1-8b", 8192, 6.0),
+        ("mine", 8192, 1.0),
+    ):
+        case = {**step, "model": model, "lengths": [length]}
+        made += [
+            {**case, "engine": "dynamic", "step_ms_p50": 4 * ms, "percent_of_floor": 22.0, "logit_error": 0.04},
+            {**case, "engine": "patched", "step_ms_p50": ms, "percent_of_floor": 88.0, "logit_error": 0.05},
+        ]
+    tables.write("generate.jsonl", made)
+    assert tables("shapes").splitlines()[2:4] == [
+        "| gemma-3-4b | google/gemma-3-4b-it | 8,192 | 2.00 | 88 % | 8.00 | 22 % | 1.25 |",
+        "| glm-4-9b | zai-org/GLM-4-9B-0414 | 8,192 | 5.00 | 88 % | 20.00 | 22 % | 1.25 |",
+    ]
+    errors = {"fused": 3, "layers": 4, "logit_error": 3e-3, "own_logit_error": 2e-3, "tokens_equal": True}
+    both = {"right": True, "float32": errors, "bfloat16": errors}
+    check = {"fused": 40, "layers": 40, "first_s": 9.0, "compiled_s": 1.25, "dtype": "bfloat16"}
+    tables.write("layers.jsonl", [
+        {"part": "models", "name": "glm-4-9b", **both}, {"part": "altered", "name": "bias", "model": "m", **both},
+        {"part": "models", "name": "failed", "error": "E: e"},
+        {"part": "self-check", "name": "big", **check, "peak_bytes": 3 << 20, "layer_float32_bytes": 2 << 20},
+    ])  # fmt: skip
+    assert tables("layers-checked").splitlines()[2:4] == [
+        "| glm-4-9b | 3 of 4 | yes | 3.0e-03 | 1.50 |", "| m, altered: bias | 3 of 4 | yes | 3.0e-03 | 1.50 |",
+    ]  # fmt: skip
+    assert tables("self-check").splitlines()[2] == "| big bfloat16 | 40 of 40 | 9.0 | 1.25 | 3 | 2 |"

@@ -21,7 +21,7 @@ from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import Step
-from tiny import COMMON, assert_on_pages, left_padded, randomized
+from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
 pytestmark = pytest.mark.contract
 

@@ -9,11 +9,15 @@ import torch
 
 pytest.importorskip("triton")
 
+from served import SERVED, build
+
 import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
-from pkv_hf.patches.description import Norm
-from pkv_hf.patches.stream import TAKEN, Stream
+from pkv_hf.patches import probe
+from pkv_hf.patches.description import MLP, Branch, Norm
+from pkv_hf.patches.probe import hands_on
+from pkv_hf.patches.stream import HANDED_ON, Stream
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
 
@@ -24,23 +28,39 @@ def judge(model, inputs):
     theirs = decode_logits(model, inputs)
     with pkv_hf.patched(model, route="split"):
         ours = decode_logits(model, inputs)
-        assert pkv_hf.report(model).steps.static == len(ours)
+        report = pkv_hf.report(model)
+        assert (report.steps.static, report.not_fused) == (len(ours), "")
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
 
 
-@pytest.mark.parametrize(
-    ("family", "dtype", "lengths"),
-    [
-        *((family, torch.bfloat16, (20, 9, 3)) for family in FAMILIES if family != "llama-tied"),
-        *((family, torch.float16, (20, 9, 3)) for family in ("llama-tied", "qwen2-windows")),
-        *((family, torch.bfloat16, (20,)) for family in ("llama", "qwen3")),
-    ],
-    ids=str,
-)
-def test_half_precision_is_as_exact_as_transformers(family, dtype, lengths):
-    layers = 1 if len(lengths) == 1 else 2  # the interpreter is slow at one row
-    model = tiny(family, num_hidden_layers=layers, rms_norm_eps=0.1).to(dtype)  # an epsilon that shows
-    judge(model, left_padded(*lengths))
+KINDS = {
+    "llama": (torch.bfloat16, (20,)),
+    "qwen2-windows": (torch.float16, (20, 9, 3)),
+    "qwen3": (torch.bfloat16, (20, 9, 3)),
+    "gemma2": (torch.bfloat16, (20, 9)),
+    "gemma3": (torch.bfloat16, (20,)),
+    "glm4": (torch.float16, (20, 9)),
+    "olmo2": (torch.bfloat16, (20, 9)),
+    "cohere": (torch.bfloat16, (20, 9)),
+    "starcoder2": (torch.float16, (20, 9)),
+}
+OTHERS = {
+    **SERVED,
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
+    "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"use_bias": True}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_half_precision_is_as_exact_as_transformers(name):
+    (dtype, lengths), settings = KINDS[name], {"num_hidden_layers": 1, "rms_norm_eps": 0.1}  # an epsilon that shows
+    if name in FAMILIES:
+        model = tiny(name, **settings)
+    else:
+        config, of_class, others = OTHERS[name]
+        kinds = {"layer_types": ["sliding_attention"]} if "layer_types" in others else {}
+        model = build(config, of_class, {**others, **settings, **kinds})
+    judge(model.to(dtype), left_padded(*lengths))
 
 
 def change_layer(model):
@@ -53,12 +73,12 @@ def change_layer(model):
 @pytest.mark.parametrize(
     ("settings", "change", "lengths"),
     [
-        *(({"attention_bias": True, "mlp_bias": True}, None, lengths) for lengths in ((20,), (20, 9))),
+        ({"attention_bias": True, "mlp_bias": True}, None, (20,)),
         ({"hidden_act": "gelu"}, None, (20, 9)),
         ({}, change_layer, (20, 9)),
         ({}, None, (3,) * 17),
     ],
-    ids=["biases, one row", "biases", "gelu", "odd modules", "more rows"],
+    ids=["biases", "gelu", "odd modules", "more rows"],
 )
 def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
     model = tiny("llama", num_hidden_layers=1, **settings)
@@ -67,13 +87,12 @@ def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
     judge(model.to(torch.bfloat16), left_padded(*lengths))
 
 
-@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
-def test_adapters_beside_fused_layers_are_as_exact_as_transformers(lengths):
+def test_adapters_beside_fused_layers_are_as_exact_as_transformers():
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     settings = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
     model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), settings).eval().to(torch.bfloat16)
-    judge(model.get_base_model(), left_padded(*lengths))
+    judge(model.get_base_model(), left_padded(20))
 
 
 @pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
@@ -91,18 +110,31 @@ def test_the_head_in_a_step_is_as_exact_as_transformers(lengths):
     _, theirs = logits(model)
     with pkv_hf.patched(model, route="split"):
         output, ours = logits(model)
-    assert [step.head.module for step in output[CACHE].static_steps.values()] == [model.lm_head]
+    heads = [step.head for step in output[CACHE].static_steps.values()]  # the first step shows what the model does
+    assert [head and head.module for head in heads] == [None, model.lm_head]
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
 
 
 @torch.no_grad()
 def test_what_was_written_into_is_normed_anew():
     """A decoder may write into hidden states between its layers, whose next norm is taken already."""
-    module = tiny("llama", num_hidden_layers=1).model.norm
-    norm, hidden = Norm(module, "rms", 1e-6), torch.randn(1, 1, 64)
-    stream = Stream(hidden)
-    stream.normed(norm, folds=False)
-    result = stream.result(norm)
-    assert hasattr(result, TAKEN)
+    model = tiny("llama", num_hidden_layers=1).model
+    mlp = MLP(model.layers[0].mlp.gate_proj, model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj, "silu")
+    branch = Branch(mlp, Norm(model.norm, "rms", 1e-6), None, 1.0, False)
+    stream = Stream(torch.randn(1, 1, 64))
+    stream.normed(branch)
+    result = stream.result(branch)
+    assert hasattr(result, HANDED_ON)
     result[..., :9] += 3
-    torch.testing.assert_close(Stream(result).normed(norm, folds=False).x, module(result)[0])
+    torch.testing.assert_close(Stream(result).normed(branch).x, model.norm(result)[0])
+
+
+@pytest.mark.parametrize("use", [lambda x: x.mean(), lambda x: x.mul_(2)], ids=["read", "written"])
+def test_hidden_states_that_the_decoder_uses_between_layers_are_not_left_to_the_next(use, monkeypatch):
+    decoder = pkv_hf.patch(tiny("llama")).model
+    assert hands_on(decoder)
+    second, forward = decoder.layers[1], probe.layer_forward
+    monkeypatch.setattr(
+        second, "forward", lambda hidden, **kwargs: use(hidden) is None or forward(second, hidden, **kwargs)
+    )
+    assert not hands_on(decoder)

@@ -260,6 +260,18 @@ def test_models_of_other_classes_generate_as_they_do(of_class, settings):
     assert all(torch.equal(*pair) for pair in zip(found, expected))
 
 
+@pytest.mark.parametrize("order", ["decoder first", "decoder last"])
+def test_a_decoder_and_its_model_are_not_patched_twice(order):
+    model = tiny("llama")
+    before, expected = dict(vars(model.model)), generate(model)
+    for part in (model.model, model)[:: 1 if order == "decoder first" else -1]:
+        pkv_hf.patch(part)
+        assert torch.equal(generate(model), expected)
+    pkv_hf.unpatch(model)
+    assert vars(model.model) == before
+    assert torch.equal(generate(model), expected)
+
+
 def half_filled(model):
     cache = PagedCache(model.config)
     cache.update(torch.zeros(2, 2, 5, 16), torch.zeros(2, 2, 5, 16), 1)

@@ -26,9 +26,16 @@ SHARED = {
     r"pixel_values|input_features": "does not generate from text alone",
     r"^cannot be built": "the tiny model cannot be built",
     r"^cannot be run unpatched": "the tiny model does not generate",
+    # layers are not fused
+    r"not added to the residual stream alone|norms stand where|return more than hidden": "layers of another form",
+    r"is not understood: |is understood$|given what its layer computes": "parts of layers that are not understood",
+    r"not one list of modules|not called one by one|does not run on tokens alone": "layers that are not run one by one",
+    # steps do not run ahead
+    r"makes something else of tokens|not call its decoder": "its decoder is given more than tokens",
+    r"its positions ": "positions that the model counts",
+    r"are not its output embeddings'|has no output embeddings": "logits of more than its hidden states",
+    r"is not transformers' own$": "a generate() of its own",
     # layers are not captured
-    r"given inputs_embeds": "its decoder is called with embeddings",
-    r"its positions have \d+ dimensions": "positions of several axes (mRoPE)",
     r"its decoder is given |returns more than hidden states": "its decoder is given, or returns, more than tokens",
     r"does not compile \w+ in one graph|takes no position_ids": "transformers does not compile it in one graph",
     r"states that a crop may take back": "states that a crop may take back",

@@ -22,6 +22,7 @@ from pkv_hf.errors import NotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.ahead.forward import Forward
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import Step
 
@@ -94,7 +95,7 @@ def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
     pkv_hf.patch(model, route=route)
     enter("run patched")
     found = _generate(model)
-    ran, eager = pkv_hf.report(model), _eager(model)
+    ran, on_gpus = pkv_hf.report(model), _on_gpus(model)
     found_in_modes = outcomes(model) if modes else {}
     pkv_hf.unpatch(model)
     wrong = expected.differs(found)
@@ -107,8 +108,7 @@ def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
     return {
         "status": "wrong" if wrong else "pages" if served else "left",
         "reason": wrong or "; ".join(ran.left),
-        "own_layers": bool(eager),
-        "eager": eager,
+        **on_gpus,
         "step_route": ran.route,
         "split_rejected": ran.rejected.get("split"),
         "logits_error": expected.difference(found),
@@ -116,12 +116,41 @@ def _run(case: Case, route: str, enter: Say, modes: bool) -> dict[str, Any]:
     }
 
 
+def _on_gpus(model: Any) -> dict[str, Any]:
+    """How a patched model's decode steps run on a GPU, which checks each description first, by what is found here."""
+    state = getattr(model, STATE)
+    described = state.fusing.described(state.known.decoder)
+    eager = _eager(model)
+    not_captured = eager or _not_captured(model)
+    return {
+        "layers": state.known.decoder.config.num_hidden_layers,
+        "fused": len(described.layers),
+        "not_fused": described.reasons,
+        "eager": eager,
+        "not_captured": not_captured,
+        "not_run_ahead": not_captured or _not_run_ahead(model),
+    }
+
+
 def _eager(model: Any) -> str:
-    """Why a patched model's decode steps, on a GPU too, run its layers one by one; empty where they are captured."""
+    """Why decode steps, on a GPU too, run the model's own layers; empty where they run on static buffers."""
     why = pkv_hf.report(model).not_captured
-    if not why.startswith(OF_THIS_MACHINE):
-        return why
-    return getattr(model, STATE).known.look().not_static or _not_captured(model)
+    return getattr(model, STATE).known.look().not_static if why.startswith(OF_THIS_MACHINE) else why
+
+
+@torch.no_grad()
+def _not_run_ahead(model: Any) -> str:
+    """Why steps are not queued before the last one's tokens are read; empty where they are."""
+
+    def loop(model: Any, ids: torch.Tensor, *_: Any, generation_config: Any, **kwargs: Any) -> torch.Tensor:
+        outputs = model._prefill(ids, generation_config, kwargs)
+        forward = Forward(model, getattr(model, STATE), model._update_model_kwargs_for_generation(outputs, kwargs))
+        last = outputs.logits[:, -1].argmax(-1)
+        forward(torch.cat([ids, last[:, None]], dim=1), last)
+        return ids
+
+    model.generate(**prompts(14), custom_generate=loop, max_new_tokens=2)
+    return pkv_hf.report(model).not_run_ahead
 
 
 @torch.no_grad()
