@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from pkv_hf.compat import CACHE, dynamic_rope
 from pkv_hf.replaced import original
@@ -58,11 +59,31 @@ def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
 
 
 def hands_on(decoder: Any) -> bool:
-    """Whether every layer is given the very tensor that the one before it in their list returned."""
-    layers, calls = decoder_layers(decoder), given_to_layers(decoder)
+    """Whether every layer is given the very tensor that the one before it in their list returned, and alone."""
+    layers = decoder_layers(decoder)
+    with _Between(len(layers)) as between:
+        calls = given_to_layers(decoder)
     if isinstance(calls, str) or list(calls) != layers:  # in the order of the calls
         return False
-    return len({id(call.hidden) for call in calls.values()}) == 1
+    return len({id(call.hidden) for call in calls.values()}) == 1 and not between.used
+
+
+class _Between(TorchFunctionMode):
+    """Notes whether a decoder computes with hidden states, or writes into them, on their way between its layers."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        self.used = False
+        self._layers = layers
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        calls, kwargs = probing.get(), kwargs or {}
+        if (
+            calls and len(calls) < self._layers and getattr(func, "__name__", "") != "__get__"
+        ):  # as shapes are asked for
+            hidden = next(reversed(calls.values())).hidden
+            self.used |= any(value is hidden for value in (*args, *kwargs.values()))
+        return func(*args, **kwargs)
 
 
 def _far(decoder: Any) -> int:

@@ -78,8 +78,10 @@ class Stream:
         """Not written yet where there is a pending sum."""
         self.source = self.hidden
         """What the branches at hand are of."""
-        handed_on: Any = getattr(hidden, HANDED_ON, ((None, self.hidden), None))
-        (norm, normed), pending = handed_on
+        handed_on: Any = getattr(hidden, HANDED_ON, ((None, self.hidden, None), None))
+        (norm, normed, version), pending = handed_on
+        if version != hidden._version:  # the decoder has written into them since
+            norm = None
         self._pending: Pending | None = pending
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
@@ -138,9 +140,9 @@ class Stream:
         hidden = self.hidden.view(self.shape)
         norm, of, normed = self._taken
         if self._pending is not None:
-            setattr(hidden, HANDED_ON, ((None, self.hidden), self._pending))
+            setattr(hidden, HANDED_ON, ((None, self.hidden, None), self._pending))
         elif following is not None and norm == following.before and of is self.hidden:
-            setattr(hidden, HANDED_ON, ((norm, normed), None))
+            setattr(hidden, HANDED_ON, ((norm, normed, hidden._version), None))
         return hidden
 
 

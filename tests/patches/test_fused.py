@@ -14,6 +14,10 @@ from served import SERVED, build
 import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.patches import probe
+from pkv_hf.patches.description import MLP, Branch, Norm
+from pkv_hf.patches.probe import hands_on
+from pkv_hf.patches.stream import HANDED_ON, Stream
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
 
@@ -109,3 +113,28 @@ def test_the_head_in_a_step_is_as_exact_as_transformers(lengths):
     heads = [step.head for step in output[CACHE].static_steps.values()]  # the first step shows what the model does
     assert [head and head.module for head in heads] == [None, model.lm_head]
     assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+@torch.no_grad()
+def test_what_was_written_into_is_normed_anew():
+    """A decoder may write into hidden states between its layers, whose next norm is taken already."""
+    model = tiny("llama", num_hidden_layers=1).model
+    mlp = MLP(model.layers[0].mlp.gate_proj, model.layers[0].mlp.up_proj, model.layers[0].mlp.down_proj, "silu")
+    branch = Branch(mlp, Norm(model.norm, "rms", 1e-6), None, 1.0, False)
+    stream = Stream(torch.randn(1, 1, 64))
+    stream.normed(branch)
+    result = stream.result(branch)
+    assert hasattr(result, HANDED_ON)
+    result[..., :9] += 3
+    torch.testing.assert_close(Stream(result).normed(branch).x, model.norm(result)[0])
+
+
+@pytest.mark.parametrize("use", [lambda x: x.mean(), lambda x: x.mul_(2)], ids=["read", "written"])
+def test_hidden_states_that_the_decoder_uses_between_layers_are_not_left_to_the_next(use, monkeypatch):
+    decoder = pkv_hf.patch(tiny("llama")).model
+    assert hands_on(decoder)
+    second, forward = decoder.layers[1], probe.layer_forward
+    monkeypatch.setattr(
+        second, "forward", lambda hidden, **kwargs: use(hidden) is None or forward(second, hidden, **kwargs)
+    )
+    assert not hands_on(decoder)

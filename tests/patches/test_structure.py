@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LogitsProcessor
 from transformers.models.llama import modeling_llama as llama
 
 import pkv_hf
@@ -132,3 +132,19 @@ def test_a_decoder_that_changes_the_layers_of_its_cache_is_refused(make):
     with pytest.raises(pkv_hf.UnsupportedModelError, match=r"the forward of its \w+ changes the layers of its cache"):
         pkv_hf.patch(model)
     assert not any(STATE in vars(module) for module in model.modules())
+
+
+def test_settings_that_change_while_steps_run_ahead():
+    """What a step was made by lives as long as the call, whoever looks at the model meanwhile."""
+    pytest.importorskip("triton")
+    model = pkv_hf.patch(tiny("llama", num_hidden_layers=1), route="split")
+
+    class Changes(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            model.config.noted = input_ids.shape[1]
+            getattr(model, STATE).known.look()
+            return scores
+
+    out = model.generate(**INPUTS, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=[Changes()])
+    assert out.shape[1] == INPUTS["input_ids"].shape[1] + NEW_TOKENS
+    assert pkv_hf.report(model).steps.static == NEW_TOKENS - 1

@@ -22,6 +22,7 @@ from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
 from pkv_hf.runtime.ahead.logits import Logits, answered, find, hidden_size
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import choose_route
+from pkv_hf.runtime.evidence import Look
 from pkv_hf.runtime.forward import run_static, static_of
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import KeptTensors
@@ -42,6 +43,7 @@ class Forward:
         self._decided = False
         self._positions: torch.Tensor | None = None  # those of the step to come; None where they count on the device
         self._admitted: Admitted
+        self._look: Look  # what steps are made by lives as long as it, and anybody may look at the model anew
         self._head: Logits | None = None
 
     def __call__(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
@@ -113,6 +115,7 @@ class Forward:
 
     def _static(self, route: Route) -> StaticStep | None:
         step = static_of(self.state, self._admitted, route, self._head)
+        self._look = self.state.known.look()
         return step if isinstance(step, StaticStep) else None
 
     def _choose_again(self) -> None:
