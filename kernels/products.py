@@ -21,16 +21,21 @@ class Block:
     """Load a block of weights before the one in hand is used, the first before the kernel before this one is done."""
 
 
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
+def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int, summed: bool = False) -> Block:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
     One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
-    Small weights are mostly ramp-up, which `ahead` hides.
+    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not. A sum that is taken in is
+    read by every program: fewer of them have more outputs.
     """
+    if rows == 1 and summed and weights * outputs > 8192:
+        return Block(8, 512, 3)
+    if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
+        return Block(4, 512, 3)
     if rows == 1 and weights * outputs <= 8192:
         return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
     if rows == 1:
-        return Block(4, 1024, 3)
+        return Block(4, 1024 if inputs % 1024 == 0 else 512, 3)
     wide, narrow = Block(64, 256, 3), Block(32, 256, 4)
     for block in (wide if outputs > 4096 else narrow, Block(32, 128, 3), Block(16, 64, 3)):
         if block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 + 4096 <= shared_memory:

@@ -105,11 +105,11 @@ class Fusing:
 
     def _all(self, decoder: Any, kinds: tuple[LayerKind, ...] | None, route: Route | None) -> list[Layer | str]:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
-        layers, calls = decoder_layers(decoder), None
+        layers, calls, settings = decoder_layers(decoder), None, _settings(decoder.config)
         found: list[Layer | str] = []
         with torch.inference_mode(False), torch.no_grad(), outside_of_steps(), _random_numbers_of_its_own(decoder):
             for i, layer in enumerate(layers):
-                key = _alike(layer)
+                key = settings, _alike(layer)
                 check = (key, kinds[i], route.name) if kinds and route else None
                 if key not in self._described or (check and check not in self._checked):
                     calls = calls or given_to_layers(decoder)
@@ -160,6 +160,11 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
     except Exception as error:  # of a module that does not take what others like it do, or for memory
         logger.debug("pkv_hf: a %s cannot be compared with its mixer: %s", type(module).__name__, error)
         return False
+
+
+def _settings(config: Any) -> Hashable:
+    """What a decoder's configuration says by now: layers may read it in their forwards."""
+    return repr(sorted(plain_attributes(vars(config)).items()))
 
 
 def _alike(layer: nn.Module) -> Hashable:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from pkv_hf.compat import CACHE
 from pkv_hf.kernels import reference
 from pkv_hf.patches.description import MLP, AsIs, Attention, Norm, Ref
-from pkv_hf.patches.trace import Call, Trace, same, within
+from pkv_hf.patches.trace import Call, Trace, asked_behind_others, same, within
 from pkv_hf.routes.base import Rotary, Scores
 from pkv_hf.runtime.interface import HARMLESS, Asked
 
@@ -95,6 +96,8 @@ def mlp_of(trace: Trace, call: Call) -> MLP | None:
 def attention_of(trace: Trace, call: Call) -> Attention | None:
     """The attention that a call was, None for anything else."""
     asked, calls = trace.asked, trace.children(call.name)
+    if any(each.changed for each in calls):
+        return None
     if len(asked) != 1 or (scores := _scores(asked[0])) is None:
         return None
     query, key, value, _ = asked[0]
@@ -132,6 +135,9 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     out = _attended(asked[0], scores)
     if not close(out * torch.sigmoid(gate) if gated else out, outputs[0].input):
         return None
+    behind = asked_behind_others(trace, call) if CACHE in call.kwargs else asked
+    if len(behind) != 1 or not all(close(a, b) for a, b in zip(behind[0][:3], asked[0][:3])):
+        return None  # what it asks depends on what the cache holds
     pair = (taken[0], taken[1]) if taken else None
     if pair and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
         return None  # the kernel takes one of each

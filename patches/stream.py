@@ -152,5 +152,5 @@ def take_norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     from pkv_hf.kernels.elementwise import layer_norm, rms_norm
 
     if norm.kind == "layer":
-        return layer_norm(x, norm.module.weight, norm.module.bias, norm.eps, offset=norm.offset)[0]
+        return layer_norm(x, norm.module.weight, getattr(norm.module, "bias", None), norm.eps, offset=norm.offset)[0]
     return rms_norm(x, norm.module.weight, norm.eps, offset=norm.offset)[0]

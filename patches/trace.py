@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkv_hf.compat import CACHE
 from pkv_hf.configurations import serving
 from pkv_hf.runtime.interface import Asked, Listener
+
+HELD = 1 << 20
+"""Tokens that a cache is said to hold where it is tried whether a module minds."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +69,37 @@ class Trace:
     """The plain numbers among the module's own attributes."""
     asked: list[Asked]
     """What was asked of attention."""
+    config: Any
+    """By which attention modules look up their function."""
 
     def children(self, name: str) -> list[Call]:
         """The calls of a module's own children, "" for the recorded module's."""
         return [call for call in self.calls if call.parent == name]
+
+
+class LongCache:
+    """A cache that says it holds many tokens, and gives back what it is given."""
+
+    def get_seq_length(self, *_: object, **__: object) -> int:
+        return HELD
+
+    get_query_offset = get_seq_length
+
+    def update(self, k: torch.Tensor, v: torch.Tensor, *_: object, **__: object) -> tuple[torch.Tensor, torch.Tensor]:
+        return k, v
+
+
+def asked_behind_others(trace: Trace, call: Call) -> list[Asked]:
+    """What a call of an attention module asks of attention where its cache holds many tokens; nothing if it fails."""
+    listener = Listener(trace.config)
+    token = serving.set(listener)
+    try:
+        call.module(*call.args, **{**call.kwargs, CACHE: LongCache()})
+    except Exception:  # of a module that does more with a cache
+        return []
+    finally:
+        serving.reset(token)
+    return listener.asked
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -95,8 +126,10 @@ def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], conf
             output = module(hidden, **kwargs)
         finally:
             serving.reset(token)
+    if not isinstance(output, torch.Tensor):
+        return None
     settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
-    return Trace(hidden, output, calls, settings, listener.asked) if isinstance(output, torch.Tensor) else None
+    return Trace(hidden, output, calls, settings, listener.asked, config)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,8 @@ from families.modes import BOTH, media
 from pkv_hf.compat import CACHE, decoder_of
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime import ahead, choice, forward
+from pkv_hf.runtime import choice, forward
+from pkv_hf.runtime.ahead import forward as ahead
 from pkv_hf.runtime.ahead.logits import find
 from tiny import COMMON, left_padded, randomized, tiny
 

@@ -120,7 +120,7 @@ def test_cuda_as_the_default_device(settings):
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 9}], ids=str)
 def test_the_loop_never_waits_for_the_gpu_but_for_its_own_copies(settings, monkeypatch):
     """After a first call: nothing synchronises but the events that the loop and the first token wait for."""
-    from pkv_hf.runtime import loop
+    from pkv_hf.runtime.ahead import loop
 
     model, inputs = pkv_hf.patch(tiny("llama").cuda()), on_gpu(60, 60)
     for _ in range(2):

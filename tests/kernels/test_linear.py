@@ -135,7 +135,7 @@ def test_gated(rows, inputs, outputs, activation, offset, dtype):
         ({"x": torch.zeros(2, 32, dtype=torch.float16)}, r"weights\[0\]"),
         ({"weights": [torch.zeros(8, 64)]}, r"weights\[0\] is torch.float32"),
         ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 2}, "2 weights"),
-        ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm with 2 rows"),
+        ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm or sum with 2 rows"),
         ({"residual": torch.zeros(2, 8)}, "residual is torch.float32"),
         ({"activation": "mish"}, "activation='mish' is not one of silu"),
         ({"activation": "relu", "residual": torch.zeros(2, 8, dtype=torch.float16)}, "activation='relu' with a res"),

@@ -64,11 +64,11 @@ def test_a_model_that_is_altered_between_calls_is_found_out(name):
 
 def test_what_layers_say_of_themselves_is_followed():
     model = tiny("llama", num_hidden_layers=3)
-    before, (first, second, third) = logits(model), model.model.layers
-    first.input_layernorm = GemmaRMSNorm(64, 1e-3)
-    nn.init.normal_(first.input_layernorm.weight)
-    second.mlp.act_fn = nn.GELU("tanh")
-    second.self_attn.scaling *= 2
+    before, (first, _, third) = logits(model), model.model.layers
+    first.self_attn.scaling *= 2  # a setting alone tells the first two apart
+    third.input_layernorm = GemmaRMSNorm(64, 1e-3)
+    nn.init.normal_(third.input_layernorm.weight)
+    third.mlp.act_fn = nn.GELU("tanh")
     third.self_attn.k_proj.bias = nn.Parameter(torch.randn(32))
     expected = logits(model)
     assert not torch.allclose(expected, before, rtol=1e-2, atol=1e-2)

@@ -122,8 +122,10 @@ def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypat
         monkeypatch.setattr(routes.Split, name, noted)
     cpu = torch.device("cpu")
     for settings, depth in (({}, 2), ({"fuse": False}, 1)):
+        model = pkv_hf.patch(tiny("llama"), route="split", **settings)
+        generate(model)  # in which layers are checked
         launched.clear()
-        generate(pkv_hf.patch(tiny("llama"), route="split", **settings))
+        generate(model)
         steps = [depths for name, depths in launched if name == "decode"]
         assert len(steps) == 3 * 3
         assert steps == [[cpu] * depth] * 9

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import pkv_hf
 from pkv_hf.compat import CACHE
-from pkv_hf.runtime import loop
+from pkv_hf.runtime.ahead import loop
 from tiny import byte_tokenizer, left_padded, tiny
 
 pytestmark = pytest.mark.contract
