@@ -10,9 +10,11 @@ import torch
 pytest.importorskip("triton")
 
 from served import SERVED, build
+from transformers.models.olmo2.modeling_olmo2 import Olmo2DecoderLayer
 
 import pkv_hf
 from pkv_hf.compat import CACHE
+from pkv_hf.kernels import elementwise
 from pkv_hf.kernels.checks.attention import rms
 from tiny import FAMILIES, decode_logits, left_padded, tiny
 
@@ -57,6 +59,33 @@ def test_half_precision_is_as_exact_as_transformers(name):
         kinds = {"layer_types": ["sliding_attention"]} if "layer_types" in others else {}
         model = build(config, of_class, {**others, **settings, **kinds})
     judge(model.to(dtype), left_padded(*lengths))
+
+
+def test_a_sum_after_a_branch_goes_with_the_next_product_of_one_row(monkeypatch):
+    """Across layers too: the last one's alone has a launch of its own."""
+    config, of_class, others = SERVED["olmo2"]
+    model = build(config, of_class, {**others, "num_hidden_layers": 2, "rms_norm_eps": 0.1}).to(torch.float16)
+    taken, sums = elementwise.add_norms, []
+    judge(model, left_padded(20))
+    with pkv_hf.patched(model, route="split"):
+        decode_logits(model, left_padded(20))  # and checks layers
+        monkeypatch.setattr(
+            elementwise, "add_norms", lambda *args, **settings: sums.append(1) or taken(*args, **settings)
+        )
+        assert len(sums) == 0
+        assert len(decode_logits(model, left_padded(20))) == len(sums) > 0
+
+
+def test_a_layer_that_is_given_another_tensor_is_given_a_whole_one():
+    class Copies(Olmo2DecoderLayer):
+        def __call__(self, hidden_states, *args, **kwargs):
+            return super().__call__(hidden_states.clone(), *args, **kwargs)
+
+    config, of_class, others = SERVED["olmo2"]
+    model = build(config, of_class, {**others, "num_hidden_layers": 2}).to(torch.float16)
+    for layer in model.model.layers:
+        layer.__class__ = Copies
+    judge(model, left_padded(20))
 
 
 def change_layer(model):
