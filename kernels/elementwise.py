@@ -95,7 +95,9 @@ def act_kernel(x_ptr, up_ptr, out_ptr, width, stride_x, stride_up,
     tl.store(out_ptr + row * width + d, y, mask=mask)
 
 
-_norm, _add_norms, _act = (Launcher(kernel, fp_fusion=False) for kernel in (norm_kernel, add_norms_kernel, act_kernel))
+_norm = Launcher(norm_kernel, fp_fusion=False)
+_add_norms = Launcher(add_norms_kernel, fp_fusion=False)
+_act = Launcher(act_kernel, fp_fusion=False)
 
 
 def row_stride(name: str, x: torch.Tensor) -> int:

@@ -209,7 +209,7 @@ def linear(
             raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
-    block = choose_block(rows, inputs, width, 1, device_limits(x.device)[1], summed is not None)
+    block = choose_block(rows, inputs, width, 1, device_limits(x.device)[1])
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
@@ -251,7 +251,7 @@ def gated(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1], summed is not None)
+    block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1])
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     vectors, numbers, switches = _inputs(x, norm, eps, offset, summed, block)
     constants = activation, bias_gate is not None, *switches

@@ -21,15 +21,12 @@ class Block:
     """Load a block of weights before the one in hand is used, the first before the kernel before this one is done."""
 
 
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int, summed: bool = False) -> Block:
+def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
     One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
-    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not. A sum that is taken in is
-    read by every program: fewer of them have more outputs.
+    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not.
     """
-    if rows == 1 and summed and weights * outputs > 8192:
-        return Block(8, 512, 3)
     if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
         return Block(4, 512, 3)
     if rows == 1 and weights * outputs <= 8192:

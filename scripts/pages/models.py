@@ -42,6 +42,8 @@ def why(record: Record) -> str:
     """How the steps of a model on pages run, or why it is not there."""
     if record["status"] != "pages":
         return shared(record["reason"])
+    if "fused" not in record:  # of a run that did not say
+        return "not recorded"
     rejected = record["split_rejected"] or ""
     if rejected and not rejected.startswith(NO_GPU):
         return f"its own layers, attention by torch: {shared(rejected)}"

@@ -143,6 +143,8 @@ def models_short() -> str:
         sum(bool(re.match(way, each)) for each in ways) for way in (r"fused($|;| but for)", "fused but for")
     )
     served = f"{len(on_pages)} run on pages" + (f", among them {', '.join(among)}" if among else "")
+    if not any("fused" in r for r in on_pages):  # of a run that did not say
+        return f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}.\n"
     return (
         f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}. Of {whole} of them our kernels "
         f"run whole layers, not attention alone; in {parts} of these a part of a layer, experts say, runs as it is.\n"

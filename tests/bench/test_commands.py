@@ -60,6 +60,7 @@ COMMANDS = [
     ("benchmark_generate", ["--dtype", "int8"], "invalid choice: 'int8'"),
     ("benchmark_devices", ["--new-tokens", "1"], "--new-tokens 1: pass more than"),
     ("check_kernels", ["--cases", "0"], "--cases: '0'"),
+    ("check_layers", ["--new-tokens", "0"], "--new-tokens: '0'"),
     ("soak", ["forever"], "'forever' is no kind of soak"),
     ("soak", ["leaks", "--cases", "0"], "--cases: '0'"),
     ("record_sanitizers", ["missing"], "missing has no memcheck.log"),

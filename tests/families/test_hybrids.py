@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from pkv_hf.errors import LayerNotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import choice, forward, interface
+from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import static_step
@@ -284,7 +286,8 @@ def test_a_stop_that_is_read_late_leaves_the_cache_as_transformers_has_it(name):
     theirs = model.generate(**inputs, **settings, eos_token_id=eos)
     cache = PagedCache(pkv_hf.patch(model).config)
     token = model(**inputs, **{CACHE: cache}).logits[:, -1:].argmax(-1)
-    static = StaticStep(model.get_decoder(), transformers_layers, model.lm_head, ROUTES["sdpa"], 1, NOT_FUSED)
+    head = Logits(weakref.ref(model.lm_head))
+    static = StaticStep(model.get_decoder(), transformers_layers, head, ROUTES["sdpa"], 1, NOT_FUSED)
     found = [token]
     for step in range(first + 1):
         positions = torch.tensor([[14]]) if step == 0 else None

@@ -42,7 +42,7 @@ def test_a_record_says_how_each_route_ran(run, tmp_path, monkeypatch):
     monkeypatch.setattr(Workqueue, "decode", lambda *args, **kwargs: decode(*args, **kwargs) + 0.01)
     assert run(*arguments)[0] == 1
     split, workqueue = records(out)
-    assert (split["route"], split["tokens_equal"], split["right"], split["steps"]["eager"]) == ("split", True, True, 2)
+    assert (split["route"], split["tokens_equal"], split["right"], split["steps"]["static"]) == ("split", True, True, 2)
     assert (workqueue["route"], workqueue["right"]) == ("workqueue", False)
 
 

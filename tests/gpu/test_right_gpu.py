@@ -120,12 +120,12 @@ def test_cuda_as_the_default_device(settings):
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 9}], ids=str)
 def test_the_loop_never_waits_for_the_gpu_but_for_its_own_copies(settings, monkeypatch):
     """After a first call: nothing synchronises but the events that the loop and the first token wait for."""
-    from pkv_hf.runtime.ahead import loop
+    from pkv_hf.runtime.ahead.forward import Forward
 
     model, inputs = pkv_hf.patch(tiny("llama").cuda()), on_gpu(60, 60)
     for _ in range(2):
         generate(model, inputs, **settings)
-    forward, run = [], loop._Forward.__call__
+    forward, run = [], Forward.__call__
 
     def watched(self, *args):
         forward.append(torch.cuda.get_sync_debug_mode())
@@ -133,7 +133,7 @@ def test_the_loop_never_waits_for_the_gpu_but_for_its_own_copies(settings, monke
             torch.cuda.set_sync_debug_mode("error")
         return run(self, *args)
 
-    monkeypatch.setattr(loop._Forward, "__call__", watched)
+    monkeypatch.setattr(Forward, "__call__", watched)
     try:
         generate(model, inputs, max_new_tokens=30, **settings)
     finally:

@@ -102,16 +102,23 @@ def test_rope_is_that_of(model, rotary, kv_dtype, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_heads_are_normed_as_transformers_rounds_them(offset, dtype):
+@pytest.mark.parametrize(("offset", "whole"), [(0.0, False), (1.0, False), (0.0, True)])
+def test_heads_are_normed_as_transformers_rounds_them(offset, whole, dtype):
     k_pages, v_pages, table, first_held, ends = pools(dtype, 80)
     q, k, v = (torch.randn(3, heads, 3, 80, device=DEVICE).to(dtype) for heads in (6, 2, 2))
-    cos, sin, q_norm, k_norm = (torch.randn(shape, device=DEVICE).to(dtype) for shape in [(1, 3, 80)] * 2 + [(80,)] * 2)
+    shapes = [(1, 3, 80)] * 2 + [(480,), (160,)] if whole else [(1, 3, 80)] * 2 + [(80,)] * 2
+    cos, sin, q_norm, k_norm = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
     held = table, first_held, ends
     rotated_q = rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, k_norm, 0.1, offset))
-    expected_q, expected_k = (
-        rotate(rms_norm(x, weight, 0.1, offset), cos, sin) for x, weight in ((q, q_norm), (k, k_norm))
-    )
+
+    def normed(x, weight):
+        together = x.transpose(1, 2).flatten(2) if whole else x
+        together = rms_norm(together, weight, 0.1, offset)
+        return together.view(3, 3, -1, 80).transpose(1, 2) if whole else together
+
+    expected_q, expected_k = (rotate(normed(x, weight), cos, sin) for x, weight in ((q, q_norm), (k, k_norm)))
+    with pytest.raises(ValueError, match=r"want .80, 80., of a head, or .480, 160., of all heads"):
+        rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, q_norm[:7], 0.1, offset))
     last = [(int(table[row, p // 16]), p % 16) for row in range(3) for p in range(int(ends[row]) - 3, int(ends[row]))]
     written = torch.stack([k_pages[page, :, slot] for page, slot in last]).view(3, 3, 2, 80).transpose(1, 2)
     for ours, expected in ((rotated_q, expected_q), (written, expected_k)):

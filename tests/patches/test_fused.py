@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from served import SERVED, build
 
 import pkv_hf
 from pkv_hf.compat import CACHE
+from pkv_hf.kernels import elementwise, reference
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.patches import probe
-from pkv_hf.patches.description import MLP, Branch, Norm
+from pkv_hf.patches.description import MLP, AsIs, Branch, Norm
 from pkv_hf.patches.probe import hands_on
 from pkv_hf.patches.stream import HANDED_ON, Stream
 from tiny import FAMILIES, decode_logits, left_padded, tiny
@@ -61,6 +63,44 @@ def test_half_precision_is_as_exact_as_transformers(name):
         kinds = {"layer_types": ["sliding_attention"]} if "layer_types" in others else {}
         model = build(config, of_class, {**others, **settings, **kinds})
     judge(model.to(dtype), left_padded(*lengths))
+
+
+@torch.no_grad()
+def test_a_sum_after_a_branch_goes_with_the_next_product_of_one_row(monkeypatch):
+    """Across layers too: the last one's alone has a launch of its own."""
+    config, of_class, others = SERVED["olmo2"]
+    model = build(config, of_class, {**others, "num_hidden_layers": 2, "rms_norm_eps": 0.1}).to(torch.float16)
+    inputs, taken, sums = left_padded(20), elementwise.add_norms, []
+    exact, theirs = decode_logits(copy.deepcopy(model).double(), inputs), decode_logits(model, inputs)
+    with pkv_hf.patched(model, route="split"):
+        decode_logits(model, inputs)  # and checks layers
+        monkeypatch.setattr(elementwise, "add_norms", lambda *args, **by: sums.append(1) or taken(*args, **by))
+        ours = decode_logits(model, inputs)
+    assert len(ours) == len(sums) > 0
+    assert rms(ours - exact) <= 2 * rms(theirs - exact)
+
+
+def test_nothing_is_left_to_a_layer_that_is_given_another_tensor():
+    model = tiny("llama")
+    with pkv_hf.patched(model):
+        assert hands_on(model.model)
+        model.model.layers[0].register_forward_hook(lambda module, inputs, output: output.clone())
+        assert not hands_on(model.model)
+
+
+def test_a_sum_that_no_product_takes_is_taken():
+    """Where a layer is given what was left to a product, and begins with something else."""
+    up, norm = torch.nn.Linear(48, 64, bias=False).half(), torch.nn.RMSNorm(48).half()
+    norm.weight.data.normal_()
+    branch = Branch(MLP(None, up, up, "silu"), None, Norm(norm, "rms", 0.1), 0.5, False)
+    hidden, y = torch.randn(1, 1, 48).half(), torch.randn(1, 48).half()
+    stream = Stream(hidden)
+    stream.add(None, y, branch, following=branch)
+    following = Stream(stream.result(branch))
+    taken = following.normed(replace(branch, body=AsIs(up, "", (), ()))).x
+    expected, _ = reference.add_norms(y, hidden[0], (norm.weight, 0.1, 0.0), None, 0.5)
+    assert taken is following.hidden
+    torch.testing.assert_close(taken, expected, rtol=2e-3, atol=1e-3)
 
 
 def change_layer(model):

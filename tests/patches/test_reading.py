@@ -10,16 +10,22 @@ import pkv_hf
 from pkv_hf.bench.model_types.building import build
 from pkv_hf.bench.model_types.cases import all_cases
 from pkv_hf.compat import decoder_of
-from pkv_hf.patches.description import MLP, AsIs, Branch, Layer, Norm
+from pkv_hf.patches.description import MLP, AsIs, Branch, Layer, Norm, bind
+from pkv_hf.patches.probe import decoder_layers
 from pkv_hf.replaced import STATE
 
 CASES = {case.name: case for case in reversed(all_cases())}
 
 
 def layers_of(name: str, **fields: object) -> list[Layer | str]:
+    """With the modules of the layers, or why there is no description."""
     case = CASES[name]
     model = pkv_hf.patch(build(replace(case, fields={**case.fields, **fields})))
-    return getattr(model, STATE).fusing._all(decoder_of(model), None, None)
+    described, layers = (
+        getattr(model, STATE).fusing._all(decoder_of(model), None, None),
+        decoder_layers(decoder_of(model)),
+    )
+    return [each if isinstance(each, str) else bind(each, layer) for each, layer in zip(described, layers)]
 
 
 def named(norm: Norm | None) -> str:
@@ -31,7 +37,7 @@ def body(branch: Branch) -> str:
     if isinstance(of, MLP):
         return f"{'' if of.gate is None else 'packed ' if of.up is None else 'gated '}{of.activation}"
     if isinstance(of, AsIs):
-        return str(of.module)
+        return type(of.module).__name__
     assert (of.heads, of.kv_heads, of.head_dim) == (4, 2, 16)
     rotary = of.rotary
     turned = "" if rotary.dim == 0 else f" turned{' in pairs' * rotary.interleaved}{' of angles' * rotary.paired}"
@@ -40,7 +46,11 @@ def body(branch: Branch) -> str:
         + (f" capped at {of.scores.softcap:g}" if of.scores.softcap else "")
         + turned
         + (f" in {rotary.dim}" if rotary.dim else "")
-        + (f", {'heads' if of.norms_heads else 'q and k'} by {named(of.norms[0])}" if of.norms else "")
+        + (
+            f", {'heads' if len(of.norms[0].module.weight) == of.head_dim else 'q and k'} by {named(of.norms[0])}"
+            if of.norms
+            else ""
+        )
     )
 
 
@@ -86,11 +96,11 @@ KINDS: dict[str, tuple[dict, list[str]]] = {
     "qwen3_5_text": (
         {},
         [
-            *["+ rms+1 > linear_attn\n+ rms+1 > gated silu"] * 3,
+            *["+ rms+1 > Qwen3_5GatedDeltaNet\n+ rms+1 > gated silu"] * 3,
             "+ rms+1 > gated attention * 0.25 turned in 4, heads by rms+1\n+ rms+1 > gated silu",
         ],
     ),
-    "mixtral": ({}, ["+ rms > attention * 0.25 turned\n+ rms > mlp"]),
+    "mixtral": ({}, ["+ rms > attention * 0.25 turned\n+ rms > MixtralSparseMoeBlock"]),
 }
 
 

@@ -232,7 +232,7 @@ def test_explain_says_what_a_model_took_and_why(capsys):
     out = repr(decision)
     assert out == str(decision)
     assert decision.route.name == "workqueue"
-    assert "over 41 tokens" in out
+    assert "over 42 tokens" in out
     assert [line for line in out.splitlines() if line.startswith("workqueue") and line.endswith("taken")]
     assert [line for line in out.splitlines() if line.startswith("flashinfer ") and "not installed" in line]
     with pytest.raises(ValueError, match="not patched"):

@@ -27,7 +27,7 @@ SHARED = {
     r"^cannot be built": "the tiny model cannot be built",
     r"^cannot be run unpatched": "the tiny model does not generate",
     # layers are not fused
-    r"not added to the residual stream alone|norms stand where|return more than hidden": "layers of another form",
+    r"the residual stream alone|norms stand where|layers return more|is written into": "layers of another form",
     r"is not understood: |is understood$|given what its layer computes": "parts of layers that are not understood",
     r"not one list of modules|not called one by one|does not run on tokens alone": "layers that are not run one by one",
     # steps do not run ahead
