@@ -224,7 +224,7 @@ def as_is(call: Call, given: dict[str, Any]) -> AsIs | None:
             hidden = name
         elif name in given and given[name] is value:
             handed_on.append((name, name))
-        elif value is None or isinstance(value, (bool, int, float, str)):
+        elif value is None or isinstance(value, (bool, str)):  # a number may be the layer's own, as its index is
             constants.append((name, value))
         else:
             return None

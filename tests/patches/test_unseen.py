@@ -53,6 +53,17 @@ class Scaled(llama.LlamaDecoderLayer):
         return super().forward(hidden_states, **kwargs) * self.scalar
 
 
+class Indexed(llama.LlamaMLP):
+    def forward(self, x, index=0):
+        return super().forward(x) * (1 + index)
+
+
+class GivesItsIndex(llama.LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        self.mlp.__class__ = Indexed
+        return hidden_states + self.mlp(hidden_states, index=self.self_attn.layer_idx)
+
+
 def with_class(name: str, of_class: type):
     model = tiny("llama", num_hidden_layers=1)
     model.model.layers[0].get_submodule(name).__class__ = of_class
@@ -73,6 +84,7 @@ UNSEEN = {
         lambda: with_class("input_layernorm", EpsilonOutside),
         ["what its modules give is not added to the residual stream alone"],
     ),
+    "index": (lambda: with_class("", GivesItsIndex), ["a Indexed is given what its layer computes"]),
     "buffer": (scaled_by_a_buffer, ["what its modules give is not added to the residual stream alone"]),
 }
 
