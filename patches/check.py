@@ -7,6 +7,7 @@ the same random states. At most one layer is held in float32.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Hashable
@@ -240,6 +241,8 @@ def _error(
         for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
             found = _stepped(layer, run, hidden, given.kwargs, kinds, config, by)
             errors[i] += float((found.double() - exact).square().mean())
+    if not math.isfinite(errors[0]):  # by which nothing can be judged
+        return math.inf
     return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
 
 
