@@ -112,9 +112,14 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
 
 
 def _packs(state: PatchState, decoder: Any) -> bool:
-    """Whether padding may be left out of a prompt: nothing but attention mixes its tokens, nobody looks on."""
+    """Whether padding may be left out of a prompt: nothing but causal attention mixes its tokens, nobody looks on."""
     look = state.known.look()
-    if look.foreign or look.hooked or "position_ids" not in inspect.signature(type(decoder).forward).parameters:
+    if (
+        look.foreign
+        or look.hooked
+        or not look.causal
+        or "position_ids" not in inspect.signature(type(decoder).forward).parameters
+    ):
         return False
     if look.mixes is None:
         look.mixes = state.fusing.mixes(decoder)
