@@ -22,7 +22,7 @@ from pkv_hf.errors import NotServed
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.ahead.forward import Forward
+from pkv_hf.runtime.ahead.forward import Forward, updated
 from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import Step
 
@@ -144,7 +144,7 @@ def _not_run_ahead(model: Any) -> str:
 
     def loop(model: Any, ids: torch.Tensor, *_: Any, generation_config: Any, **kwargs: Any) -> torch.Tensor:
         outputs = model._prefill(ids, generation_config, kwargs)
-        forward = Forward(model, getattr(model, STATE), model._update_model_kwargs_for_generation(outputs, kwargs))
+        forward = Forward(model, getattr(model, STATE), updated(model, outputs, kwargs))
         last = outputs.logits[:, -1].argmax(-1)
         forward(torch.cat([ids, last[:, None]], dim=1), last)
         return ids

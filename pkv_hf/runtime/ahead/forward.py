@@ -31,6 +31,14 @@ SPECIAL = ("_token_id", "_token_index", "_token_ids")
 """What the names of settings end with that are tokens, of which a model may make something of its own."""
 
 
+def updated(model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments after a step, as transformers' loops ask for them."""
+    kwargs: dict[str, Any] = model._update_model_kwargs_for_generation(
+        outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
+    )
+    return kwargs
+
+
 class Forward:
     """The forward of the steps after the prompt, which the cache holds: logits of every row's newest token."""
 
@@ -73,7 +81,7 @@ class Forward:
         """A step as transformers' loop takes it."""
         inputs = self.model.prepare_inputs_for_generation(input_ids, next_sequence_length=1, **self.model_kwargs)
         outputs = self.model(**inputs, return_dict=True)
-        self.model_kwargs = self.model._update_model_kwargs_for_generation(outputs, self.model_kwargs)
+        self.model_kwargs = updated(self.model, outputs, self.model_kwargs)
         self.cache = self.model_kwargs.get(compat.CACHE)
         logits: torch.Tensor = outputs.logits
         return logits
@@ -182,7 +190,7 @@ class _Asking:
             return ""  # the decoder counts what the cache holds
         if self.inputs.get("position_ids") is None:
             return "" if bool((now == self.cache.get_seq_length()).all()) else "its positions are the model's own"
-        kwargs = self.model._update_model_kwargs_for_generation(self.output, dict(self.model_kwargs))
+        kwargs = updated(self.model, self.output, dict(self.model_kwargs))
         longer = torch.cat([self.input_ids, self.input_ids[:, -1:]], dim=1)
         later = self.model.prepare_inputs_for_generation(longer, next_sequence_length=1, **kwargs)
         call, _ = self.ask(position_ids=later.get("position_ids"))

@@ -21,7 +21,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig,
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import STATE, original
-from pkv_hf.runtime.ahead.forward import Forward
+from pkv_hf.runtime.ahead.forward import Forward, updated
 from pkv_hf.runtime.choice import decide
 from pkv_hf.runtime.state import PatchState
 
@@ -98,7 +98,7 @@ def run_ahead(
         arguments = (input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer)
         return type(model)._sample(model, *arguments, **model_kwargs)
     outputs = model._prefill(input_ids, generation_config, model_kwargs)
-    model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+    model_kwargs = updated(model, outputs, model_kwargs)
     logits = outputs.logits
     del outputs
     forward = Forward(model, state, model_kwargs)
