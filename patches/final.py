@@ -12,7 +12,7 @@ from pkv_hf.patches.parts import norm_of
 from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
 from pkv_hf.patches.stream import take_norm
 from pkv_hf.patches.trace import Call
-from pkv_hf.replaced import original
+from pkv_hf.replaced import REPLACED, original
 from pkv_hf.runtime.interface import Listener
 from pkv_hf.runtime.step import current_step
 
@@ -41,7 +41,7 @@ def fused_norms(decoder: Any, error: float, rounding: float) -> dict[nn.Module, 
     `rounding` of the result."""
     found = {}
     for module in norms_of(decoder):
-        norm = _read(module)
+        norm = _read(module) if REPLACED in vars(module) else None  # one that came after patch() runs as it is
         if norm is not None and _agrees(module, norm, error, rounding):
             found[module] = norm
     return found
