@@ -191,7 +191,7 @@ def _kind(layer: Any) -> LayerKind | None:
 
 def layer_without_cache() -> Any:
     """transformers' own layer of a cache that keeps nothing."""
-    return cache_utils.DummyLayer()
+    return getattr(cache_utils, "DummyLayer", DynamicLayer)()  # which keeps nothing while nobody updates it
 
 
 def mixer_cache(module: nn.Module) -> str:
