@@ -7,7 +7,6 @@ the same random states. At most one layer is held in float32.
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Hashable
@@ -29,6 +28,7 @@ from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
 from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
+from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, hands_on
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
@@ -38,15 +38,6 @@ from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.captured.watch import NAMED_BY_LAYERS, plain_attributes
 from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
-
-ERROR = 2.0
-"""The error of a fused layer over that of the model's own in the same dtype, at most."""
-
-ROUNDING = 1e-6
-"""Of the results, what may be lost beside: float32 has no other dtype to be judged by."""
-
-JUDGED = 256
-"""Elements of results that errors are taken over, at least."""
 
 OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
 """Settings of modules that say which layer they are of."""
@@ -79,7 +70,7 @@ class Fusing:
         fusion = self._fusion(decoder, self._all(decoder, kinds, route))
         if fusion.layers:
             with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
-                fusion.norms = fused_norms(decoder, ERROR, ROUNDING)
+                fusion.norms = fused_norms(decoder)
         fusion.seconds = time.perf_counter() - started
         return fusion
 
@@ -241,9 +232,8 @@ def _error(
         for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
             found = _stepped(layer, run, hidden, given.kwargs, kinds, config, by)
             errors[i] += float((found.double() - exact).square().mean())
-    if not math.isfinite(errors[0]):  # by which nothing can be judged
-        return math.inf
-    return errors[1] ** 0.5 / (ERROR * errors[0] ** 0.5 + ROUNDING * squares**0.5)
+    own_error, error = (each**0.5 for each in errors)
+    return excess(error, own_error, squares**0.5)
 
 
 def _stepped(

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from pkv_hf.patches.description import Norm, bind
+from pkv_hf.patches.judged import JUDGED, excess
 from pkv_hf.patches.parts import norm_of
 from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
 from pkv_hf.patches.stream import take_norm
@@ -15,9 +16,6 @@ from pkv_hf.patches.trace import Call
 from pkv_hf.replaced import REPLACED, original
 from pkv_hf.runtime.interface import Listener
 from pkv_hf.runtime.step import current_step
-
-JUDGED = 256
-"""Elements of results that errors are taken over, at least."""
 
 
 def norms_of(decoder: nn.Module) -> list[nn.Module]:
@@ -36,13 +34,12 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     return take_norm(norm, x.reshape(-1, x.shape[-1]).contiguous()).view(x.shape)
 
 
-def fused_norms(decoder: Any, error: float, rounding: float) -> dict[nn.Module, Norm]:
-    """The norms of a decoder that our kernel computes: with at most `error` times the error of their own code, and
-    `rounding` of the result."""
+def fused_norms(decoder: Any) -> dict[nn.Module, Norm]:
+    """The norms of a decoder that our kernel computes as their own code does."""
     found = {}
     for module in norms_of(decoder):
         norm = _read(module) if REPLACED in vars(module) else None  # one that came after patch() runs as it is
-        if norm is not None and _agrees(module, norm, error, rounding):
+        if norm is not None and _agrees(module, norm):
             found[module] = norm
     return found
 
@@ -56,7 +53,7 @@ def _read(module: nn.Module) -> Norm | None:
     return None if norm is None else bind(norm, module)
 
 
-def _agrees(module: nn.Module, norm: Norm, error: float, rounding: float) -> bool:
+def _agrees(module: nn.Module, norm: Norm) -> bool:
     vector = next(module.parameters())
     x = drawn(max(2, -(-JUDGED // len(vector))), len(vector), like=vector)
     exact = twin_of(module)(x.float()).double()
@@ -64,4 +61,4 @@ def _agrees(module: nn.Module, norm: Norm, error: float, rounding: float) -> boo
         float((found.double() - exact).square().mean().sqrt())
         for found in (original(module, "forward")(x), take_norm(norm, x))
     )
-    return ours <= error * own + rounding * float(exact.square().mean().sqrt())
+    return excess(ours, own, float(exact.square().mean().sqrt())) <= 1
