@@ -53,11 +53,6 @@ class Listener:
         self.asked: list[Asked] = []
 
 
-def changes_nothing(arguments: dict[str, Any]) -> bool:
-    """Whether keyword arguments on their way to an attention function leave attention as it is."""
-    return all(value is None or name in HARMLESS for name, value in arguments.items())
-
-
 def mask(*args: Any, config: Any, **kwargs: Any) -> torch.Tensor | None:
     """Our mask function, of a decoder that is served on pages: empty for causal masks, transformers' own for others.
 
