@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from pkv_hf.compat import logger
 from pkv_hf.patches.description import Norm, bind
 from pkv_hf.patches.judged import JUDGED, excess
 from pkv_hf.patches.parts import norm_of
 from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
 from pkv_hf.patches.stream import take_norm
 from pkv_hf.patches.trace import Call
-from pkv_hf.replaced import REPLACED, original
+from pkv_hf.replaced import original
 from pkv_hf.runtime.interface import Listener
 from pkv_hf.runtime.step import current_step
 
@@ -35,12 +36,17 @@ def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def fused_norms(decoder: Any) -> dict[nn.Module, Norm]:
-    """The norms of a decoder that our kernel computes as their own code does."""
+    """The norms of a decoder that our kernel computes as their own code does; all others run as they are."""
     found = {}
     for module in norms_of(decoder):
-        norm = _read(module) if REPLACED in vars(module) else None  # one that came after patch() runs as it is
-        if norm is not None and _agrees(module, norm):
-            found[module] = norm
+        try:
+            norm = _read(module)
+            if norm is not None and _agrees(module, norm):
+                found[module] = norm
+        except (
+            Exception
+        ) as error:  # of a module that came after patch() or takes something else, of a kernel, for memory
+            logger.debug("pkv_hf: a %s runs as it is: %s", type(module).__name__, error)
     return found
 
 
