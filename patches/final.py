@@ -15,7 +15,6 @@ from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
 from pkv_hf.patches.stream import take_norm
 from pkv_hf.patches.trace import Call
 from pkv_hf.replaced import original
-from pkv_hf.runtime.interface import Listener
 from pkv_hf.runtime.step import current_step
 
 
@@ -28,7 +27,7 @@ def norms_of(decoder: nn.Module) -> list[nn.Module]:
 def norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of such a module's `forward`: by the kernel in the steps that fuse layers."""
     step: Any = None if torch.compiler.is_compiling() else current_step()
-    norm = None if step is None or isinstance(step, Listener) else step.fusion.norms.get(self)
+    norm = None if step is None else step.fusion.norms.get(self)
     if norm is None or len(args) != 1 or kwargs:
         return original(self, "forward")(*args, **kwargs)
     x = args[0]
@@ -43,9 +42,7 @@ def fused_norms(decoder: Any) -> dict[nn.Module, Norm]:
             norm = _read(module)
             if norm is not None and _agrees(module, norm):
                 found[module] = norm
-        except (
-            Exception
-        ) as error:  # of a module that came after patch() or takes something else, of a kernel, for memory
+        except Exception as error:  # of a module that came after patch(), of a kernel, for memory
             logger.debug("pkv_hf: a %s runs as it is: %s", type(module).__name__, error)
     return found
 

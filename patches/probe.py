@@ -78,9 +78,8 @@ class _Between(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         calls, kwargs = probing.get(), kwargs or {}
-        if (
-            calls and len(calls) < self._layers and getattr(func, "__name__", "") != "__get__"
-        ):  # as shapes are asked for
+        asks_shape = getattr(func, "__name__", "") == "__get__"
+        if calls and len(calls) < self._layers and not asks_shape:
             hidden = next(reversed(calls.values())).hidden
             self.used |= any(value is hidden for value in (*args, *kwargs.values()))
         return func(*args, **kwargs)
