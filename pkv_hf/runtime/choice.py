@@ -12,7 +12,7 @@ from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.ahead.logits import Logits
-from pkv_hf.runtime.captured.static import Forward, StaticStep
+from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.evidence import Look
 from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.state import PatchState
@@ -88,12 +88,9 @@ def fusion_of(state: PatchState, look: Look, route: Route) -> Fusion:
 
 
 def static_step(
-    state: PatchState, cache: PagedCache, route: Route, q_len: int, layers: Forward, head: Logits | None = None
+    state: PatchState, cache: PagedCache, route: Route, q_len: int, head: Logits | None = None
 ) -> StaticStep | str:
-    """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are.
-
-    `layers` is what runs in it.
-    """
+    """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are."""
     if not route.fuses_rope:
         return f"the route {route.name} runs between transformers' layers"
     if state.known.may_keep_states:
@@ -116,7 +113,7 @@ def static_step(
     if key not in held:
         for stale in [other for other in held if other[0] is not look.token]:
             del held[stale]
-        held[key] = StaticStep(state.known.decoder, layers, head, route, q_len, fusion)
+        held[key] = StaticStep(state.known.decoder, head, route, q_len, fusion)
         with state.lock:
             state.static_steps.add(held[key])
     return held[key]

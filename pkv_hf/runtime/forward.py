@@ -137,7 +137,7 @@ def static_of(state: PatchState, admitted: Admitted, route: Route, head: Logits 
         return "linear attention takes padding out by a mask, which a static step has not"
     if state.known.output_type is None:
         return "its decoder returns more than hidden states"
-    return static_step(state, admitted.cache, route, admitted.q_len, transformers_layers, head)
+    return static_step(state, admitted.cache, route, admitted.q_len, head)
 
 
 def _packed_prompt(
@@ -213,13 +213,3 @@ def run_static(
     state.compiled.add(shape)
     state.counts.add_step("static" if why else "captured", why)
     return output
-
-
-def transformers_layers(
-    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None
-) -> torch.Tensor:
-    """A static step's forward through transformers' own layers."""
-    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
-    call: dict[str, Any] = {name: inputs, "position_ids": positions, "attention_mask": None, "use_cache": True}
-    output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
-    return output.last_hidden_state if head is None else head(output.last_hidden_state, step.fusion.product)

@@ -24,7 +24,6 @@ from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import static_step
-from pkv_hf.runtime.forward import transformers_layers
 from pkv_hf.runtime.step import NOT_FUSED
 from tiny import COMMON, assert_on_pages, left_padded, randomized
 
@@ -234,7 +233,7 @@ def test_a_step_is_captured_as_it_runs(name):
 
 
 def run_static(model, cache, starts, memories=None):
-    static = StaticStep(model.get_decoder(), transformers_layers, None, ROUTES["sdpa"], 1, NOT_FUSED)
+    static = StaticStep(model.get_decoder(), None, ROUTES["sdpa"], 1, NOT_FUSED)
     begin = cache.get_seq_length()
     tokens, positions = torch.full((2, 1), 7), torch.from_numpy(begin - starts)[:, None]
     return static.run(cache, tokens, positions, starts, memories)
@@ -287,7 +286,7 @@ def test_a_stop_that_is_read_late_leaves_the_cache_as_transformers_has_it(name):
     cache = PagedCache(pkv_hf.patch(model).config)
     token = model(**inputs, **{CACHE: cache}).logits[:, -1:].argmax(-1)
     head = Logits(weakref.ref(model.lm_head))
-    static = StaticStep(model.get_decoder(), transformers_layers, head, ROUTES["sdpa"], 1, NOT_FUSED)
+    static = StaticStep(model.get_decoder(), head, ROUTES["sdpa"], 1, NOT_FUSED)
     found = [token]
     for step in range(first + 1):
         positions = torch.tensor([[14]]) if step == 0 else None
@@ -345,7 +344,7 @@ def test_static_steps_are_not_for_padding_or_for_states_that_grow(monkeypatch):
         model.model(**chunk, **{CACHE: cache})
         assert len(asked) == (begin == 11)
     monkeypatch.setattr(choice, "uncaptured", lambda *_: "")
-    arguments = (getattr(model, STATE), cache, SimpleNamespace(fuses_rope=True, name="any"), 1, transformers_layers)
+    arguments = (getattr(model, STATE), cache, SimpleNamespace(fuses_rope=True, name="any"), 1)
     assert isinstance(static_step(*arguments), StaticStep)
     with monkeypatch.context() as patched:
         patched.setattr(arguments[0].known, "own_states", True)
@@ -359,7 +358,7 @@ def test_a_graph_is_captured_anew_where_states_have_moved():
     model, captures = pkv_hf.patch(hybrid("convolution")), []
     cache, _ = prompted(model, 9, 14)
     memory = Memory(lambda: captures.append(places(cache)))
-    static = StaticStep(model.get_decoder(), transformers_layers, None, ROUTES["sdpa"], 1, NOT_FUSED)
+    static = StaticStep(model.get_decoder(), None, ROUTES["sdpa"], 1, NOT_FUSED)
 
     def run():
         static.run(cache, torch.full((2, 1), 7), torch.full((2, 1), cache.get_seq_length()), np.array([5, 0]), memory)

@@ -19,7 +19,7 @@ from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime import choice, forward
-from pkv_hf.runtime.forward import transformers_layers
+from pkv_hf.runtime.captured.static import run_decoder
 from pkv_hf.runtime.step import Step
 from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
@@ -129,11 +129,11 @@ def test_a_captured_step_depends_on_no_length_of_the_host(name):
     call = (decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
     if name in ("opt", "llama4"):
         with pytest.raises(RuntimeError, match="length of its cache"), step:
-            transformers_layers(*call)
+            run_decoder(*call)
         assert cache.get_seq_length() == 3
     else:
         with step:
-            hidden = transformers_layers(*call)
+            hidden = run_decoder(*call)
         expected = decoder_of(pkv_hf.unpatch(model))(torch.tensor([[5, 6, 7, 8]])).last_hidden_state
         torch.testing.assert_close(hidden, expected[:, -1:], atol=1e-4, rtol=1e-4)
 

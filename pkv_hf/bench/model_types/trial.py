@@ -23,7 +23,7 @@ from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Bounds
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.runtime.ahead.forward import Forward, updated
-from pkv_hf.runtime.forward import transformers_layers
+from pkv_hf.runtime.captured.static import run_decoder
 from pkv_hf.runtime.step import Step
 
 NEW_TOKENS = 12
@@ -161,7 +161,7 @@ def _not_captured(model: Any) -> str:
     bounds, places = Bounds(np.zeros(1, dtype=np.int64), 3, 1), linear.addresses(cache.linear_layers)
     try:
         with Step(cache, bounds, ROUTES["sdpa"], decoder.config, captured=True) as step:
-            transformers_layers(decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
+            run_decoder(decoder, torch.tensor([[8]]), torch.tensor([[3]]), step, None)
     except (RuntimeError, NotServed) as error:
         return str(error)
     return "" if linear.addresses(cache.linear_layers) == places else "its states move at each step"

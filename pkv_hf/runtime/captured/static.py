@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from pkv_hf import compat
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
@@ -20,16 +21,23 @@ from pkv_hf.runtime.step import Step, launching_on
 UNKNOWN = -1
 """Where the ends on the device stand before a run has ended: while one is queued, or was interrupted."""
 
-Forward = Callable[[Any, torch.Tensor, torch.Tensor, Step, "Logits | None"], torch.Tensor]
-"""decoder, inputs, positions, step, head -> hidden states `[B, q_len, hidden]`, or with `head` its logits.
 
-Inputs are tokens (int64 `[B, q_len]`) or their embeddings (floating `[B, q_len, hidden]`); positions are int64
-`[..., B, q_len]`, with as many planes before the rows as the decoder is given (mRoPE has three or four).
-"""
+def run_decoder(
+    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None
+) -> torch.Tensor:
+    """Hidden states `[B, q_len, hidden]` by a decoder's own forward, whose layers a step may fuse; or `head`'s logits.
+
+    Inputs are tokens (int64 `[B, q_len]`) or their embeddings (floating `[B, q_len, hidden]`); positions are int64
+    `[..., B, q_len]`, with as many planes before the rows as the decoder is given (mRoPE has three or four).
+    """
+    name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
+    call: dict[str, Any] = {name: inputs, "position_ids": positions, "attention_mask": None, "use_cache": True}
+    output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
+    return output.last_hidden_state if head is None else head(output.last_hidden_state, step.fusion.product)
 
 
 class StaticStep:
-    """Decodes `q_len` tokens a row by a forward over static buffers, through a CUDA graph where one is asked for.
+    """Decodes `q_len` tokens a row over static buffers, through a CUDA graph where one is asked for.
 
     A graph holds addresses: it is captured anew when a block table or a pool has moved, or a row outgrows what its
     launches were sized for. Positions and ends advance on the device, at the end of every step; the host writes them
@@ -37,11 +45,8 @@ class StaticStep:
     not hold, and holds no weights: caches outlive models.
     """
 
-    def __init__(
-        self, decoder: Any, forward: Forward, head: Logits | None, route: Route, q_len: int, fusion: Fusion
-    ) -> None:
+    def __init__(self, decoder: Any, head: Logits | None, route: Route, q_len: int, fusion: Fusion) -> None:
         self._decoder = weakref.ref(decoder)
-        self.forward = forward
         self.head = head
         """What makes logits of the hidden states, where the step computes them."""
         self.route = route
@@ -70,7 +75,7 @@ class StaticStep:
         starts: np.ndarray,
         memories: GraphMemories | None,
     ) -> torch.Tensor:
-        """Appends tokens to the cache; returns what `forward` does, in a buffer of the graph.
+        """Appends tokens to the cache; returns what `run_decoder` does, in a buffer of the graph.
 
         `inputs` are the tokens, int64 `[B, q_len]`, or their embeddings, floating `[B, q_len, hidden]`.
         `positions` are `[..., 1 or B, q_len]`; None continues from the step before. `starts` are first real positions.
@@ -161,7 +166,7 @@ class StaticStep:
         fusion = self._fusion()
         assert fusion is not None  # it lives as long as the look that this step was made by
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
-            output = self.forward(decoder, self.inputs, self.positions, step, self.head)
+            output = run_decoder(decoder, self.inputs, self.positions, step, self.head)
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output
