@@ -20,7 +20,7 @@ BLOCK = 1024
 
 
 @triton.jit
-def _normed(x, weight_ptr, bias_ptr, d, mask, width, eps,
+def _normed(x, weight, bias, mask, width, eps,
             CENTERED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr, OFFSET: tl.constexpr):  # fmt: skip
     """RMSNorm of a row x [BLOCK], LayerNorm where CENTERED; rounded once, but an RMSNorm's weight without offset."""
     wide = x.to(tl.float32)
@@ -28,32 +28,40 @@ def _normed(x, weight_ptr, bias_ptr, d, mask, width, eps,
         wide = tl.where(mask, wide - tl.sum(wide, 0) / width, 0.0)
     wide = wide * tl.rsqrt(tl.sum(wide * wide, 0) / width + eps)
     if WEIGHT:
-        weight = tl.load(weight_ptr + d, mask=mask).to(tl.float32)
+        weight = weight.to(tl.float32)
         if OFFSET != 0:
             weight += OFFSET
         elif not CENTERED:
             wide = wide.to(x.dtype).to(tl.float32)
         wide = weight * wide
     if BIAS:
-        wide += tl.load(bias_ptr + d, mask=mask).to(tl.float32)
+        wide += bias.to(tl.float32)
     return wide.to(x.dtype)
+
+
+@triton.jit
+def _weight(ptr, d, mask, WANTED: tl.constexpr):
+    """Of a norm. No kernel writes it, so that it need not be waited for: it comes from memory while others run."""
+    weight = tl.load(ptr + d, mask=mask) if WANTED else 0.0
+    return weight
 
 
 @triton.jit(do_not_specialize=["eps"])
 def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, width, stride_x, eps,
                 RESIDUAL: tl.constexpr, CENTERED: tl.constexpr, WEIGHT: tl.constexpr, BIAS: tl.constexpr,
                 OFFSET: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
-    wait(PDL)
     row = tl.program_id(0).to(tl.int64)
     at = row * width
     d = tl.arange(0, BLOCK)
     mask = d < width
+    release(PDL)
+    weight, bias = _weight(weight_ptr, d, mask, WEIGHT), _weight(bias_ptr, d, mask, BIAS)
+    wait(PDL)
     x = tl.load(x_ptr + row * stride_x + d, mask=mask, other=0.0)
     if RESIDUAL:
         x = (x.to(tl.float32) + tl.load(residual_ptr + at + d, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
         tl.store(sum_ptr + at + d, x, mask=mask)
-    normed = _normed(x, weight_ptr, bias_ptr, d, mask, width, eps, CENTERED, WEIGHT, BIAS, OFFSET)
+    normed = _normed(x, weight, bias, mask, width, eps, CENTERED, WEIGHT, BIAS, OFFSET)
     tl.store(out_ptr + at + d, normed, mask=mask)
 
 
@@ -62,20 +70,22 @@ def add_norms_kernel(y_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_pt
                      AFTER: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_OFFSET: tl.constexpr,
                      BEFORE: tl.constexpr, BEFORE_WEIGHT: tl.constexpr, BEFORE_OFFSET: tl.constexpr,
                      SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
-    wait(PDL)
     at = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
+    release(PDL)
+    after, before = _weight(after_ptr, d, mask, AFTER_WEIGHT), _weight(before_ptr, d, mask, BEFORE_WEIGHT)
+    wait(PDL)
     y = tl.load(y_ptr + at + d, mask=mask, other=0.0)
+    residual = tl.load(residual_ptr + at + d, mask=mask, other=0.0)  # loads do not pass a sum over threads
     if AFTER:
-        y = _normed(y, after_ptr, after_ptr, d, mask, width, after_eps, False, AFTER_WEIGHT, False, AFTER_OFFSET)
+        y = _normed(y, after, after, mask, width, after_eps, False, AFTER_WEIGHT, False, AFTER_OFFSET)
     if SCALED:
         y = (y.to(tl.float32) * scale).to(y.dtype)
-    y = (y.to(tl.float32) + tl.load(residual_ptr + at + d, mask=mask, other=0.0).to(tl.float32)).to(y.dtype)
+    y = (y.to(tl.float32) + residual.to(tl.float32)).to(y.dtype)
     tl.store(sum_ptr + at + d, y, mask=mask)
     if BEFORE:
-        y = _normed(y, before_ptr, before_ptr, d, mask, width, before_eps, False, BEFORE_WEIGHT, False, BEFORE_OFFSET)
+        y = _normed(y, before, before, mask, width, before_eps, False, BEFORE_WEIGHT, False, BEFORE_OFFSET)
         tl.store(out_ptr + at + d, y, mask=mask)
 
 
