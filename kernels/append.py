@@ -148,22 +148,13 @@ def _mean_square(x_ptr, heads, stride_h, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, head, heads, stride_h, eps,
+def _rotate(x_ptr, weight, weight2, cos_ptr, sin_ptr, d, first, second, mask, head, heads, stride_h, eps,
             NORM: tl.constexpr, OFFSET: tl.constexpr, HALF: tl.constexpr, ROTARY: tl.constexpr,
             INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """The elements at `first` and `second` of a head, normed and turned as `kernels.reference` does."""
     low = tl.load(x_ptr + first, mask=mask, other=0.0)
     high = tl.load(x_ptr + second, mask=mask, other=0.0)
-    if NORM:
-        a, b = low.to(tl.float32), high.to(tl.float32)
-        if WHOLE > 0:
-            scale = tl.rsqrt(_mean_square(x_ptr - head * stride_h, heads, stride_h, 2 * HALF, WHOLE) + eps)
-            norm_ptr += head * 2 * HALF
-        else:
-            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
-        low = _scaled(low, scale, tl.load(norm_ptr + first, mask=mask), OFFSET)
-        high = _scaled(high, scale, tl.load(norm_ptr + second, mask=mask), OFFSET)
-    if ROTARY > 0:
+    if ROTARY > 0:  # loaded before a norm's sum over threads, which loads do not pass
         if PAIRED:
             at, at2 = 2 * d, 2 * d + 1
         elif INTERLEAVED:
@@ -171,8 +162,19 @@ def _rotate(x_ptr, norm_ptr, cos_ptr, sin_ptr, d, first, second, mask, head, hea
         else:
             at, at2 = d, ROTARY // 2 + d
         turned = mask if ROTARY == 2 * HALF else mask & (d < ROTARY // 2)
-        a = _product(low, tl.load(cos_ptr + at, mask=turned)) - _product(high, tl.load(sin_ptr + at, mask=turned))
-        b = _product(high, tl.load(cos_ptr + at2, mask=turned)) + _product(low, tl.load(sin_ptr + at2, mask=turned))
+        cos, cos2 = tl.load(cos_ptr + at, mask=turned), tl.load(cos_ptr + at2, mask=turned)
+        sin, sin2 = tl.load(sin_ptr + at, mask=turned), tl.load(sin_ptr + at2, mask=turned)
+    if NORM:
+        if WHOLE > 0:
+            scale = tl.rsqrt(_mean_square(x_ptr - head * stride_h, heads, stride_h, 2 * HALF, WHOLE) + eps)
+        else:
+            a, b = low.to(tl.float32), high.to(tl.float32)
+            scale = tl.rsqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / (2 * HALF) + eps)
+        low = _scaled(low, scale, weight, OFFSET)
+        high = _scaled(high, scale, weight2, OFFSET)
+    if ROTARY > 0:
+        a = _product(low, cos) - _product(high, sin)
+        b = _product(high, cos2) + _product(low, sin2)
         a, b = a.to(low.dtype), b.to(low.dtype)
         low = a if ROTARY == 2 * HALF else tl.where(turned, a, low)
         high = b if ROTARY == 2 * HALF else tl.where(turned, b, high)
@@ -193,8 +195,6 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
 
     WHOLE: norms are of all heads together, whose squares every program sums so many at a time; 0 for norms of a head.
     """
-    release(PDL)
-    wait(PDL)
     t = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -202,29 +202,42 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     d = tl.arange(0, BLOCK_HALF)
     inside = d < HALF
     first, second = _pairs(d, HALF, ROTARY, INTERLEAVED)
+    kv_head = head - num_heads
+    release(PDL)
+    weight, weight2 = 0.0, 0.0
+    if NORM:  # no kernel writes weights, so that they need not be waited for
+        norm_ptr = q_norm_ptr
+        of_head = head
+        if head >= num_heads:
+            norm_ptr = k_norm_ptr
+            of_head = kv_head
+        if WHOLE > 0:
+            norm_ptr += of_head * D
+        weight = tl.load(norm_ptr + first, mask=inside)
+        weight2 = tl.load(norm_ptr + second, mask=inside)
+    wait(PDL)
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
         q = q_ptr + row * stride_qb + head * stride_qh + t * stride_qt
-        a, b = _rotate(q, q_norm_ptr, cos, sin, d, first, second, inside, head, num_heads, stride_qh, eps,
+        a, b = _rotate(q, weight, weight2, cos, sin, d, first, second, inside, head, num_heads, stride_qh, eps,
                        NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
         out = q_out_ptr + ((row * num_heads + head) * q_len + t) * D
         tl.store(out + first, a, mask=inside)
         tl.store(out + second, b, mask=inside)
     else:
-        kv_head = head - num_heads
+        v = v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt
+        v_low, v_high = tl.load(v + d, mask=inside, other=0.0), tl.load(v + HALF + d, mask=inside, other=0.0)
         page, slot, write = _slot(table_ptr, ends_ptr, first_ptr, row, t, q_len, stride_tb, PAGE)
-        mask = inside & write
         k = k_ptr + row * stride_kb + kv_head * stride_kh + t * stride_kt
-        a, b = _rotate(k, k_norm_ptr, cos, sin, d, first, second, mask, kv_head, num_kv_heads, stride_kh, eps,
+        a, b = _rotate(k, weight, weight2, cos, sin, d, first, second, inside, kv_head, num_kv_heads, stride_kh, eps,
                        NORM, OFFSET, HALF, ROTARY, INTERLEAVED, PAIRED, WHOLE)  # fmt: skip
+        mask = inside & write
         scale_at = page * stride_sp + kv_head * stride_sh + slot
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D
         _store_pairs(at, k_scale_ptr + scale_at, first, second, a, b, mask, write, LARGEST)
-        v = v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt
-        a, b = tl.load(v + d, mask=mask, other=0.0), tl.load(v + HALF + d, mask=mask, other=0.0)
         at = v_pages_ptr + page * stride_vpp + kv_head * stride_vph + slot * D
-        _store_pairs(at, v_scale_ptr + scale_at, d, HALF + d, a, b, mask, write, LARGEST)
+        _store_pairs(at, v_scale_ptr + scale_at, d, HALF + d, v_low, v_high, mask, write, LARGEST)
 
 
 _append, _rope_append = Launcher(append_kernel, fp_fusion=False), Launcher(rope_append_kernel, fp_fusion=False)
