@@ -114,7 +114,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first,
         x = tl.load(x_ptr + at + k, mask=inside, other=0.0)
         if SUM:
             x = _summed(x, y_ptr, after_ptr, at + k, inside, inverse_rms, sum_scale, AFTER, AFTER_OFFSET, SUM_SCALED)
-            tl.store(total_ptr + at + k, x, mask=inside & (tl.program_id(0) == 0))
+        total = x
         x = x.to(tl.float32)
         if NORM:
             squares += x * x
@@ -125,6 +125,8 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first,
         products += w.to(tl.float32) * x[None, :]
         if GATED:
             products2 += _read_once(w2_ptr + w_at + at, mask).to(tl.float32) * x[None, :]
+        if SUM:  # last: loads do not pass it
+            tl.store(total_ptr + at + k, total, mask=inside & (tl.program_id(0) == 0))
     y = tl.sum(products, 1)[None, :]
     y2 = tl.sum(products2, 1)[None, :] if GATED else y
     if NORM:
