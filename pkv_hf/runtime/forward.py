@@ -18,6 +18,7 @@ from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments, tokens_of
+from pkv_hf.runtime.ahead.greedy import Greedy
 from pkv_hf.runtime.ahead.logits import Logits, stub
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
@@ -126,10 +127,12 @@ def _packs(state: PatchState, decoder: Any) -> bool:
     return not look.mixes
 
 
-def static_of(state: PatchState, admitted: Admitted, route: Route, head: Logits | None = None) -> StaticStep | str:
+def static_of(
+    state: PatchState, admitted: Admitted, route: Route, head: Logits | None = None, greedy: Greedy | None = None
+) -> StaticStep | str:
     """The step on static buffers that serves a decode step, or why transformers' layers have to run as they are.
 
-    With `head` it computes logits.
+    With `head` it computes logits, with `greedy` it has a selection that takes the next tokens by them.
     """
     if admitted.asks_more:
         return admitted.asks_more
@@ -137,7 +140,7 @@ def static_of(state: PatchState, admitted: Admitted, route: Route, head: Logits 
         return "linear attention takes padding out by a mask, which a static step has not"
     if state.known.output_type is None:
         return "its decoder returns more than hidden states"
-    return static_step(state, admitted.cache, route, admitted.q_len, head)
+    return static_step(state, admitted.cache, route, admitted.q_len, head, greedy)
 
 
 def _packed_prompt(
@@ -182,18 +185,20 @@ def run_static(
     state: PatchState,
     step: StaticStep,
     cache: PagedCache,
-    inputs: torch.Tensor,
+    inputs: torch.Tensor | None,
     positions: torch.Tensor | None,
     starts: np.ndarray,
 ) -> torch.Tensor:
     """Runs a static step on tokens `[B, q_len]` or their embeddings, by its graph from the second run of its shape on.
+
+    None are the tokens that it took in its last run.
 
     `positions` are `[..., 1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (
         step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size,
-        inputs.is_floating_point(),
+        inputs is not None and inputs.is_floating_point(), step.selection is None,
     )  # fmt: skip
     why = uncaptured(state, step.device)
     if not why and shape not in state.compiled:

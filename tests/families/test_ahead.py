@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 import transformers
+from ahead import run_ahead_on_the_cpu
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 import pkv_hf
@@ -14,9 +15,6 @@ from families.models import WRAPPERS, family_model
 from families.modes import BOTH, media
 from pkv_hf.compat import CACHE, decoder_of
 from pkv_hf.replaced import STATE
-from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime import choice, forward
-from pkv_hf.runtime.ahead import forward as ahead
 from pkv_hf.runtime.ahead.logits import find
 from tiny import COMMON, left_padded, randomized, tiny
 
@@ -27,14 +25,8 @@ NEW_TOKENS = 6
 
 @pytest.fixture
 def ahead_of(monkeypatch):
-    """Has the CPU run the steps that a GPU captures, as they are, by torch's route; notes how many ran ahead."""
-    steps, run_static = [], forward.run_static
-    for module in (choice, forward):
-        monkeypatch.setattr(module, "uncaptured", lambda *_: "it is not, in this test")
-    monkeypatch.setattr(choice, "uncaptured", lambda *_: "")
-    monkeypatch.setattr(ahead, "run_static", lambda *args: steps.append(args[3].shape) or run_static(*args))
-    monkeypatch.setattr(type(ROUTES["sdpa"]), "fuses_rope", True)
-    return steps
+    """The steps that ran ahead."""
+    return run_ahead_on_the_cpu(monkeypatch)
 
 
 def generate(model, inputs, **settings):

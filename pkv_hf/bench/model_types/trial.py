@@ -6,6 +6,7 @@ A trial says which stage it is in before it begins it, so that whoever ends it k
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -146,7 +147,9 @@ def _not_run_ahead(model: Any) -> str:
         outputs = model._prefill(ids, generation_config, kwargs)
         forward = Forward(model, getattr(model, STATE), updated(model, outputs, kwargs))
         last = outputs.logits[:, -1].argmax(-1)
-        forward(torch.cat([ids, last[:, None]], dim=1), last)
+        newest = torch.stack([last, torch.ones_like(last)])
+        sequences: Any = SimpleNamespace(ids=torch.cat([ids, last[:, None]], dim=1), newest=newest)
+        forward(sequences)
         return ids
 
     model.generate(**prompts(14), custom_generate=loop, max_new_tokens=2)

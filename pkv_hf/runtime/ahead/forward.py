@@ -8,7 +8,7 @@ hidden states, is tried once for each look at the modules (`_checked`), before i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,7 @@ from pkv_hf.policy.choose import CHOOSE_EVERY
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments
+from pkv_hf.runtime.ahead.greedy import Greedy
 from pkv_hf.runtime.ahead.logits import Logits, answered, find, hidden_size
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.choice import choose_route
@@ -39,11 +40,32 @@ def updated(model: Any, outputs: Any, model_kwargs: dict[str, Any]) -> dict[str,
     return kwargs
 
 
+class Sequences(Protocol):
+    """The rows' tokens, as `loop` has them."""
+
+    newest: torch.Tensor
+    """Every row's newest token, and 1 for every row that goes on: int64 `[2, rows]`."""
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 `[rows, tokens]`, the prompt included."""
+        ...
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row, the prompt included."""
+        ...
+
+
 class Forward:
     """The forward of the steps after the prompt, which the cache holds: logits of every row's newest token."""
 
-    def __init__(self, model: Any, state: PatchState, model_kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Any, state: PatchState, model_kwargs: dict[str, Any], greedy: Greedy | None = None
+    ) -> None:
         self.model, self.state, self.model_kwargs = model, state, model_kwargs
+        self.greedy = greedy
+        """What steps on static buffers select by themselves, where the call's selection is such."""
         self.cache: Any = model_kwargs.get(compat.CACHE)
         """What the last forward left: models whose RoPE changes with the length begin anew there."""
         self.static: StaticStep | None = None
@@ -54,28 +76,30 @@ class Forward:
         self._look: Look  # what steps are made by lives as long as it, and anybody may look at the model anew
         self._head: Logits | None = None
 
-    def __call__(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
-        """Logits `[rows, 1, vocabulary]` of `next_tokens`, int64 `[rows]`, the last of `input_ids` `[rows, tokens]`."""
+    def __call__(self, sequences: Sequences) -> torch.Tensor:
+        """Logits `[rows, 1, vocabulary]` of every row's newest token; or what follows it, as `Selection` gives it."""
         begins = not self._decided
         if begins:
-            self._decide(input_ids, next_tokens)
+            self._decide(sequences)
         elif self.static is not None and self.cache.get_seq_length() % CHOOSE_EVERY == 0:
-            self._choose_again()
+            self._choose_again(sequences)
         if self.static is None:
-            return self._by_model(input_ids)
+            return self._by_model(sequences.ids)
         positions, self._positions = self._positions, None
+        selection = self.static.selection
+        if selection is not None:
+            selection.go_on(sequences.length)
+        inputs = None if selection is not None and positions is None else sequences.newest[0][:, None]
         try:
-            logits = run_static(
-                self.state, self.static, self.cache, next_tokens[:, None], positions, self._admitted.starts
-            )
+            output = run_static(self.state, self.static, self.cache, inputs, positions, self._admitted.starts)
         except NotServed as error:
             if not begins:
                 raise
             self.static = None  # and the cache is as it was
             self.state.say(str(error))
-            return self._by_model(input_ids)
+            return self._by_model(sequences.ids)
         self.state.counts.add("pages")
-        return logits
+        return output
 
     def _by_model(self, input_ids: torch.Tensor) -> torch.Tensor:
         """A step as transformers' loop takes it."""
@@ -86,7 +110,7 @@ class Forward:
         logits: torch.Tensor = outputs.logits
         return logits
 
-    def _decide(self, input_ids: torch.Tensor, next_tokens: torch.Tensor) -> None:
+    def _decide(self, sequences: Sequences) -> None:
         """Takes a static step for the steps to come, where one is known to do what the model does."""
         known = self.state.known
         if True not in known.served or known.output_type is None or not isinstance(self.cache, PagedCache):
@@ -96,14 +120,14 @@ class Forward:
         look = known.look()
         if look.not_static or known.may_keep_states:
             return
-        asking = _Asking(self.model, self.state, self.cache, self.model_kwargs, input_ids)
+        asking = _Asking(self.model, self.state, self.cache, self.model_kwargs, sequences.ids)
         call = asking.call
         if call is None:
             look.not_ahead = f"the forward of {type(self.model).__name__} does not call its decoder just once"
             return
         extras = extra_arguments(call)
         plain = {name: value for name, value in call.items() if name not in extras}
-        plain.update(input_ids=next_tokens[:, None], inputs_embeds=None)
+        plain.update(input_ids=sequences.newest[0][:, None], inputs_embeds=None)
         try:
             self._admitted = admit(known.decoder, self.state, plain)
         except NotServed:
@@ -116,23 +140,28 @@ class Forward:
             return
         admitted = self._admitted
         route = choose_route(self.state, self.cache, admitted.starts, 1, admitted.device, admitted.dtype)
-        self.static = self._static(route)
+        self.static = self._static(route, sequences)
         self._positions = call.get("position_ids")
         if self._positions is None:
             self._positions = torch.tensor([[admitted.begin]], device=admitted.device)
 
-    def _static(self, route: Route) -> StaticStep | None:
-        step = static_of(self.state, self._admitted, route, self._head)
+    def _static(self, route: Route, sequences: Sequences) -> StaticStep | None:
+        step = static_of(self.state, self._admitted, route, self._head, self.greedy)
         self._look = self.state.known.look()
-        return step if isinstance(step, StaticStep) else None
+        if not isinstance(step, StaticStep):
+            return None
+        if step.selection is not None:
+            assert self.greedy is not None
+            step.selection.begin(self.greedy, sequences.newest[1])
+        return step
 
-    def _choose_again(self) -> None:
+    def _choose_again(self, sequences: Sequences) -> None:
         """Takes another route's step where rows have grown into another route's lengths."""
         assert self.static is not None
         starts = self._admitted.starts
         route = choose_route(self.state, self.cache, starts, 1, self.static.device, self.static.dtype)
         if route.name != self.static.route.name:
-            other = self._static(route)
+            other = self._static(route, sequences)
             if other is not None:
                 assert self.static.positions is not None
                 self._positions = self.static.positions.clone()

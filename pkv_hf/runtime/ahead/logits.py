@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Logits:
     """The output embeddings. Steps keep this, and caches keep steps for longer than models live."""
     scale: float = 1.0
     cap: float | None = None
+    vocabulary: int = 0
+    """How many logits a token has."""
 
     @property
     def module(self) -> nn.Module:
@@ -115,7 +117,7 @@ def find(
         known = [each for each in known if _same(each.of_products(products), theirs)]
     if not known:
         return None, f"logits of {type(model).__name__} are not its output embeddings', scaled and capped by a setting"
-    return known[0], ""
+    return replace(known[0], vocabulary=theirs.shape[-1]), ""
 
 
 def hidden_size(model: Any, decoder: Any) -> int:

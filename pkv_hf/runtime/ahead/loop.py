@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import STATE, original
 from pkv_hf.runtime.ahead.forward import Forward, updated
+from pkv_hf.runtime.ahead.greedy import greedy_of
 from pkv_hf.runtime.choice import decide
 from pkv_hf.runtime.state import PatchState
 
@@ -101,27 +101,33 @@ def run_ahead(
     model_kwargs = updated(model, outputs, model_kwargs)
     logits = outputs.logits
     del outputs
-    forward = Forward(model, state, model_kwargs)
-    sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config)
+    forward = Forward(model, state, model_kwargs, greedy_of(logits_processor, stopping_criteria, generation_config))
+    reader = _Reader(streamer)
+    sequences = _Sequences(input_ids, logits_processor, stopping_criteria, generation_config, reader)
     with model._optimize_model_for_decode():
-        _decode(logits, forward, sequences, _Reader(input_ids.device, streamer))
+        _decode(logits, forward, sequences, reader)
     if streamer is not None:
         streamer.end()
     return sequences.result(forward.cache)
 
 
-def _decode(logits: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
+def _decode(output: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
     """Extends sequences until all have ended, from the logits of their prompts' last tokens on."""
     reads_first = True  # the first token is not to wait for the launches of a step
+    selected = False
     while True:
-        sequences.extend(logits)
-        del logits
-        reader.copy(sequences.unfinished, sequences.last)
+        if selected:
+            sequences.take(output)
+        else:
+            sequences.extend(output)
+        del output
+        reader.copy(sequences.newest)
         # what is not static runs the caller's code
         ahead = not reads_first and forward.static is not None
         if (sequences.full or not ahead) and (reader.stops() or sequences.full):
             break
-        logits = forward(sequences.ids, sequences.last)
+        output = forward(sequences)
+        selected = forward.static is not None and forward.static.selection is not None
         if ahead:
             stop = True
             try:
@@ -137,13 +143,12 @@ def _decode(logits: torch.Tensor, forward: Forward, sequences: _Sequences, reade
 class _Sequences:
     """The rows' tokens, and all that is kept of every step beside them. Nothing here waits for the device."""
 
-    def __init__(self, ids: torch.Tensor, processors: Any, criteria: Any, config: Any) -> None:
-        self.ids = ids
-        """int64 `[rows, tokens]`, the prompt included."""
-        self.last = ids.new_empty(len(ids))
-        """Every row's newest token, int64 `[rows]`."""
-        self.unfinished = torch.ones(len(ids), dtype=torch.long, device=ids.device)
-        """1 for every row that goes on, int64 `[rows]`."""
+    def __init__(self, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, reader: _Reader) -> None:
+        self._ids = ids
+        self._taken = 0  # tokens of a row that only the reader has
+        self.newest = torch.ones((2, len(ids)), dtype=torch.long, device=ids.device)
+        """Every row's newest token, and 1 for every row that goes on: int64 `[2, rows]`."""
+        self._reader = reader
         self._processors, self._criteria, self._config = processors, criteria, config
         self._ends_rows = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
         returns = config.return_dict_in_generate
@@ -151,9 +156,27 @@ class _Sequences:
         self._logits: tuple[torch.Tensor, ...] | None = () if returns and config.output_logits else None
 
     @property
+    def length(self) -> int:
+        """Tokens of a row, the prompt included."""
+        return self._ids.shape[1] + self._taken
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """int64 `[rows, tokens]`, the prompt included."""
+        if self._taken:
+            self._ids = torch.cat([self._ids, self._reader.read(self._taken).to(self._ids.device)], dim=-1)
+            self._taken = 0
+        return self._ids
+
+    @property
     def full(self) -> bool:
         longest = self._criteria.max_length
-        return longest is not None and self.ids.shape[1] >= longest
+        return longest is not None and self.length >= longest
+
+    def take(self, newest: torch.Tensor) -> None:
+        """Goes on by every row's next token, as `Selection` gives them; the reader has to copy them."""
+        self.newest = newest
+        self._taken += 1
 
     def extend(self, logits: torch.Tensor) -> None:
         """Takes every row's next token by the logits `[rows, any, vocabulary]` of its last."""
@@ -163,11 +186,11 @@ class _Sequences:
             self._scores += (scores,)
         if self._logits is not None:
             self._logits += (raw,)
-        tokens = self._chosen(scores)
+        tokens, unfinished = self._chosen(scores), self.newest[1]
         if self._ends_rows:
-            tokens = tokens * self.unfinished + self._config._pad_token_tensor * (1 - self.unfinished)
-        self.last, self.ids = tokens, torch.cat([self.ids, tokens[:, None]], dim=-1)
-        self.unfinished = self.unfinished & ~self._criteria(self.ids, self._scores)
+            tokens = tokens * unfinished + self._config._pad_token_tensor * (1 - unfinished)
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=-1)
+        self.newest = torch.stack([tokens, unfinished & ~self._criteria(self._ids, self._scores)])
 
     def _chosen(self, scores: torch.Tensor) -> torch.Tensor:
         if not self._config.do_sample:
@@ -191,34 +214,42 @@ def _accelerated(model: Any, state: PatchState, cache: PagedCache) -> bool:
 
 
 class _Reader:
-    """Reads a step's stop decision and tokens: they are copied at once, and waited for when they are asked for."""
+    """Reads a step's tokens and stop decision: they are copied at once, and waited for when they are asked for."""
 
-    def __init__(self, device: torch.device, streamer: Any) -> None:
+    AT_ONCE = 64
+    """Steps that a piece of pinned memory holds."""
+
+    def __init__(self, streamer: Any) -> None:
         self.streamer = streamer
-        self._on_gpu = device.type == "cuda"
-        self._wait: Callable[[], tuple[bool, torch.Tensor]]
+        self._pieces: list[torch.Tensor] = []
+        self._copied: torch.cuda.Event | None = None
+        self._steps = 0
 
-    def copy(self, unfinished: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Begins to copy which rows go on and their tokens, int64 `[rows]` both, from the device."""
-        flag = unfinished.max() == 0
-        if not self._on_gpu:
-            self._wait = lambda: (bool(flag), tokens.cpu())
-            return
-        # torch's allocator of pinned memory reuses a buffer only after the copies that used it
-        host_flag = torch.empty_like(flag, device="cpu", pin_memory=True).copy_(flag, non_blocking=True)
-        host_tokens = torch.empty_like(tokens, device="cpu", pin_memory=True).copy_(tokens, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(flag.device))
-
-        def wait() -> tuple[bool, torch.Tensor]:
-            copied.synchronize()
-            return bool(host_flag), host_tokens
-
-        self._wait = wait
+    def copy(self, newest: torch.Tensor) -> None:
+        """Begins to copy every row's newest token, and 1 for every row that goes on, int64 `[2, rows]`."""
+        at = self._steps % self.AT_ONCE
+        if not at:
+            shape, pinned = (self.AT_ONCE, *newest.shape), newest.is_cuda
+            self._pieces.append(torch.empty(shape, dtype=torch.long, device="cpu", pin_memory=pinned))
+        self._pieces[-1][at].copy_(newest, non_blocking=True)
+        self._steps += 1
+        if newest.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record(torch.cuda.current_stream(newest.device))
 
     def stops(self) -> bool:
         """Whether all rows are done; hands their tokens to the streamer."""
-        stop, tokens = self._wait()
+        self._wait()
+        tokens, goes_on = self._pieces[-1][(self._steps - 1) % self.AT_ONCE]
         if self.streamer is not None:
             self.streamer.put(tokens)
-        return stop
+        return not goes_on.any()
+
+    def read(self, steps: int) -> torch.Tensor:
+        """The tokens of the last steps, int64 `[rows, steps]`."""
+        self._wait()
+        return torch.cat(self._pieces)[: self._steps][-steps:, 0].T
+
+    def _wait(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()

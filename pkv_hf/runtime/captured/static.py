@@ -13,6 +13,7 @@ from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
+from pkv_hf.runtime.ahead.greedy import Selection
 from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
 from pkv_hf.runtime.fusion import Fusion
@@ -49,6 +50,8 @@ class StaticStep:
         self._decoder = weakref.ref(decoder)
         self.head = head
         """What makes logits of the hidden states, where the step computes them."""
+        self.selection: Selection | None = None
+        """What takes the next tokens by the logits, where the step does: it goes on with them."""
         self.route = route
         self.q_len = q_len
         self._fusion = weakref.ref(fusion)
@@ -70,14 +73,15 @@ class StaticStep:
     def run(
         self,
         cache: PagedCache,
-        inputs: torch.Tensor,
+        inputs: torch.Tensor | None,
         positions: torch.Tensor | None,
         starts: np.ndarray,
         memories: GraphMemories | None,
     ) -> torch.Tensor:
-        """Appends tokens to the cache; returns what `run_decoder` does, in a buffer of the graph.
+        """Appends tokens to the cache; returns what `run_decoder` does, or `selection`, in a buffer of the graph.
 
-        `inputs` are the tokens, int64 `[B, q_len]`, or their embeddings, floating `[B, q_len, hidden]`.
+        `inputs` are the tokens, int64 `[B, q_len]`, or their embeddings, floating `[B, q_len, hidden]`; None for those
+        that the last run took.
         `positions` are `[..., 1 or B, q_len]`; None continues from the step before. `starts` are first real positions.
         `memories` are what to capture into, None to run without a graph.
 
@@ -107,7 +111,7 @@ class StaticStep:
         return output
 
     def _fill_buffers(
-        self, inputs: torch.Tensor, positions: torch.Tensor | None, starts: np.ndarray, end: int, stood_at: int
+        self, inputs: torch.Tensor | None, positions: torch.Tensor | None, starts: np.ndarray, end: int, stood_at: int
     ) -> None:
         """Writes what the step reads, where the device does not hold it already: its ends stand at `stood_at`."""
         if self._starts is None:
@@ -125,8 +129,9 @@ class StaticStep:
             shape = (*positions.shape[:-2], len(starts), self.q_len)
             self.positions = self._buffer(self.positions, shape, torch.int64)
             self.positions.copy_(positions)
-        self.inputs = self._buffer(self.inputs, tuple(inputs.shape), inputs.dtype)
-        self.inputs.copy_(inputs)
+        if inputs is not None:
+            self.inputs = self._buffer(self.inputs, tuple(inputs.shape), inputs.dtype)
+            self.inputs.copy_(inputs)
 
     def _buffer(self, held: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A buffer of a shape and dtype: the one that is held, or a fresh one where that is of another."""
@@ -167,6 +172,9 @@ class StaticStep:
         assert fusion is not None  # it lives as long as the look that this step was made by
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
             output = run_decoder(decoder, self.inputs, self.positions, step, self.head)
+        if self.selection is not None:
+            output = self.selection(output)
+            self.inputs.copy_(output[0][:, None])
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output
