@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, elementwise, linear, products
+from pkv_hf.kernels import append, blocks, elementwise, epilogue, linear
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
@@ -51,7 +51,7 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
     assert launcher.fp_fusion or "fma.rn.f32" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
-    if target.arch == 90 and constants.get("BLOCK_M") == 16:
+    if target.arch == 90 and (constants.get("BLOCK_M") == 16 or "TAIL" in constants):
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
             ptx.write(kernel.asm["ptx"])
             ptx.flush()
@@ -113,19 +113,28 @@ if target == 89:  # float32 that was of 8 bits, where there is least to spare
 half = next(case[4] for case in cases if case[4] != "fp32")
 
 def linears(rows, inputs, outputs, at_once, **form):
-    block = products.choose_block(rows, inputs, outputs, at_once, shared)
-    return dict(ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs, BLOCK_K=block.inputs,
-                STAGES=block.num_stages, AHEAD=block.ahead, EVEN=True, NORM=rows == 1,
-                **dict(SUM=False, AFTER=0, AFTER_OFFSET=0.0, SUM_SCALED=False) | form)
+    block = blocks.choose_block(rows, inputs, outputs, at_once, 132, shared)
+    block_m, tail = blocks.padded(rows)
+    return dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
+                AHEAD=block.ahead, EVEN=True, NORM=rows == 1,
+                **dict(SUM=False, AFTER=0, AFTER_OFFSET=0.0, SUM_SCALED=False, PARTS=False) | form)
 
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
-for rows in (1, 16):
+for rows in (1, 16, 80):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
         form = linears(rows, inputs, 6144 if weights == 3 else 4096, 1, WEIGHTS=weights, BIAS=True, RESIDUAL=residual)
         used[f"linear {rows} {weights}"] = compiled(gpu, linear._linear, half, {**form, **plain}, 4)
     for outputs in (1536, 14336):
         form = linears(rows, 4096, outputs, 2, **silu)
         used[f"gated {rows} {outputs}"] = compiled(gpu, linear._gated, half, form, 4)
+parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
+form = linears(80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
+used["linear in parts"] = compiled(gpu, linear._linear, half, form, 4, out_ptr="*fp32")
+used["gated in parts"] = compiled(gpu, linear._gated, half, linears(80, 4096, 4096, 2, **parts), 4, out_ptr="*fp32")
+for weights, gates, activation in ((3, False, None), (2, True, "silu")):
+    form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=not gates, SCALED=not gates, ACTIVATION=activation, GATED=gates,
+                PARTS=blocks.MOST_PARTS, BLOCK=epilogue.BLOCK)
+    used[f"add_parts {gates}"] = compiled(gpu, epilogue._add_parts, half, form, 4, parts_ptr="*fp32")
 llama = dict(RESIDUAL=True, CENTERED=False, WEIGHT=True, BIAS=False, OFFSET=0.0, BLOCK=8192)
 act_mul = dict(ACTIVATION="silu", GATED=True, BLOCK=1024)
 for dtype in (half, "fp32"):
@@ -195,6 +204,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + 17 + (4 if target < 89 else 8) + 16 * (target in (75, 90))
+    assert len(used) >= 7 * must + 25 + (4 if target < 89 else 8) + 16 * (target in (75, 90))
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
