@@ -10,7 +10,7 @@ which scales the sum instead of every input.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -19,27 +19,12 @@ import triton.language as tl
 from pkv_hf.kernels.activations import check_activation
 from pkv_hf.kernels.blocks import MAX_ROWS, Block, choose_block, padded
 from pkv_hf.kernels.epilogue import add_parts, finish, finish_gated
-from pkv_hf.kernels.launch import Remembered, described, device_limits, next_power_of_2
+from pkv_hf.kernels.launch import Remembered, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
 from pkv_hf.kernels.products import products
-from pkv_hf.kernels.reference import Norm
 
 DTYPES = (torch.float16, torch.bfloat16)
-
-SQUARED_AT_ONCE = 4096
-"""Elements of a row whose squares are summed at a time: 32 registers of a thread."""
-
-
-class Sum(NamedTuple):
-    """total = x + scale * after(y), taken of one row by the product that follows it; rounded as `add_norms` rounds."""
-
-    y: torch.Tensor
-    """`[1, inputs]`, contiguous, as total, which is written."""
-    after: Norm | None
-    """An RMSNorm with a weight."""
-    scale: float
-    total: torch.Tensor
 
 
 def outruns_cublas(x: torch.Tensor, outputs: int) -> bool:
@@ -51,17 +36,15 @@ def outruns_cublas(x: torch.Tensor, outputs: int) -> bool:
     return len(x) == 1 or (len(x) <= 16 and outputs >= 16 * device_limits(x.device)[0])
 
 
-RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "part_blocks", "eps", "scale", "after_eps", "sum_scale"]
+RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "part_blocks", "eps", "scale"]
 """Arguments that Triton must not specialise on: rows change without a new compilation."""
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr, y_ptr,
-                  after_ptr, total_ptr, out_ptr,
-                  rows, outputs_a, outputs_b, outputs_c, inputs, part_blocks, scale, eps, after_eps, sum_scale,
+def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr, out_ptr,
+                  rows, outputs_a, outputs_b, outputs_c, inputs, part_blocks, scale, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
-                  ACTIVATION: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr,
-                  AFTER: tl.constexpr, AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr, EVEN: tl.constexpr,
+                  ACTIVATION: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr,
                   PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One weight, or three side by side, each in blocks of its own: out [rows, outputs_a + outputs_b + outputs_c].
@@ -90,9 +73,8 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             outputs = outputs_b
             column = outputs_a
             block -= blocks_a
-    y, _, tail, _ = products(x_ptr, w_ptr, w_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, rows, block * BLOCK_N, outputs,
-                             inputs, part_blocks, eps, after_eps, sum_scale, NORM, OFFSET, SUM, AFTER, AFTER_OFFSET,
-                             SUM_SCALED, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD,
+    y, _, tail, _ = products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps,
+                             NORM, OFFSET, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD,
                              PDL)  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if PARTS:
@@ -116,20 +98,18 @@ def _elements(first, COUNT: tl.constexpr, rows, n, outputs, column, width):
     return m.to(tl.int64)[:, None] * width + (column + n)[None, :], (m < rows)[:, None] & (n < outputs)[None, :]
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps", "after_eps", "sum_scale"])
-def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, out_ptr,
-                 rows, outputs, inputs, part_blocks, eps, after_eps, sum_scale,
+@triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps"])
+def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, out_ptr,
+                 rows, outputs, inputs, part_blocks, eps,
                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-                 SUM: tl.constexpr, AFTER: tl.constexpr, AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr,
                  EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
                  PDL: tl.constexpr):  # fmt: skip
     """act(x G^T + bias) * (x U^T + bias); with PARTS as `linear_kernel`, out `[parts, 2, rows, outputs]`."""
     first = tl.program_id(0) * BLOCK_N
     gate, up, gate_tail, up_tail = products(
-        x_ptr, gate_ptr, up_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, rows, first, outputs, inputs, part_blocks, eps,
-        after_eps, sum_scale, NORM, OFFSET, SUM, AFTER, AFTER_OFFSET, SUM_SCALED, True, EVEN, PARTS, BLOCK_M, TAIL,
-        BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM, OFFSET, True, EVEN,
+        PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
     if PARTS:
         out_ptr += 2 * tl.program_id(1).to(tl.int64) * rows * outputs
@@ -161,17 +141,12 @@ _linear, _gated = Launcher(linear_kernel, fp_fusion=True), Launcher(gated_kernel
 _checked: Remembered[None] = Remembered()
 
 
-def _check(
-    x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor | None], summed: Sum | None
-) -> None:
-    if summed is not None:
-        after = None if summed.after is None else summed.after[0]
-        vectors |= {"summed.y": summed.y, "summed.total": summed.total, "summed.after": after}
+def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str, torch.Tensor | None]) -> None:
     key = described(x, *weights.values(), *vectors.values())
     if key in _checked:
         return
-    if (vectors["norm"] is not None or summed is not None) and len(x) > 1:
-        raise ValueError(f"norm or sum with {len(x)} rows: take them first, only one row's go with the product")
+    if vectors["norm"] is not None and len(x) > 1:
+        raise ValueError(f"norm with {len(x)} rows: take it first, only one row's goes with the product")
     if x.dtype not in DTYPES or x.ndim != 2 or not 1 <= len(x) <= MAX_ROWS or not x.is_contiguous():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: want contiguous [1 to {MAX_ROWS}, inputs] in fp16 or bf16")
     for name, weight in weights.items():
@@ -180,25 +155,16 @@ def _check(
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
             raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
-        if vector is not None and name.startswith("summed.") and vector.shape[-1] != x.shape[1]:
-            raise ValueError(f"{name} is {list(vector.shape)}: want {x.shape[1]} elements, as x has")
     _checked[key] = None
 
 
-def _inputs(
-    x: torch.Tensor, norm: torch.Tensor | None, eps: float, offset: float, summed: Sum | None, block: Block
-) -> tuple[tuple[torch.Tensor, ...], tuple[float, ...], tuple[Any, ...]]:
-    """Of both kernels: norm, y, after, total; eps, after_eps, sum_scale; NORM to SUM_SCALED, EVEN to PDL."""
+def _switches(x: torch.Tensor, norm: torch.Tensor | None, offset: float, block: Block) -> tuple[Any, ...]:
+    """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
-    y, after, scale, total = summed or (x, None, 1.0, x)
-    weight, after_eps, after_offset = after or (None, 0.0, 0.0)
-    constants = (
-        norm is not None, offset, summed is not None, min(next_power_of_2(inputs), SQUARED_AT_ONCE) if after else 0,
-        after_offset, scale != 1.0, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, *padded(rows),
+    return (
+        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, *padded(rows),
         block.outputs, block.inputs, block.num_stages, block.ahead, overlaps(x.device),
     )  # fmt: skip
-    tensors = (x if norm is None else norm, y, x if weight is None else weight, total)
-    return tensors, (eps, after_eps, scale), constants
 
 
 def linear(
@@ -209,7 +175,6 @@ def linear(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
-    summed: Sum | None = None,
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
     activation: str | None = None,
@@ -217,16 +182,15 @@ def linear(
     """residual + scale * (norm(x) W^T + bias) of one weight, or of three side by side in one launch.
 
     x `[rows, inputs]`, 1 to 80 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
-    is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, and
-    `summed` a sum that stands in the place of x before that norm; both are for one row. residual is `[rows, outputs]`,
-    with one weight. With one weight and no residual `activation`, a name in `kernels.reference.ACTIVATIONS`, may be
-    taken of the product before the scale. Returns `[rows, sum of outputs]`.
+    is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, of one
+    row. residual is `[rows, outputs]`, with one weight. With one weight and no residual `activation`, a name in
+    `kernels.reference.ACTIVATIONS`, may be taken of the product before the scale. Returns `[rows, sum of outputs]`.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
     rows, inputs = x.shape
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
-    _check(x, named, {"norm": norm, "residual": residual}, summed)
+    _check(x, named, {"norm": norm, "residual": residual})
     if len(weights) not in (1, 3) or (len(weights) > 1 and (residual is not None or activation is not None)):
         raise ValueError(f"{len(weights)} weights: want one, or three without a residual or an activation")
     if activation is not None:
@@ -241,14 +205,14 @@ def linear(
     sums = out if parts == 1 else torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
-    vectors, numbers, switches = _inputs(x, norm, eps, offset, summed, block)
+    switches = _switches(x, norm, offset, block)
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
     constants = len(weights), *(epilogue if parts == 1 else (False, False, False, None)), *switches
     _linear(
         (x.dtype, x.device, block.num_warps, constants),
         (sum(-(-count // block.outputs) for count in outputs), parts, 1),
-        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, *vectors, sums),
-        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, part_blocks, scale, *numbers), constants,
+        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm, sums),
+        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:
@@ -265,18 +229,17 @@ def gated(
     norm: torch.Tensor | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
-    summed: Sum | None = None,
     bias_gate: torch.Tensor | None = None,
     bias_up: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """act(norm(x) G^T + bias) * (norm(x) U^T + bias) (Shazeer 2020) in one launch; x, norm and `summed` as in `linear`.
+    """act(norm(x) G^T + bias) * (norm(x) U^T + bias) (Shazeer 2020) in one launch; x and norm as in `linear`.
 
     gate and up `[outputs, inputs]`, which may be the halves of one weight; their biases `[outputs]`, both or none.
     `activation` is a name in `kernels.reference.ACTIVATIONS`. Returns `[rows, outputs]`.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
-    _check(x, {"gate": gate, "up": up}, {"norm": norm, "bias_gate": bias_gate, "bias_up": bias_up}, summed)
+    _check(x, {"gate": gate, "up": up}, {"norm": norm, "bias_gate": bias_gate, "bias_up": bias_up})
     check_activation(activation)
     if gate.shape != up.shape:
         raise ValueError(f"gate is {list(gate.shape)} and up {list(up.shape)}: want the same")
@@ -287,12 +250,12 @@ def gated(
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty((parts, 2, rows, len(gate)), dtype=torch.float32, device=x.device)
-    vectors, numbers, switches = _inputs(x, norm, eps, offset, summed, block)
+    switches = _switches(x, norm, offset, block)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
-    biases = tuple(x if bias is None else bias for bias in (bias_gate, bias_up))
+    vectors = tuple(x if vector is None else vector for vector in (bias_gate, bias_up, norm))
     _gated(
         (x.dtype, x.device, block.num_warps, constants), (-(-len(gate) // block.outputs), parts, 1),
-        (x, gate, up, *biases, *vectors, sums), (rows, len(gate), inputs, part_blocks, *numbers), constants,
+        (x, gate, up, *vectors, sums), (rows, len(gate), inputs, part_blocks, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

@@ -15,46 +15,13 @@ def _read_once(pointers, mask):
 
 
 @triton.jit
-def _inverse_rms(y_ptr, inputs, eps, BLOCK: tl.constexpr):
-    """1 / rms(y) of one row."""
-    k = tl.arange(0, BLOCK)
-    squares = tl.zeros([BLOCK], tl.float32)
-    for at in tl.range(0, inputs, BLOCK):
-        y = tl.load(y_ptr + at + k, mask=at + k < inputs, other=0.0).to(tl.float32)
-        squares += y * y
-    return tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
-
-
-@triton.jit
-def _summed(x, y_ptr, after_ptr, k, inside, inverse_rms, scale,
-            AFTER: tl.constexpr, OFFSET: tl.constexpr, SCALED: tl.constexpr):  # fmt: skip
-    """x + scale * after(y) of the elements k, rounded as `elementwise.add_norms` rounds."""
-    y = tl.load(y_ptr + k, mask=inside, other=0.0)
-    if AFTER > 0:
-        wide = y.to(tl.float32) * inverse_rms
-        weight = tl.load(after_ptr + k, mask=inside, other=0.0).to(tl.float32)
-        if OFFSET != 0:
-            weight += OFFSET
-        else:
-            wide = wide.to(y.dtype).to(tl.float32)
-        y = (wide * weight).to(y.dtype)
-    if SCALED:
-        y = (y.to(tl.float32) * scale).to(y.dtype)
-    return (x.to(tl.float32) + y.to(tl.float32)).to(x.dtype)
-
-
-@triton.jit
-def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first, outputs, inputs, eps, after_eps,
-             sum_scale, NORM: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr, AFTER: tl.constexpr,
-             AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-             PDL: tl.constexpr):  # fmt: skip
+def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As `products`, of norm(x) for one row; [1, BLOCK_N] each.
 
     The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
     the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
-
-    Where there is a SUM, every program takes it anew, and the first writes it.
     """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -67,9 +34,6 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first,
     if AHEAD:  # no kernel writes weights, so that they need not wait as x does
         next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
-    inverse_rms = 0.0
-    if AFTER > 0:
-        inverse_rms = _inverse_rms(y_ptr, inputs, after_eps, AFTER)
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = at + k < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
@@ -79,11 +43,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first,
             next_w = _read_once(w_ptr + w_at + at + BLOCK_K, w_mask & more)
         else:
             w = _read_once(w_ptr + w_at + at, mask)
-        x = tl.load(x_ptr + at + k, mask=inside, other=0.0)
-        if SUM:
-            x = _summed(x, y_ptr, after_ptr, at + k, inside, inverse_rms, sum_scale, AFTER, AFTER_OFFSET, SUM_SCALED)
-        total = x
-        x = x.to(tl.float32)
+        x = tl.load(x_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             squares += x * x
             weight = tl.load(norm_ptr + at + k, mask=inside, other=0.0).to(tl.float32)
@@ -93,8 +53,6 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first,
         products += w.to(tl.float32) * x[None, :]
         if GATED:
             products2 += _read_once(w2_ptr + w_at + at, mask).to(tl.float32) * x[None, :]
-        if SUM:  # last: loads do not pass it
-            tl.store(total_ptr + at + k, total, mask=inside & (tl.program_id(0) == 0))
     y = tl.sum(products, 1)[None, :]
     y2 = tl.sum(products2, 1)[None, :] if GATED else y
     if NORM:
@@ -145,24 +103,21 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
 
 
 @triton.jit
-def products(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, rows, first, outputs, inputs, part_blocks,
-             eps, after_eps, sum_scale, NORM: tl.constexpr, OFFSET: tl.constexpr, SUM: tl.constexpr,
-             AFTER: tl.constexpr, AFTER_OFFSET: tl.constexpr, SUM_SCALED: tl.constexpr, GATED: tl.constexpr,
-             EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, part_blocks, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
+             BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+             STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x W^T, and x W2^T where GATED, for outputs first, ..., first + BLOCK_N - 1; float32.
 
     Returns both for the first BLOCK_M rows, then both for the TAIL after them. EVEN: inputs are a multiple of BLOCK_K,
     so that loads of weights need no mask for the last block.
 
-    One row, BLOCK_M 1, may be normed, and be a SUM before that: total = x + sum_scale * after(y), where AFTER, if there
-    is such a norm, is how many elements of y are squared at a time. Of more rows with PARTS of inputs, program 1 of the
-    grid takes `part_blocks` blocks of them.
+    One row, BLOCK_M 1, may be normed. Of more rows with PARTS of inputs, program 1 of the grid takes `part_blocks`
+    blocks of them.
     """
     if BLOCK_M == 1:
-        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, y_ptr, after_ptr, total_ptr, first, outputs, inputs, eps,
-                         after_eps, sum_scale, NORM, OFFSET, SUM, AFTER, AFTER_OFFSET, SUM_SCALED, GATED, EVEN,
-                         BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
+                         NORM, OFFSET, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
         tail, tail2 = y, y2
     else:
         begin = 0

@@ -30,7 +30,7 @@ from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
-from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, hands_on
+from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
@@ -83,13 +83,11 @@ class Fusing:
         if not layers:
             fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]
-        with torch.inference_mode(False):
-            handed_on = hands_on(decoder)
         for layer, this, other in zip(layers, bound, [*bound[1:], ""]):
             if isinstance(this, str):
                 fusion.reasons[this] = fusion.reasons.get(this, 0) + 1
             else:
-                following = other.branches[0] if handed_on and not isinstance(other, str) else None
+                following = None if isinstance(other, str) else other.branches[0]
                 fusion.layers[layer] = FusedLayer(this, following)
                 for why in _not_understood(this):
                     fusion.reasons[why] = fusion.reasons.get(why, 0) + 1

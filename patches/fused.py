@@ -2,8 +2,8 @@
 
 A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
-projection and residual. A norm after a branch, and the sum with it, go with the next product of one row, across layers
-too; more rows take one launch more for them, with the next norm. Modules that are something else (adapters, quantised
+projection and residual. A norm after a branch, the sum with it and the next norm, across layers too, are one launch
+more. Modules that are something else (adapters, quantised
 weights, experts) are called as they are, between fused norms.
 """
 
@@ -29,10 +29,7 @@ class FusedLayer:
         self.layer = layer
         """Bound to its modules."""
         self.following = following
-        """What the next layer begins with, None where that is not fused or is not given the very tensor of this one.
-
-        The result may be left for that branch to write.
-        """
+        """What the next layer begins with, None where that is not fused."""
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
         """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments.

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from pkv_hf.compat import CACHE, dynamic_rope
 from pkv_hf.replaced import original
@@ -56,33 +55,6 @@ def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
         probing.reset(token)
     missing = [layer for layer in decoder_layers(decoder) if layer not in calls]
     return "its layers are not called one by one" if missing or not calls else calls
-
-
-def hands_on(decoder: Any) -> bool:
-    """Whether every layer is given the very tensor that the one before it in their list returned, and alone."""
-    layers = decoder_layers(decoder)
-    with _Between(len(layers)) as between:
-        calls = given_to_layers(decoder)
-    if isinstance(calls, str) or list(calls) != layers:  # in the order of the calls
-        return False
-    return len({id(call.hidden) for call in calls.values()}) == 1 and not between.used
-
-
-class _Between(TorchFunctionMode):
-    """Notes whether a decoder computes with hidden states, or writes into them, on their way between its layers."""
-
-    def __init__(self, layers: int) -> None:
-        super().__init__()
-        self.used = False
-        self._layers = layers
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        calls, kwargs = probing.get(), kwargs or {}
-        asks_shape = getattr(func, "__name__", "") == "__get__"
-        if calls and len(calls) < self._layers and not asks_shape:
-            hidden = next(reversed(calls.values())).hidden
-            self.used |= any(value is hidden for value in (*args, *kwargs.values()))
-        return func(*args, **kwargs)
 
 
 def _far(decoder: Any) -> int:

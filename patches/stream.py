@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,16 +10,7 @@ from torch import nn
 from pkv_hf.patches.description import MLP, Attention, Branch, Norm
 
 HANDED_ON = "pkv_hf_handed_on"
-"""The attribute of a layer's result that holds what the next layer may begin with: a norm that is taken, or a sum."""
-
-
-class Pending(NamedTuple):
-    """x + scale * after(y) `[1, width]`, which the next product takes and writes."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    after: Norm | None
-    scale: float
+"""The attribute of a layer's result that holds the norm that the next layer begins with, where it is taken already."""
 
 
 def projections(body: Any) -> list[Any]:
@@ -46,27 +37,18 @@ def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
     )
 
 
-def folds(branch: Branch, x: torch.Tensor) -> bool:
-    """Whether a branch begins with a product of ours of one row, which takes the norm and the sum before it in."""
-    rms = branch.before is None or branch.before.kind == "rms"
-    return rms and len(x) == 1 and kernel_takes(projections(branch.body), x)
-
-
 class Normed:
-    """x `[rows, width]`, and what its product is to take before: of one row a sum with it, and a norm."""
+    """x `[rows, width]`, and the norm that its product is to take before."""
 
-    def __init__(self, x: torch.Tensor, norm: Norm | None = None, summed: Any = None) -> None:
+    def __init__(self, x: torch.Tensor, norm: Norm | None = None) -> None:
         self.x = x
         self.norm = norm
-        self.summed = summed
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments of a product that takes the sum and the norm first."""
-        if self.norm is None:
-            return {"summed": self.summed}
+        """Arguments of a product that takes the norm first."""
         norm = self.norm
-        return {"norm": norm.module.weight, "eps": norm.eps, "offset": norm.offset, "summed": self.summed}
+        return {} if norm is None else {"norm": norm.module.weight, "eps": norm.eps, "offset": norm.offset}
 
 
 class Stream:
@@ -75,31 +57,20 @@ class Stream:
     def __init__(self, hidden: torch.Tensor) -> None:
         self.shape = hidden.shape
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
-        """Not written yet where there is a pending sum."""
         self.source = self.hidden
         """What the branches at hand are of."""
-        handed_on: Any = getattr(hidden, HANDED_ON, ((None, self.hidden, None), None))
-        (norm, normed, version), pending = handed_on
+        norm, normed, version = getattr(hidden, HANDED_ON, (None, self.hidden, None))
         if version != hidden._version:  # the decoder has written into them since
             norm = None
-        self._pending: Pending | None = pending
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
     def normed(self, branch: Branch) -> Normed:
-        """The source, normed as a branch begins; what its product `folds` is left to that."""
-        from pkv_hf.kernels.linear import Sum
-
-        norm, folded = branch.before, folds(branch, self.source)
-        if self._pending is not None:
-            (x, y, after, scale), self._pending = self._pending, None
-            if folded:
-                return Normed(x, norm, Sum(y, _settings(after), scale, self.source))
-            self._sum(y, x, after, scale, norm)
-            self.source = self.hidden
+        """The source, normed as a branch begins; an RMSNorm of one row is left to a product of ours."""
+        norm = branch.before
         if norm is None:
             return Normed(self.source)
         if self._taken[0] != norm or self._taken[1] is not self.source:
-            if folded:
+            if norm.kind == "rms" and len(self.source) == 1 and kernel_takes(projections(branch.body), self.source):
                 return Normed(self.source, norm)
             self._taken = norm, self.source, take_norm(norm, self.source)
         return Normed(self._taken[2])
@@ -107,8 +78,9 @@ class Stream:
     def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Branch | None) -> None:
         """Adds what a branch ends with, a module of x or x itself.
 
-        With it goes the norm that the `following` branch begins with, or all is left to that branch's product.
+        A sum in a launch of its own takes the norm that the `following` branch begins with along.
         """
+        from pkv_hf.kernels.elementwise import add_norms
         from pkv_hf.kernels.linear import linear
 
         after, scale = branch.after, branch.scale
@@ -121,28 +93,17 @@ class Stream:
             y = (x if module is None else module(x)).contiguous()
         if after is not None and after.kind != "rms":
             y, after = take_norm(after, y), None
-        if following is not None and folds(following, self.hidden):
-            self._pending = Pending(self.hidden, y, after, scale)
-            self.hidden = torch.empty_like(self.hidden)
-        else:
-            self._sum(y, self.hidden, after, scale, following and following.before)
-
-    def _sum(self, y: torch.Tensor, x: torch.Tensor, after: Norm | None, scale: float, before: Norm | None) -> None:
-        """x + scale * after(y), and its norm `before` a branch."""
-        from pkv_hf.kernels.elementwise import add_norms
-
+        before = following.before if following is not None else None
         before = None if before is not None and before.kind != "rms" else before
-        total, normed = add_norms(y, x, _settings(after), _settings(before), scale=scale)
+        total, normed = add_norms(y, self.hidden, _settings(after), _settings(before), scale=scale)
         self.hidden, self._taken = total, (before, total, normed)
 
     def result(self, following: Branch | None) -> torch.Tensor:
         """The hidden states in their shape, and with them what the layer of the `following` branch begins with."""
         hidden = self.hidden.view(self.shape)
         norm, of, normed = self._taken
-        if self._pending is not None:
-            setattr(hidden, HANDED_ON, ((None, self.hidden, None), self._pending))
-        elif following is not None and norm == following.before and of is self.hidden:
-            setattr(hidden, HANDED_ON, ((norm, normed, hidden._version), None))
+        if following is not None and norm == following.before and of is self.hidden:
+            setattr(hidden, HANDED_ON, (norm, normed, hidden._version))
         return hidden
 
 

@@ -128,10 +128,6 @@ class LinearCase:
     activation: str | None = None
     offset: float = 0.0
     multiplier: float = 1.0
-    summed: bool = False
-    """Whether x is a sum first, `after` a norm or not."""
-    after: bool = False
-    sum_scale: float = 1.0
     inputs: int = 0
     scale: float = 1.0
     eps: float = EPS[0]
@@ -145,7 +141,6 @@ class LinearCase:
         weights = 2 if gated else int(rng.choice([1, 3]))
         residual = bool(weights == 1 and rng.random() < 0.5)
         active = gated or (weights == 1 and not residual and rng.random() < 0.6)
-        summed = bool(one_row and rng.random() < 0.4)
         return cls(
             dtype,
             rows=1 if one_row else 2,
@@ -157,9 +152,6 @@ class LinearCase:
             activation=str(rng.choice(ACTIVATIONS)) if active else None,
             offset=float(rng.choice(OFFSETS)),
             multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
-            summed=summed,
-            after=bool(summed and rng.random() < 0.6),
-            sum_scale=float(rng.choice(MULTIPLIERS)) if summed else 1.0,
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> LinearCase:
@@ -174,21 +166,16 @@ class LinearCase:
 
 
 def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Result]:
-    """The result of `linear.linear`, or of `linear.gated` where the case is: `out`, and `sum` where x is one."""
+    """The result of `linear.linear`, or of `linear.gated` where the case is: `out`."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     x = draw(case.rows, case.inputs, scale=case.scale)
     weights = [draw(count, case.inputs, scale=case.inputs**-0.5) for count in case.outputs]
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
-    y, after = draw(case.rows, case.inputs, scale=case.scale), draw(case.inputs)
-
-    def total_by_torch(dtype: torch.dtype) -> torch.Tensor:
-        norm = (after.to(dtype), case.eps, case.offset) if case.after else None
-        return reference.add_norms(y.to(dtype), x.to(dtype), norm, None, case.sum_scale)[0]
 
     def by_torch(dtype: torch.dtype) -> torch.Tensor:
-        wide = total_by_torch(dtype) if case.summed else x.to(dtype)
+        wide = x.to(dtype)
         if norm is not None:
             wide = reference.rms_norm(wide, norm.to(dtype), case.eps, case.offset)
         products = [
@@ -204,10 +191,6 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
 
     settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset}
     with poisoned_scratch():
-        total = torch.empty_like(x)
-        if case.summed:
-            of_y = (after, case.eps, case.offset) if case.after else None
-            settings["summed"] = linear.Sum(y, of_y, case.sum_scale, total)
         if case.gated:
             bias_gate, bias_up = biases
             assert case.activation is not None
@@ -215,11 +198,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
         else:
             settings.update(residual=residual, scale=case.multiplier, activation=case.activation)
             ours = linear.linear(x, weights, biases, **settings)
-    results = {"out": beside(ours, by_torch(case.dtype), by_torch(torch.float64))}
-    if case.summed:
-        theirs = total_by_torch(case.dtype)
-        results["sum"] = beside(total, theirs, total_by_torch(torch.float64)) if case.after else same(total, theirs)
-    return results
+    return {"out": beside(ours, by_torch(case.dtype), by_torch(torch.float64))}
 
 
 @dataclass(frozen=True)

@@ -40,18 +40,17 @@ def test_batches_share_what_is_compiled_and_go_through_all_kernels():
     for cases in made:
         fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual", "offset"}
         fixed |= {"rotary", "interleaved", "paired_angles", "wide_angles", "operation", "activation", "multiplier"}
-        fixed |= {"summed", "after", "sum_scale", "whole"}
+        fixed |= {"whole"}
         assert len({tuple(getattr(case, name, None) for name in fixed) for case in cases}) == 1
         assert len({case.seed for case in cases}) == len(cases)
 
 
 def broken(kernel, place):
-    """A kernel with one element of its output, or of the pages, or of the sum, off by 1 or left unwritten."""
+    """A kernel with one element of its output, or of the pages, off by 1 or left unwritten."""
 
     def wrong(*args, **kwargs):
         out = kernel(*args, **kwargs)
         changed = args[0] if place == "page" else out[0] if isinstance(out, tuple) else out
-        changed = kwargs["summed"].total if place == "sum" else changed
         if place == "page":
             changed[0, 0, 0, 0] = 0
         elif place == "unwritten":
@@ -99,7 +98,6 @@ SILU = ElementwiseCase(torch.bfloat16, "act_mul", strided=True, rows=3, width=50
         *[(LINEAR, linear, "linear", place, "out") for place in ("last", "unwritten")],
         (dataclasses.replace(ROPED, rotary=32, interleaved=True, offset=1.0), append, "rope_append", "last", "q"),
         (GATED, linear, "gated", "last", "out"),
-        (dataclasses.replace(GATED, summed=True, after=True), linear, "gated", "sum", "sum"),
         (dataclasses.replace(ROPED, norm=True, whole=True), append, "rope_append", "last", "q"),
         *[(NORM, elementwise, "rms_norm", place, "out") for place in ("last", "unwritten")],
         (CENTERED, elementwise, "layer_norm", "last", "out"),

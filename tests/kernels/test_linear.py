@@ -12,12 +12,11 @@ from pkv_hf.kernels import linear as linear_module
 from pkv_hf.kernels import reference
 from pkv_hf.kernels.blocks import Block, choose_block, padded
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
-from pkv_hf.kernels.linear import Sum, gated, linear
+from pkv_hf.kernels.linear import gated, linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 EPS = 0.1  # one that shows
-ROW = torch.zeros(1, 64, dtype=torch.float16)
 
 
 def drawn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -130,45 +129,15 @@ def test_gated(rows, inputs, outputs, activation, offset, dtype):
     judge(ours, by_torch(x, norm, weight, bias), by_torch(*double([x, norm, weight, bias])))
 
 
-@pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(
-    ("inputs", "after", "offset", "scale", "normed"),
-    [(640, True, 1.0, 1.0, True), (100, True, 0.0, 0.22, True), (4100, True, 0.0, 1.0, False),
-     (96, False, 0.0, 0.22, True)],
-)  # fmt: skip
-def test_a_product_takes_the_sum_before_it(inputs, after, offset, scale, normed, dtype):
-    """As `add_norms` takes it, and writes it; the product is of what was written."""
-    x, y = drawn(1, inputs, dtype=dtype), drawn(1, inputs, dtype=dtype, scale=3.0)
-    of_y = (drawn(inputs, dtype=dtype), EPS, offset) if after else None
-    norm = drawn(inputs, dtype=dtype) if normed else None
-    weights = [drawn(count, inputs, dtype=dtype, scale=inputs**-0.5) for count in (12, 5, 5)]
-    expected, _ = reference.add_norms(y, x, of_y, None, scale)
-    settings = {"norm": norm, "eps": EPS, "offset": offset}
-    for product in (lambda x, **of: linear(x, weights, **of), lambda x, **of: gated(x, *weights[1:], **of)):
-        with poisoned_scratch():
-            total = torch.full_like(x, float("nan"))
-            ours = product(x, **settings, summed=Sum(y, of_y, scale, total))
-        assert same(total, expected)
-        torch.testing.assert_close(ours, product(total, **settings), rtol=2e-2, atol=2e-3)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"x": torch.zeros(2, 64)}, "float32"),
-        ({"summed": Sum(torch.zeros(2, 64), None, 1.0, torch.zeros(2, 64))}, "norm or sum with 2 rows"),
-        *[
-            ({"x": ROW, "summed": Sum(y, (after, 0.1, 0.0), 1.0, ROW)}, named)
-            for y, after, named in (
-                (ROW[:, :32].contiguous(), ROW[0], r"summed.y is \[1, 32\]: want 64 elements"),
-                (ROW, torch.zeros(64), "summed.after is torch.float32"),
-            )
-        ],
         ({"x": torch.zeros(81, 64, dtype=torch.float16)}, "1 to 80"),
         ({"x": torch.zeros(2, 32, dtype=torch.float16)}, r"weights\[0\]"),
         ({"weights": [torch.zeros(8, 64)]}, r"weights\[0\] is torch.float32"),
         ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 2}, "2 weights"),
-        ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm or sum with 2 rows"),
+        ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm with 2 rows"),
         ({"residual": torch.zeros(2, 8)}, "residual is torch.float32"),
         ({"activation": "mish"}, "activation='mish' is not one of silu"),
         ({"activation": "relu", "residual": torch.zeros(2, 8, dtype=torch.float16)}, "activation='relu' with a res"),
