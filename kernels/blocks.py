@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 MAX_ROWS = 80
 
 MOST_PARTS = 8
 """Parts of the inputs at most: each is as many float32 as there are products, written and read once."""
 
-BLOCKS_OF_PART = 4
-"""Blocks that a part goes over at least, so that the loads of all but a few overlap."""
+BLOCKS_OF_PART = 2
+"""Blocks that a part goes over at least."""
 
-PROGRAMS_PER_SM = 2
-"""Programs that keep enough weights on their way, where inputs are cut to have them."""
+
+class Most(NamedTuple):
+    """What a class of GPUs is better given at most."""
+
+    rows: int
+    """Up to which products are at least as fast as cuBLAS's and the elementwise kernels that those need."""
+    parts: int
+
+
+MOST_BY_CAPABILITY = {7: Most(16, 1)}
+"""By a compute capability's first number. On sm_75 Triton emits no products of tensor cores."""
+
+
+def most(capability: tuple[int, int]) -> Most:
+    """Of a compute capability; 8 and newer are as 9.0, which was measured (benchmarks/results/linear.jsonl)."""
+    return MOST_BY_CAPABILITY.get(capability[0], Most(MAX_ROWS, MOST_PARTS))
 
 
 @dataclass(frozen=True)
@@ -50,12 +65,14 @@ def padded(rows: int) -> tuple[int, int]:
     return 64, 16
 
 
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, processors: int, shared_memory: int) -> Block:
+def choose_block(
+    rows: int, inputs: int, outputs: int, weights: int, processors: int, shared_memory: int, most_parts: int
+) -> Block:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
-    One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
-    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not. Each program loads all
-    rows of x, so that more rows want blocks of more outputs, and parts of the inputs to fill `processors`.
+    One row needs none: its products stay in registers. Small weights are mostly ramp-up, which `ahead` hides; many
+    inputs of few outputs are not. More rows: `_blocks_of_rows`, in up to `most_parts` parts of the inputs, as many as
+    fit the device at once.
     """
     if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
         return Block(4, 512, 3)
@@ -63,15 +80,31 @@ def choose_block(rows: int, inputs: int, outputs: int, weights: int, processors:
         return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
     if rows == 1:
         return Block(4, 1024 if inputs % 1024 == 0 else 512, 3)
+    blocks = _blocks_of_rows(rows, outputs, weights, processors, shared_memory)
+    block = next((each for each in blocks if each.shared_memory(rows, weights) <= shared_memory), blocks[-1])
+    programs = -(-outputs // block.outputs)
+    at_once = processors * (shared_memory // block.shared_memory(rows, weights))
+    parts = min(at_once // programs, -(-inputs // block.inputs) // BLOCKS_OF_PART, most_parts)
+    if -(-programs * parts // processors) >= parts:  # some multiprocessor has as many parts to do as there are
+        parts = 1
+    return dataclasses.replace(block, parts=parts)
+
+
+def _blocks_of_rows(rows: int, outputs: int, weights: int, processors: int, shared_memory: int) -> list[Block]:
+    """Blocks for 2 to 80 rows, the best first; they keep `num_stages` blocks of weights and of x in shared memory.
+
+    64 outputs are what a warp group's tensor cores take at a time. Large blocks have a multiprocessor to themselves:
+    where the last round of programs would leave many idle, two smaller ones a multiprocessor even it out.
+    """
     if rows <= 16:
-        choices = [Block(64, 256, 3) if outputs > 4096 else Block(32, 256, 4), Block(32, 128, 3)]
+        largest = [Block(64, 128, 3)] if weights == 2 else [Block(64, 128, 6), Block(64, 128, 4)]
+        smaller = [Block(32, 128, 3)]
     else:
-        choices = [Block(128 // weights, 64, stages) for stages in (4, 3)]
-    for block in (*choices, Block(16, 64, 3), Block(16, 64, 2)):
-        if block.shared_memory(rows, weights) <= shared_memory:
-            break
-    if rows <= 16:
-        return block
-    programs, blocks = -(-outputs // block.outputs), -(-inputs // block.inputs)
-    parts = min(PROGRAMS_PER_SM * processors // programs, blocks // BLOCKS_OF_PART, MOST_PARTS)
-    return dataclasses.replace(block, parts=max(1, parts))
+        warps = 8 if weights == 2 or 32 < rows <= 64 else 4
+        largest = [Block(64, 128, 3 if weights == 2 else 4, num_warps=warps)]
+        smaller = [Block(64, 64, 4), Block(64, 64, 3)]
+    programs = -(-outputs // 64)
+    places = -(-programs // processors) * processors
+    if processors < programs < 3 * places / 4 and 2 * largest[0].shared_memory(rows, weights) > shared_memory:
+        del largest[0]
+    return [*largest, *smaller, Block(16, 64, 3)]

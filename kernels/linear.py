@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.activations import check_activation
-from pkv_hf.kernels.blocks import MAX_ROWS, Block, choose_block, padded
+from pkv_hf.kernels.blocks import MAX_ROWS, Block, choose_block, most, padded
 from pkv_hf.kernels.epilogue import add_parts, finish, finish_gated
-from pkv_hf.kernels.launch import Remembered, described, device_limits
+from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
 from pkv_hf.kernels.products import products
@@ -28,12 +28,13 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 def outruns_cublas(x: torch.Tensor, outputs: int) -> bool:
-    """Whether products of x `[rows, inputs]` with `outputs` outputs are better ours (benchmarks/results/linear.jsonl).
+    """Whether products of x `[rows, inputs]` with `outputs` outputs are better ours.
 
-    Those of one row always are; those of more rows where every multiprocessor has a block of 16 outputs. Of narrower
-    layers cuBLAS cuts the inputs too. More than 16 rows are not measured yet.
+    Those of one row always are; those of more up to `blocks.most`, where parts of inputs, or else blocks of 16 outputs,
+    are enough for every multiprocessor.
     """
-    return len(x) == 1 or (len(x) <= 16 and outputs >= 16 * device_limits(x.device)[0])
+    rows, parts = most(capability(x.device))
+    return len(x) == 1 or (len(x) <= rows and (parts > 1 or outputs >= 16 * device_limits(x.device)[0]))
 
 
 RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "part_blocks", "eps", "scale"]
@@ -167,6 +168,10 @@ def _switches(x: torch.Tensor, norm: torch.Tensor | None, offset: float, block: 
     )  # fmt: skip
 
 
+def _block(x: torch.Tensor, outputs: int, weights: int) -> Block:
+    return choose_block(*x.shape, outputs, weights, *device_limits(x.device), most(capability(x.device)).parts)
+
+
 def linear(
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -199,7 +204,7 @@ def linear(
             raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
-    block = choose_block(rows, inputs, width, 1, *device_limits(x.device))
+    block = _block(x, width, 1)
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
@@ -246,7 +251,7 @@ def gated(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = choose_block(rows, inputs, len(gate), 2, *device_limits(x.device))
+    block = _block(x, len(gate), 2)
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty((parts, 2, rows, len(gate)), dtype=torch.float32, device=x.device)

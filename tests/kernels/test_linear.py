@@ -208,7 +208,7 @@ def test_every_count_of_rows_in_any_block(rows, any_block):
 @pytest.mark.parametrize("rows", [2, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
-    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024)
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 8)
     held = weights * block.outputs + sum(padded(rows))
     assert block.num_stages * held * block.inputs * 2 <= shared_kib * 1024
 
