@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 MAX_ROWS = 80
 
+OUTPUTS = 64
+"""Of a block at most: what a warp group's tensor cores take at a time, as rows of theirs."""
+
 MOST_PARTS = 8
 """Parts of the inputs at most: each is as many float32 as there are products, written and read once."""
 
@@ -65,6 +68,11 @@ def padded(rows: int) -> tuple[int, int]:
     return 64, 16
 
 
+def scratch(rows: int, processors: int) -> int:
+    """Bytes that parts of so many rows' products take at most: two blocks of two weights a multiprocessor, float32."""
+    return 4 * processors * OUTPUTS * sum(padded(rows)) * 4 if 1 < rows <= MAX_ROWS else 0
+
+
 def choose_block(
     rows: int, inputs: int, outputs: int, weights: int, processors: int, shared_memory: int, most_parts: int
 ) -> Block:
@@ -72,7 +80,7 @@ def choose_block(
 
     One row needs none: its products stay in registers. Small weights are mostly ramp-up, which `ahead` hides; many
     inputs of few outputs are not. More rows: `_blocks_of_rows`, in up to `most_parts` parts of the inputs, as many as
-    fit the device at once.
+    fit the device at once. Blocks for half of the multiprocessors keep the memory busy without, and save a launch.
     """
     if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
         return Block(4, 512, 3)
@@ -85,7 +93,7 @@ def choose_block(
     programs = -(-outputs // block.outputs)
     at_once = processors * (shared_memory // block.shared_memory(rows, weights))
     parts = min(at_once // programs, -(-inputs // block.inputs) // BLOCKS_OF_PART, most_parts)
-    if -(-programs * parts // processors) >= parts:  # some multiprocessor has as many parts to do as there are
+    if parts < 1 or 2 * programs > processors:
         parts = 1
     return dataclasses.replace(block, parts=parts)
 
@@ -93,17 +101,17 @@ def choose_block(
 def _blocks_of_rows(rows: int, outputs: int, weights: int, processors: int, shared_memory: int) -> list[Block]:
     """Blocks for 2 to 80 rows, the best first; they keep `num_stages` blocks of weights and of x in shared memory.
 
-    64 outputs are what a warp group's tensor cores take at a time. Large blocks have a multiprocessor to themselves:
-    where the last round of programs would leave many idle, two smaller ones a multiprocessor even it out.
+    Large blocks have a multiprocessor to themselves: where the last round of programs would leave many idle, two
+    smaller ones a multiprocessor even it out.
     """
     if rows <= 16:
-        largest = [Block(64, 128, 3)] if weights == 2 else [Block(64, 128, 6), Block(64, 128, 4)]
+        largest = [Block(OUTPUTS, 128, 3)] if weights == 2 else [Block(OUTPUTS, 128, 6), Block(OUTPUTS, 128, 4)]
         smaller = [Block(32, 128, 3)]
     else:
         warps = 8 if weights == 2 or 32 < rows <= 64 else 4
-        largest = [Block(64, 128, 3 if weights == 2 else 4, num_warps=warps)]
-        smaller = [Block(64, 64, 4), Block(64, 64, 3)]
-    programs = -(-outputs // 64)
+        largest = [Block(OUTPUTS, 128, 3 if weights == 2 else 4, num_warps=warps)]
+        smaller = [Block(OUTPUTS, 64, 4), Block(OUTPUTS, 64, 3)]
+    programs = -(-outputs // OUTPUTS)
     places = -(-programs // processors) * processors
     if processors < programs < 3 * places / 4 and 2 * largest[0].shared_memory(rows, weights) > shared_memory:
         del largest[0]

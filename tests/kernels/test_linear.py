@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from pkv_hf.kernels import linear as linear_module
 from pkv_hf.kernels import reference
-from pkv_hf.kernels.blocks import Block, choose_block, padded
+from pkv_hf.kernels.blocks import Block, choose_block, padded, scratch
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.linear import gated, linear
 
@@ -211,6 +211,20 @@ def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
     block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 8)
     held = weights * block.outputs + sum(padded(rows))
     assert block.num_stages * held * block.inputs * 2 <= shared_kib * 1024
+    parts = block.cut(4096)[0]
+    assert (parts > 1) == (outputs == 512)
+    assert parts == 1 or parts * rows * weights * outputs * 4 <= scratch(rows, 132)
+
+
+@pytest.mark.parametrize(("major", "taken"), [(7, [True, True, False, False]), (8, [True, True, True, False])])
+def test_which_products_are_ours(major, taken, monkeypatch):
+    """Up to 80 rows; where there are no tensor cores for them, up to 16 of wide layers, in one part."""
+    monkeypatch.setattr(linear_module, "capability", lambda _: (major, 0))
+    monkeypatch.setattr(linear_module, "device_limits", lambda _: (40, 64 * 1024))
+    rows = [torch.empty(count, 4096, dtype=torch.float16) for count in (1, 16, 17, 81)]
+    assert [linear_module.outruns_cublas(x, 640) for x in rows] == taken
+    assert linear_module.outruns_cublas(rows[1], 512) == (major > 7)
+    assert (linear_module._block(rows[1], 512, 1).parts > 1) == (major > 7)
 
 
 def test_parts_of_inputs_are_whole_blocks_and_none_is_empty():
