@@ -23,7 +23,7 @@ def _round(y, out_ptr):
 
 
 @triton.jit
-def finish(y, at, mask, residual_ptr, out_ptr, scale,
+def finish(y, residual, at, mask, out_ptr, scale,
            RESIDUAL: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """Stores residual + scale * act(y) at the elements `at`."""
     if ACTIVATION is not None:
@@ -31,7 +31,7 @@ def finish(y, at, mask, residual_ptr, out_ptr, scale,
     if SCALED:
         y = _round(y, out_ptr) * scale
     if RESIDUAL:
-        y = _round(y, out_ptr) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        y = _round(y, out_ptr) + residual.to(tl.float32)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -84,7 +84,10 @@ def add_parts_kernel(parts_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr
         finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
     else:
         y = _added(parts_ptr, at, plane, mask, PARTS) + bias
-        finish(y, at, mask, residual_ptr, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
+        residual = y
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+        finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
 
 
 _add_parts = Launcher(add_parts_kernel, fp_fusion=True)

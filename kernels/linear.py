@@ -74,9 +74,9 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             outputs = outputs_b
             column = outputs_a
             block -= blocks_a
-    y, _, tail, _ = products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps,
-                             NORM, OFFSET, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD,
-                             PDL)  # fmt: skip
+    y, _, tail, _, residual = products(
+        x_ptr, w_ptr, w_ptr, norm_ptr, residual_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps, NORM,
+        OFFSET, RESIDUAL, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if PARTS:
         out_ptr += tl.program_id(1).to(tl.int64) * rows * width
@@ -86,10 +86,14 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
         if TAIL > 0:
             tail += bias
     at, mask = _elements(0, BLOCK_M, rows, n, outputs, column, width)
-    finish(y, at, mask, residual_ptr, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
+    if RESIDUAL and BLOCK_M > 1:
+        residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+    finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
     if TAIL > 0:
         at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
-        finish(tail, at, mask, residual_ptr, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+        finish(tail, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
 
 
 @triton.jit
@@ -108,9 +112,9 @@ def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, 
                  PDL: tl.constexpr):  # fmt: skip
     """act(x G^T + bias) * (x U^T + bias); with PARTS as `linear_kernel`, out `[parts, 2, rows, outputs]`."""
     first = tl.program_id(0) * BLOCK_N
-    gate, up, gate_tail, up_tail = products(
-        x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM, OFFSET, True, EVEN,
-        PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+    gate, up, gate_tail, up_tail, _ = products(
+        x_ptr, gate_ptr, up_ptr, norm_ptr, x_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM, OFFSET, False,
+        True, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
     if PARTS:
         out_ptr += 2 * tl.program_id(1).to(tl.int64) * rows * outputs

@@ -15,10 +15,11 @@ def _read_once(pointers, mask):
 
 
 @triton.jit
-def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """As `products`, of norm(x) for one row; [1, BLOCK_N] each.
+def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
+    """As `products`, of norm(x) for one row; [1, BLOCK_N] each, and the residual's outputs.
 
     The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
     the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
@@ -34,6 +35,9 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
     if AHEAD:  # no kernel writes weights, so that they need not wait as x does
         next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
+    residual = 0.0
+    if RESIDUAL:  # loads do not pass a sum over threads
+        residual = tl.load(residual_ptr + n, mask=n < outputs, other=0.0)[None, :]
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = at + k < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
@@ -59,7 +63,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
         scale = tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
         y *= scale
         y2 *= scale
-    return y, y2
+    return y, y2, residual
 
 
 @triton.jit
@@ -103,23 +107,24 @@ def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
 
 
 @triton.jit
-def products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, part_blocks, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr,
-             BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-             STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def products(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, rows, first, outputs, inputs, part_blocks, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+             PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x W^T, and x W2^T where GATED, for outputs first, ..., first + BLOCK_N - 1; float32.
 
     Returns both for the first BLOCK_M rows, then both for the TAIL after them. EVEN: inputs are a multiple of BLOCK_K,
     so that loads of weights need no mask for the last block.
 
-    One row, BLOCK_M 1, may be normed. Of more rows with PARTS of inputs, program 1 of the grid takes `part_blocks`
-    blocks of them.
+    One row, BLOCK_M 1, may be normed, and its RESIDUAL is loaded early and returned last. Of more rows with PARTS of
+    inputs, program 1 of the grid takes `part_blocks` blocks of them.
     """
     if BLOCK_M == 1:
-        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-                         NORM, OFFSET, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        y, y2, residual = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps, NORM,
+                                   OFFSET, RESIDUAL, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
         tail, tail2 = y, y2
     else:
+        residual = 0.0
         begin = 0
         end = inputs
         if PARTS:
@@ -127,4 +132,4 @@ def products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, part_
             end = tl.minimum(begin + part_blocks * BLOCK_K, inputs)
         y, y2, tail, tail2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
                                    GATED, EVEN, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
-    return y, y2, tail, tail2
+    return y, y2, tail, tail2, residual
