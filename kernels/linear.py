@@ -1,8 +1,10 @@
 """Linear layers on few rows: weights read once at the speed of memory, several in one launch, epilogues fused.
 
 A decode step multiplies 1 to `MAX_ROWS` rows by every weight of the model, so it takes the time that reading them
-takes. One row is a product of vectors; more rows go through the tensor cores, padded to 16. Sums are float32; outputs
-are rounded where transformers rounds them, but the norm, which scales the sum instead of every input.
+takes. One row is a product of vectors; more rows go through the tensor cores, all of them in every program, so that a
+weight is read once. Where blocks of outputs are too few to fill a GPU the inputs are cut as well, and a second launch
+adds up the parts in their order. Sums are float32; outputs are rounded where transformers rounds them, but the norm,
+which scales the sum instead of every input.
 """
 
 from __future__ import annotations
@@ -14,43 +16,42 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.activations import activated, check_activation
-from pkv_hf.kernels.launch import Remembered, described, device_limits
+from pkv_hf.kernels.activations import check_activation
+from pkv_hf.kernels.blocks import MAX_ROWS, Block, choose_block, most, padded
+from pkv_hf.kernels.epilogue import add_parts, finish, finish_gated
+from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
-from pkv_hf.kernels.products import Block, choose_block, products
+from pkv_hf.kernels.products import products
 
-MAX_ROWS = 16
 DTYPES = (torch.float16, torch.bfloat16)
 
 
 def outruns_cublas(x: torch.Tensor, outputs: int) -> bool:
-    """Whether products of x `[rows, inputs]` with `outputs` outputs are better ours (benchmarks/results/linear.jsonl).
+    """Whether products of x `[rows, inputs]` with `outputs` outputs are better ours.
 
-    Those of one row always are; those of more rows where every multiprocessor has a block of 16 outputs. Of narrower
-    layers cuBLAS cuts the inputs too.
+    Those of one row always are; those of more up to `blocks.most`, where parts of inputs, or else blocks of 16 outputs,
+    are enough for every multiprocessor.
     """
-    return len(x) == 1 or outputs >= 16 * device_limits(x.device)[0]
+    rows, parts = most(capability(x.device))
+    return len(x) == 1 or (len(x) <= rows and (parts > 1 or outputs >= 16 * device_limits(x.device)[0]))
 
 
-@triton.jit
-def _round(y, out_ptr):
-    """y rounded as the output's dtype has it, in float32."""
-    return y.to(out_ptr.dtype.element_ty).to(tl.float32)
-
-
-RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "eps", "scale"]
+RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "part_blocks", "eps", "scale"]
 """Arguments that Triton must not specialise on: rows change without a new compilation."""
 
 
 @triton.jit(do_not_specialize=RUNTIME)
 def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr, out_ptr,
-                  rows, outputs_a, outputs_b, outputs_c, inputs, scale, eps,
+                  rows, outputs_a, outputs_b, outputs_c, inputs, part_blocks, scale, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
                   ACTIVATION: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr,
-                  ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-                  STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """One weight, or three side by side, each in blocks of its own: out [rows, outputs_a + outputs_b + outputs_c]."""
+                  PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """One weight, or three side by side, each in blocks of its own: out [rows, outputs_a + outputs_b + outputs_c].
+
+    With PARTS out is float32 `[parts, rows, outputs]`, of which `epilogue.add_parts` makes the rest.
+    """
     block = tl.program_id(0)
     w_ptr = a_ptr
     bias_ptr = bias_a_ptr
@@ -73,41 +74,72 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
             outputs = outputs_b
             column = outputs_a
             block -= blocks_a
-    y, _ = products(x_ptr, w_ptr, w_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, eps, NORM, OFFSET, False,
-                    ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
+    y, _, tail, _, residual = products(
+        x_ptr, w_ptr, w_ptr, norm_ptr, residual_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps, NORM,
+        OFFSET, RESIDUAL, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    if BIAS:
-        y += tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    at = m.to(tl.int64)[:, None] * width + (column + n)[None, :]
-    mask = (m < rows)[:, None] & (n < outputs)[None, :]
-    if ACTIVATION is not None:
-        y = activated(_round(y, out_ptr), ACTIVATION)
-    if SCALED:
-        y = _round(y, out_ptr) * scale
-    if RESIDUAL:
-        y = _round(y, out_ptr) + tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    if PARTS:
+        out_ptr += tl.program_id(1).to(tl.int64) * rows * width
+    elif BIAS:
+        bias = tl.load(bias_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        y += bias
+        if TAIL > 0:
+            tail += bias
+    at, mask = _elements(0, BLOCK_M, rows, n, outputs, column, width)
+    if RESIDUAL and BLOCK_M > 1:
+        residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+    finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
+    if TAIL > 0:
+        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+        finish(tail, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "eps"])
-def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, out_ptr, rows, outputs, inputs, eps,
+@triton.jit
+def _elements(first, COUNT: tl.constexpr, rows, n, outputs, column, width):
+    """Where COUNT rows' outputs n of a weight are in out, from row `first`, and which of them there are."""
+    m = first + tl.arange(0, COUNT)
+    return m.to(tl.int64)[:, None] * width + (column + n)[None, :], (m < rows)[:, None] & (n < outputs)[None, :]
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps"])
+def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, out_ptr,
+                 rows, outputs, inputs, part_blocks, eps,
                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-                 EVEN: tl.constexpr, ONE_ROW: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                 BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """act(x G^T + bias) * (x U^T + bias)."""
+                 EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                 PDL: tl.constexpr):  # fmt: skip
+    """act(x G^T + bias) * (x U^T + bias); with PARTS as `linear_kernel`, out `[parts, 2, rows, outputs]`."""
     first = tl.program_id(0) * BLOCK_N
-    gate, up = products(x_ptr, gate_ptr, up_ptr, norm_ptr, rows, first, outputs, inputs, eps, NORM, OFFSET, True,
-                        ONE_ROW, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
-    m = tl.arange(0, BLOCK_M)
+    gate, up, gate_tail, up_tail, _ = products(
+        x_ptr, gate_ptr, up_ptr, norm_ptr, x_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM, OFFSET, False,
+        True, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
-    if BIAS:
-        gate += tl.load(bias_gate_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-        up += tl.load(bias_up_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
-    y = _round(activated(_round(gate, out_ptr), ACTIVATION), out_ptr) * _round(up, out_ptr)
-    mask = (m < rows)[:, None] & (n < outputs)[None, :]
-    at = m.to(tl.int64)[:, None] * outputs + n[None, :]
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+    if PARTS:
+        out_ptr += 2 * tl.program_id(1).to(tl.int64) * rows * outputs
+    elif BIAS:
+        bias_gate = tl.load(bias_gate_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        bias_up = tl.load(bias_up_ptr + n, mask=n < outputs, other=0.0).to(tl.float32)[None, :]
+        gate += bias_gate
+        up += bias_up
+        if TAIL > 0:
+            gate_tail += bias_gate
+            up_tail += bias_up
+    at, mask = _elements(0, BLOCK_M, rows, n, outputs, 0, outputs)
+    _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
+    if TAIL > 0:
+        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, 0, outputs)
+        _store_gated(gate_tail, up_tail, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
+
+
+@triton.jit
+def _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS:
+        tl.store(out_ptr + at, gate, mask=mask)
+        tl.store(out_ptr + at + rows.to(tl.int64) * outputs, up, mask=mask)
+    else:
+        finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
 
 
 _linear, _gated = Launcher(linear_kernel, fp_fusion=True), Launcher(gated_kernel, fp_fusion=True)
@@ -135,9 +167,13 @@ def _switches(x: torch.Tensor, norm: torch.Tensor | None, offset: float, block: 
     """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
     return (
-        norm is not None, offset, inputs % block.inputs == 0, rows == 1, 1 if rows == 1 else 16, block.outputs,
-        block.inputs, block.num_stages, block.ahead, overlaps(x.device),
+        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, *padded(rows),
+        block.outputs, block.inputs, block.num_stages, block.ahead, overlaps(x.device),
     )  # fmt: skip
+
+
+def _block(x: torch.Tensor, outputs: int, weights: int) -> Block:
+    return choose_block(*x.shape, outputs, weights, *device_limits(x.device), most(capability(x.device)).parts)
 
 
 def linear(
@@ -154,7 +190,7 @@ def linear(
 ) -> torch.Tensor:
     """residual + scale * (norm(x) W^T + bias) of one weight, or of three side by side in one launch.
 
-    x `[rows, inputs]`, 1 to 16 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
+    x `[rows, inputs]`, 1 to 80 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
     is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, of one
     row. residual is `[rows, outputs]`, with one weight. With one weight and no residual `activation`, a name in
     `kernels.reference.ACTIVATIONS`, may be taken of the product before the scale. Returns `[rows, sum of outputs]`.
@@ -172,19 +208,24 @@ def linear(
             raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
-    block = choose_block(rows, inputs, width, 1, device_limits(x.device)[1])
+    block = _block(x, width, 1)
+    parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    sums = out if parts == 1 else torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
     switches = _switches(x, norm, offset, block)
-    constants = len(weights), biases[0] is not None, residual is not None, scale != 1.0, activation, *switches
+    epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
+    constants = len(weights), *(epilogue if parts == 1 else (False, False, False, None)), *switches
     _linear(
-        (x.dtype, x.device, constants), (sum(-(-count // block.outputs) for count in outputs), 1, 1),
-        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm,
-         out),
-        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, scale, eps), constants,
-        num_warps=4, **options(x.device),
+        (x.dtype, x.device, block.num_warps, constants),
+        (sum(-(-count // block.outputs) for count in outputs), parts, 1),
+        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm, sums),
+        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, part_blocks, scale, eps), constants,
+        num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
+    if parts > 1:
+        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
     return out
 
 
@@ -214,12 +255,18 @@ def gated(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = choose_block(rows, inputs, len(gate), 2, device_limits(x.device)[1])
+    block = _block(x, len(gate), 2)
+    parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
-    constants = activation, bias_gate is not None, *_switches(x, norm, offset, block)
+    sums = out if parts == 1 else torch.empty((parts, 2, rows, len(gate)), dtype=torch.float32, device=x.device)
+    switches = _switches(x, norm, offset, block)
+    constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = tuple(x if vector is None else vector for vector in (bias_gate, bias_up, norm))
     _gated(
-        (x.dtype, x.device, constants), (-(-len(gate) // block.outputs), 1, 1), (x, gate, up, *vectors, out),
-        (rows, len(gate), inputs, eps), constants, num_warps=4, **options(x.device),
+        (x.dtype, x.device, block.num_warps, constants), (-(-len(gate) // block.outputs), parts, 1),
+        (x, gate, up, *vectors, sums), (rows, len(gate), inputs, part_blocks, eps), constants,
+        num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
+    if parts > 1:
+        add_parts(sums, out, (bias_gate, bias_up), [len(gate)] * 2, None, 1.0, activation, gated=True)
     return out

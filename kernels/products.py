@@ -2,42 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
 
 from pkv_hf.kernels.pdl import release, wait
-
-
-@dataclass(frozen=True)
-class Block:
-    """How a launch cuts its weights: outputs and inputs of a block, and how its loop is compiled."""
-
-    outputs: int
-    inputs: int
-    num_stages: int
-    ahead: bool = False
-    """Load a block of weights before the one in hand is used, the first before the kernel before this one is done."""
-
-
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, shared_memory: int) -> Block:
-    """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
-
-    One row needs none: its products stay in registers. More rows keep `num_stages` blocks of weights and of x there.
-    Small weights are mostly ramp-up, which `ahead` hides; many inputs of few outputs are not.
-    """
-    if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
-        return Block(4, 512, 3)
-    if rows == 1 and weights * outputs <= 8192:
-        return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
-    if rows == 1:
-        return Block(4, 1024 if inputs % 1024 == 0 else 512, 3)
-    wide, narrow = Block(64, 256, 3), Block(32, 256, 4)
-    for block in (wide if outputs > 4096 else narrow, Block(32, 128, 3), Block(16, 64, 3)):
-        if block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 + 4096 <= shared_memory:
-            break
-    return block
 
 
 @triton.jit
@@ -47,15 +15,14 @@ def _read_once(pointers, mask):
 
 
 @triton.jit
-def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr,
-             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """As `products`, of norm(x) for one row; [1, BLOCK_N] each.
+def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+             PDL: tl.constexpr):  # fmt: skip
+    """As `products`, of norm(x) for one row; [1, BLOCK_N] each, and the residual's outputs.
 
     The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
     the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
-
-    Where there is a SUM, every program takes it anew, and the first writes it.
     """
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -68,6 +35,9 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
     if AHEAD:  # no kernel writes weights, so that they need not wait as x does
         next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
+    residual = 0.0
+    if RESIDUAL:  # loads do not pass a sum over threads
+        residual = tl.load(residual_ptr + n, mask=n < outputs, other=0.0)[None, :]
     for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
         inside = at + k < inputs
         mask = w_mask if EVEN else w_mask & inside[None, :]
@@ -93,50 +63,73 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
         scale = tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
         y *= scale
         y2 *= scale
-    return y, y2
+    return y, y2, residual
 
 
 @triton.jit
-def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
-          GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-          STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """As `products`, for rows padded to 16; [16, BLOCK_N] each."""
-    m = tl.arange(0, 16)
+def _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
+          GATED: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """As `products`, for rows padded to BLOCK_M + TAIL."""
+    m = tl.arange(0, BLOCK_M)
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     w_at = n.to(tl.int64)[:, None] * inputs + k[None, :]
     w_mask = (n < outputs)[:, None]
     x_at = m[:, None] * inputs + k[None, :]
     x_mask = (m < rows)[:, None]
-    y = tl.zeros([BLOCK_N, 16], tl.float32)
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     y2 = y
+    tail = y
+    if TAIL > 0:
+        m_tail = BLOCK_M + tl.arange(0, TAIL)
+        tail_at = m_tail[:, None] * inputs + k[None, :]
+        tail_mask = (m_tail < rows)[:, None]
+        tail = tl.zeros([BLOCK_N, TAIL], tl.float32)
+    tail2 = tail
     wait(PDL)
-    for at in tl.range(0, inputs, BLOCK_K, num_stages=STAGES):
+    for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         inside = (at + k < inputs)[None, :]
         mask = w_mask if EVEN else w_mask & inside
         w = tl.load(w_ptr + w_at + at, mask=mask, other=0.0)
         x = tl.trans(tl.load(x_ptr + x_at + at, mask=x_mask if EVEN else x_mask & inside, other=0.0))
         y = tl.dot(w, x, y)
+        if TAIL > 0:
+            t = tl.trans(tl.load(x_ptr + tail_at + at, mask=tail_mask if EVEN else tail_mask & inside, other=0.0))
+            tail = tl.dot(w, t, tail)
         if GATED:
-            y2 = tl.dot(tl.load(w2_ptr + w_at + at, mask=mask, other=0.0), x, y2)
+            w2 = tl.load(w2_ptr + w_at + at, mask=mask, other=0.0)
+            y2 = tl.dot(w2, x, y2)
+            if TAIL > 0:
+                tail2 = tl.dot(w2, t, tail2)
     release(PDL)
-    return tl.trans(y), tl.trans(y2)
+    return tl.trans(y), tl.trans(y2), tl.trans(tail), tl.trans(tail2)
 
 
 @triton.jit
-def products(x_ptr, w_ptr, w2_ptr, norm_ptr, rows, first, outputs, inputs, eps,
-             NORM: tl.constexpr, OFFSET: tl.constexpr, GATED: tl.constexpr, ONE_ROW: tl.constexpr,
-             EVEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-             AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def products(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, rows, first, outputs, inputs, part_blocks, eps,
+             NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+             PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """x W^T, and x W2^T where GATED, for outputs first, ..., first + BLOCK_N - 1; float32.
 
-    For one row x may be normed. EVEN: inputs are a multiple of BLOCK_K, so that loads of weights need no mask for the
-    last block.
+    Returns both for the first BLOCK_M rows, then both for the TAIL after them. EVEN: inputs are a multiple of BLOCK_K,
+    so that loads of weights need no mask for the last block.
+
+    One row, BLOCK_M 1, may be normed, and its RESIDUAL is loaded early and returned last. Of more rows with PARTS of
+    inputs, program 1 of the grid takes `part_blocks` blocks of them.
     """
-    if ONE_ROW:
-        y, y2 = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, first, outputs, inputs, eps,
-                         NORM, OFFSET, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+    if BLOCK_M == 1:
+        y, y2, residual = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps, NORM,
+                                   OFFSET, RESIDUAL, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        tail, tail2 = y, y2
     else:
-        y, y2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs,
-                      GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
-    return y, y2
+        residual = 0.0
+        begin = 0
+        end = inputs
+        if PARTS:
+            begin = tl.program_id(1) * part_blocks * BLOCK_K
+            end = tl.minimum(begin + part_blocks * BLOCK_K, inputs)
+        y, y2, tail, tail2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
+                                   GATED, EVEN, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
+    return y, y2, tail, tail2, residual

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig
 
 from pkv_hf.arguments import whole
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
+from pkv_hf.kernels.blocks import scratch
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.memory.sizes import QUANTISED_BITS, ModelSizes
@@ -57,7 +58,7 @@ class MemoryPlan:
     """cuBLAS's workspaces, the decode kernels' partial results, copies of linear-attention states, masks of a prompt
     in chunks."""
     graphs: int
-    """Intermediate results of a decode step, which its CUDA graph keeps; logits included."""
+    """Intermediate results of a decode step, which its CUDA graph keeps; logits and parts of products included."""
     context: int = CUDA_CONTEXT
     max_prompt_tokens: int = 0
     """The longest prompt of `batch` equal rows that fits, by memory alone, with the new tokens; 0 where none does."""
@@ -206,7 +207,8 @@ def _planned(
         + 2 * len(lengths) * sizes.states  # second buffers, and a copy of the first decode step
         + (0 if whole else _over_pages(sizes, longest)),
         graphs=len(lengths) * (4 * sizes.hidden + 3 * sizes.intermediate) * width
-        + len(lengths) * sizes.vocabulary * (width + 4),  # and float32 scores
+        + len(lengths) * sizes.vocabulary * (width + 4)  # and float32 scores
+        + scratch(len(lengths), _processors()),
     )
 
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, elementwise, linear, products
+from pkv_hf.kernels import append, blocks, elementwise, epilogue, linear
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
@@ -51,7 +51,7 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
     assert launcher.fp_fusion or "fma.rn.f32" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
-    if target.arch == 90 and constants.get("BLOCK_M") == 16:
+    if target.arch == 90 and (constants.get("BLOCK_M") == 16 or "TAIL" in constants):
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
             ptx.write(kernel.asm["ptx"])
             ptx.flush()
@@ -112,19 +112,29 @@ if target == 89:  # float32 that was of 8 bits, where there is least to spare
         gpu, split._split, "fp32", constants, tile.num_warps, k_ptr="*i16", v_ptr="*i16")
 half = next(case[4] for case in cases if case[4] != "fp32")
 
-def linears(rows, inputs, outputs, at_once, **form):
-    block = products.choose_block(rows, inputs, outputs, at_once, shared)
-    return dict(ONE_ROW=rows == 1, BLOCK_M=1 if rows == 1 else 16, BLOCK_N=block.outputs, BLOCK_K=block.inputs,
-                STAGES=block.num_stages, AHEAD=block.ahead, EVEN=True, NORM=rows == 1, **form)
+def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, **form):
+    block = blocks.choose_block(rows, inputs, outputs, at_once, 132, shared, blocks.MOST_PARTS)
+    block_m, tail = blocks.padded(rows)
+    form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
+                AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, **form)
+    return compiled(gpu, kernel, half, form, block.num_warps, **({"out_ptr": "*fp32"} if PARTS else {}))
 
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
-for rows in (1, 16):
+for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
-        form = linears(rows, inputs, 6144 if weights == 3 else 4096, 1, WEIGHTS=weights, BIAS=True, RESIDUAL=residual)
-        used[f"linear {rows} {weights}"] = compiled(gpu, linear._linear, half, {**form, **plain}, 4)
-    for outputs in (1536, 14336):
-        form = linears(rows, 4096, outputs, 2, **silu)
-        used[f"gated {rows} {outputs}"] = compiled(gpu, linear._gated, half, form, 4)
+        form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=residual, **plain)
+        used[f"linear {rows} {weights}"] = of_rows(
+            linear._linear, rows, inputs, 6144 if weights == 3 else 4096, 1, **form)
+    for outputs in (1536, 9728):
+        used[f"gated {rows} {outputs}"] = of_rows(linear._gated, rows, 4096, outputs, 2, **silu)
+parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
+used["linear in parts"] = of_rows(
+    linear._linear, 80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
+used["gated in parts"] = of_rows(linear._gated, 80, 4096, 4096, 2, **parts)
+for weights, gates, activation in ((3, False, None), (2, True, "silu")):
+    form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=not gates, SCALED=not gates, ACTIVATION=activation, GATED=gates,
+                PARTS=blocks.MOST_PARTS, BLOCK=epilogue.BLOCK)
+    used[f"add_parts {gates}"] = compiled(gpu, epilogue._add_parts, half, form, 4, parts_ptr="*fp32")
 llama = dict(RESIDUAL=True, CENTERED=False, WEIGHT=True, BIAS=False, OFFSET=0.0, BLOCK=8192)
 act_mul = dict(ACTIVATION="silu", GATED=True, BLOCK=1024)
 for dtype in (half, "fp32"):
@@ -151,10 +161,10 @@ if target in (75, 90):  # forms that need no more of a GPU than those before
             gpu, append._rope_append, half, rope, 1 if paired else 4, **angles)
     for rows in (1, 16):
         form = dict(ACTIVATION="gelu_tanh", BIAS=True, OFFSET=1.0)
-        used[f"gated {rows} of Gemma"] = compiled(gpu, linear._gated, half, linears(rows, 4096, 14336, 2, **form), 4)
-        form = linears(rows, 4096, 4096, 1, WEIGHTS=1, BIAS=True)
+        used[f"gated {rows} of Gemma"] = of_rows(linear._gated, rows, 4096, 14336, 2, **form)
         for of in (dict(RESIDUAL=True, SCALED=True), dict(RESIDUAL=False, ACTIVATION="gelu")):
-            used[f"linear {rows} {of}"] = compiled(gpu, linear._linear, half, {**form, **plain, **of}, 4)
+            form = dict(WEIGHTS=1, BIAS=True, **{**plain, **of})
+            used[f"linear {rows} {of}"] = of_rows(linear._linear, rows, 4096, 4096, 1, **form)
     both = dict(AFTER=True, AFTER_WEIGHT=True, AFTER_OFFSET=1.0, BEFORE=True, BEFORE_WEIGHT=True, BEFORE_OFFSET=0.0)
     used["add_norms"] = compiled(gpu, elementwise._add_norms, half, dict(**both, SCALED=True, BLOCK=8192), 8)
     for form in (dict(OFFSET=1.0), dict(CENTERED=True, BIAS=True)):
@@ -190,6 +200,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + 17 + (4 if target < 89 else 8) + 14 * (target in (75, 90))
+    assert len(used) >= 7 * must + (29 if target >= 80 else 21) + (4 if target < 89 else 8) + 14 * (target in (75, 90))
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

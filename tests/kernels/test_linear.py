@@ -8,15 +8,15 @@ from torch.nn import functional
 
 pytest.importorskip("triton")
 
+from pkv_hf.kernels import linear as linear_module
 from pkv_hf.kernels import reference
+from pkv_hf.kernels.blocks import Block, choose_block, padded, scratch
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.linear import gated, linear
-from pkv_hf.kernels.products import choose_block
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
 EPS = 0.1  # one that shows
-ROW = torch.zeros(1, 64, dtype=torch.float16)
 
 
 def drawn(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> torch.Tensor:
@@ -38,7 +38,7 @@ def double(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("rows", [1, 2, 67])
 @pytest.mark.parametrize(
     ("inputs", "outputs", "offset", "scale", "activation"),
     [
@@ -77,7 +77,7 @@ def whole(*shape: int, dtype: torch.dtype, unit: float) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, 3, 70])
 def test_products_are_rounded_as_transformers_rounds_them(rows, dtype):
     """Before a residual is added, before a multiplier, an activation and after, before gate and up are multiplied."""
     x, residual = whole(rows, 96, dtype=dtype, unit=2**-10), whole(rows, 200, dtype=dtype, unit=2**-6)
@@ -105,6 +105,7 @@ def test_products_are_rounded_as_transformers_rounds_them(rows, dtype):
         (1, 1100, 130, "silu", 0.0),
         (1, 640, 130, "gelu", 0.0),
         (16, 640, 130, "gelu_tanh", 0.0),
+        (80, 640, 130, "gelu", 0.0),
         (3, 1100, 4100, "silu", 0.0),
     ],
 )
@@ -132,7 +133,7 @@ def test_gated(rows, inputs, outputs, activation, offset, dtype):
     ("change", "named"),
     [
         ({"x": torch.zeros(2, 64)}, "float32"),
-        ({"x": torch.zeros(17, 64, dtype=torch.float16)}, "1 to 16"),
+        ({"x": torch.zeros(81, 64, dtype=torch.float16)}, "1 to 80"),
         ({"x": torch.zeros(2, 32, dtype=torch.float16)}, r"weights\[0\]"),
         ({"weights": [torch.zeros(8, 64)]}, r"weights\[0\] is torch.float32"),
         ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 2}, "2 weights"),
@@ -155,9 +156,80 @@ def test_one_bias_of_two_is_refused():
         gated(x, weight, weight, bias_gate=weight[:, 0].contiguous())
 
 
+@pytest.fixture(params=[1, 3], ids="parts={}".format)
+def any_block(request, monkeypatch):
+    """Launches of several rows are cut into blocks of 32 outputs and 64 inputs, in at most so many parts."""
+    block = Block(32, 64, 2, parts=request.param)
+    monkeypatch.setattr(linear_module, "choose_block", lambda *_: block)
+    launches: list[int] = []
+    add_parts = linear_module.add_parts
+    monkeypatch.setattr(linear_module, "add_parts", lambda *a, **b: launches.append(len(a[0])) or add_parts(*a, **b))
+    yield
+    assert set(launches) == ({3} if block.parts == 3 else set())
+
+
+@pytest.mark.parametrize("rows", [2, 16, 17, 33, 64, 65, 80])
+def test_every_count_of_rows_in_any_block(rows, any_block):
+    """Ragged outputs and inputs, every epilogue; rows before and after, and what is unwritten, are NaN."""
+    dtype, inputs = HALVES[rows % 2], 5 * 64 + 7 if rows % 3 else 6 * 64
+    around = torch.full((rows + 4, inputs), float("nan"), dtype=dtype, device=DEVICE)
+    x = around[2:-2].copy_(drawn(rows, inputs, dtype=dtype))
+    weights = [drawn(count, inputs, dtype=dtype, scale=inputs**-0.5) for count in (41, 9, 33)]
+    biases = [drawn(len(weight), dtype=dtype) for weight in weights]
+    residual = drawn(rows, 41, dtype=dtype)
+    pair = [weights[0], drawn(41, inputs, dtype=dtype, scale=inputs**-0.5)]
+    pair_biases = [biases[0], drawn(41, dtype=dtype)]
+
+    def by_torch(x, weights, biases, residual, pair, pair_biases):
+        of_three = [functional.linear(x, w, b) for w, b in zip(weights, biases)]
+        gate, up = (functional.linear(x, w, b) for w, b in zip(pair, pair_biases))
+        return (
+            torch.cat(of_three, dim=1),
+            residual + 0.22 * of_three[0],
+            0.22 * functional.silu(of_three[1]),
+            functional.silu(gate) * up,
+        )
+
+    with poisoned_scratch():
+        ours = (
+            linear(x, weights, biases),
+            linear(x, weights[:1], biases[:1], residual=residual, scale=0.22),
+            linear(x, weights[1:2], biases[1:2], activation="silu", scale=0.22),
+            gated(x, *pair, bias_gate=pair_biases[0], bias_up=pair_biases[1]),
+        )
+    given = x, weights, biases, residual, pair, pair_biases
+    exact = by_torch(*(each.double() if isinstance(each, torch.Tensor) else double(each) for each in given))
+    for mine, theirs, expected in zip(ours, by_torch(*given), exact, strict=True):
+        judge(mine, theirs, expected)
+
+
 @pytest.mark.parametrize("shared_kib", [64, 99, 163, 227])
 @pytest.mark.parametrize("weights", [1, 2])
+@pytest.mark.parametrize("rows", [2, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
-def test_blocks_fit_shared_memory(outputs, weights, shared_kib):
-    block = choose_block(8, 4096, outputs, weights, shared_kib * 1024)
-    assert block.num_stages * (weights * block.outputs + 16) * block.inputs * 2 <= shared_kib * 1024
+def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 8)
+    held = weights * block.outputs + sum(padded(rows))
+    assert block.num_stages * held * block.inputs * 2 <= shared_kib * 1024
+    parts = block.cut(4096)[0]
+    assert (parts > 1) == (outputs == 512)
+    assert parts == 1 or parts * rows * weights * outputs * 4 <= scratch(rows, 132)
+
+
+@pytest.mark.parametrize(("major", "taken"), [(7, [True, True, False, False]), (8, [True, True, True, False])])
+def test_which_products_are_ours(major, taken, monkeypatch):
+    """Up to 80 rows; where there are no tensor cores for them, up to 16 of wide layers, in one part."""
+    monkeypatch.setattr(linear_module, "capability", lambda _: (major, 0))
+    monkeypatch.setattr(linear_module, "device_limits", lambda _: (40, 64 * 1024))
+    rows = [torch.empty(count, 4096, dtype=torch.float16) for count in (1, 16, 17, 81)]
+    assert [linear_module.outruns_cublas(x, 640) for x in rows] == taken
+    assert linear_module.outruns_cublas(rows[1], 512) == (major > 7)
+    assert (linear_module._block(rows[1], 512, 1).parts > 1) == (major > 7)
+
+
+def test_parts_of_inputs_are_whole_blocks_and_none_is_empty():
+    for blocks in range(1, 40):
+        for most in range(1, 9):
+            parts, of_part = Block(64, 64, 3, parts=most).cut(64 * blocks - 5)
+            assert parts <= most
+            assert (parts - 1) * of_part < blocks <= parts * of_part

@@ -1,0 +1,121 @@
+"""What becomes of a product's float32 sums: activation, multiplier, residual or gate, and the sum of its parts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from pkv_hf.kernels.activations import activated
+from pkv_hf.kernels.launcher import Launcher
+from pkv_hf.kernels.pdl import options, overlaps, release, wait
+
+BLOCK = 512
+"""Elements of a row that a program adds up."""
+
+
+@triton.jit
+def _round(y, out_ptr):
+    """y rounded as the output's dtype has it, in float32."""
+    return y.to(out_ptr.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def finish(y, residual, at, mask, out_ptr, scale,
+           RESIDUAL: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
+    """Stores residual + scale * act(y) at the elements `at`."""
+    if ACTIVATION is not None:
+        y = activated(_round(y, out_ptr), ACTIVATION)
+    if SCALED:
+        y = _round(y, out_ptr) * scale
+    if RESIDUAL:
+        y = _round(y, out_ptr) + residual.to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def finish_gated(gate, up, at, mask, out_ptr, ACTIVATION: tl.constexpr):
+    """Stores act(gate) * up at the elements `at`."""
+    y = _round(activated(_round(gate, out_ptr), ACTIVATION), out_ptr) * _round(up, out_ptr)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _added(parts_ptr, at, stride, mask, PARTS: tl.constexpr):
+    """The parts' sum, in their order; all are loaded at once."""
+    y = tl.load(parts_ptr + at, mask=mask, other=0.0)
+    for part in tl.static_range(1, PARTS):
+        y += tl.load(parts_ptr + at + part * stride, mask=mask, other=0.0)
+    return y
+
+
+@triton.jit(do_not_specialize=["rows", "outputs_a", "outputs_b", "scale"])
+def add_parts_kernel(parts_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, out_ptr,
+                     rows, outputs_a, outputs_b, width, scale,
+                     WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
+                     ACTIVATION: tl.constexpr, GATED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+                     PDL: tl.constexpr):  # fmt: skip
+    """The epilogue of parts `[PARTS, rows, width]`, `[PARTS, 2, rows, width]` where GATED; biases as the product has.
+
+    WEIGHTS biases, one each; where GATED those of gate and up.
+    """
+    release(PDL)
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(1).to(tl.int64)
+    mask = n < width
+    bias = tl.zeros([BLOCK], tl.float32)
+    if BIAS:
+        bias = tl.load(bias_a_ptr + n, mask=n < outputs_a, other=0.0).to(tl.float32)
+        if WEIGHTS == 3:
+            b = n - outputs_a
+            bias += tl.load(bias_b_ptr + b, mask=(b >= 0) & (b < outputs_b), other=0.0).to(tl.float32)
+            c = b - outputs_b
+            bias += tl.load(bias_c_ptr + c, mask=(c >= 0) & mask, other=0.0).to(tl.float32)
+    wait(PDL)
+    at = row * width + n
+    plane = rows.to(tl.int64) * width
+    if GATED:
+        gate = _added(parts_ptr, at, 2 * plane, mask, PARTS) + bias
+        up = _added(parts_ptr, at + plane, 2 * plane, mask, PARTS)
+        if BIAS:
+            up += tl.load(bias_b_ptr + n, mask=mask, other=0.0).to(tl.float32)
+        finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
+    else:
+        y = _added(parts_ptr, at, plane, mask, PARTS) + bias
+        residual = y
+        if RESIDUAL:
+            residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
+        finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
+
+
+_add_parts = Launcher(add_parts_kernel, fp_fusion=True)
+
+
+def add_parts(
+    parts: torch.Tensor,
+    out: torch.Tensor,
+    biases: Sequence[torch.Tensor | None],
+    outputs: Sequence[int],
+    residual: torch.Tensor | None,
+    scale: float,
+    activation: str | None,
+    gated: bool = False,
+) -> None:
+    """Writes out `[rows, width]`: the epilogue of parts `[parts, rows, width]`, `[parts, 2, rows, width]` where gated.
+
+    A bias and a count of `outputs` a weight, biases all or none; the rest as in `linear.linear`.
+    """
+    rows, width = out.shape
+    a, b, c = ((parts if bias is None else bias) for bias in (tuple(biases) * 3)[:3])
+    constants = (
+        len(outputs), biases[0] is not None, residual is not None, scale != 1.0, activation, gated, len(parts), BLOCK,
+        overlaps(out.device),
+    )  # fmt: skip
+    _add_parts(
+        (out.dtype, out.device, constants), (-(-width // BLOCK), rows, 1),
+        (parts, a, b, c, out if residual is None else residual, out),
+        (rows, outputs[0], outputs[min(1, len(outputs) - 1)], width, scale), constants,
+        num_warps=4, **options(out.device),
+    )  # fmt: skip
