@@ -5,22 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.attention.tile import add_sinks, attend_tiles, load_queries
+from pkv_hf.kernels.attention.tile import add_sinks, attend_tiles
 from pkv_hf.kernels.attention.tile8 import attend_tiles_8bit
 
 
 @triton.jit
-def attend(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len, window,
-           first_tile, num_tiles, ends_row, scale, stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp,
-           stride_vh, stride_sp, stride_sh, stride_tb,
-           G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
-           BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
-           EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr, CAP: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
-    """(m, l, acc) of the queries of a row and KV head over tiles [first_tile, first_tile + num_tiles).
+def attend(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len, window,
+           first_tile, num_tiles, ends_row, scale, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp, stride_sh,
+           stride_tb, G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+           BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr, EIGHT_BIT: tl.constexpr,
+           NATIVE: tl.constexpr, CAP: tl.constexpr, CHUNKED: tl.constexpr):  # fmt: skip
+    """(m, l, acc) of q, as `load_queries` has a row's and KV head's, over tiles [first_tile, first_tile + num_tiles).
 
     Sinks, where there are any, belong to the range that `ends_row`: one range of a row's tiles does, if it has tiles.
     """
-    q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
     k_ptr += kv_head * stride_kh
     v_ptr += kv_head * stride_vh
     table_ptr += row * stride_tb

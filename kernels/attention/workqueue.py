@@ -16,7 +16,7 @@ import triton.language as tl
 from pkv_hf.kernels.attention.attend import attend
 from pkv_hf.kernels.attention.layout import layout_of, score_scale, words
 from pkv_hf.kernels.attention.merge import merge_states, states_of, store_state
-from pkv_hf.kernels.attention.tile import store_output, tile_range
+from pkv_hf.kernels.attention.tile import load_queries, store_output, tile_range
 from pkv_hf.kernels.launch import MERGED_AT_ONCE, PROGRAMS_PER_SM, Scales, device_limits, next_power_of_2
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, wait
@@ -123,11 +123,12 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, t
         first, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
         count = tl.minimum(tiles - skipped, left)
         if count > 0:  # an item whose row has nothing to attend to has no tiles
+            q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
             m_i, l_i, acc = attend(
-                q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len,
-                window, first + skipped, count, skipped + count == tiles, scale, stride_qb, stride_qh, stride_qt,
-                stride_kp, stride_kh, stride_vp, stride_vh, stride_sp, stride_sh, stride_tb, G, D, DV, PAGE, TOKENS,
-                BLOCK_M, BLOCK_D, BLOCK_DV, STAGES, EIGHT_BIT, NATIVE, CAP, CHUNKED,
+                q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len,
+                window, first + skipped, count, skipped + count == tiles, scale, stride_kp, stride_kh, stride_vp,
+                stride_vh, stride_sp, stride_sh, stride_tb, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES,
+                EIGHT_BIT, NATIVE, CAP, CHUNKED,
             )  # fmt: skip
             if count == tiles:
                 store_output(

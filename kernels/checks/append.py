@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,47 +102,68 @@ class AppendCase:
 def check_append(case: AppendCase, device: torch.device | str) -> dict[str, Result]:
     """The results of `append`, or of `rope_append`: what new slots hold, queries, and all memory beside the slots."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
-    q, k, v = _states(case, draw)
+    q, k, v = drawn_states(case, draw)
     pools, scales, table = _memory(case, draw)
-    written = [*pools, *scales]
-    before = [_bits(tensor).clone() for tensor in written]
+    before = [bits_of(tensor).clone() for tensor in (*pools, *scales)]
     bounds = [torch.tensor(values, dtype=torch.int32, device=device) for values in (case.first_held, case.ends)]
     settings: dict[str, Any] = {"scales": tuple(scales)} if scales else {}
-    results = {}
+    results, exact_k = {}, None
     if case.roped:
-        pairing = {name: getattr(case, name) for name in ("rotary", "interleaved", "paired_angles")}
-        shape = len(k) if case.angles_by_row else 1, case.q_len, case.head_dim if case.rotary is None else case.rotary
-        angles = [draw(*shape, dtype=torch.float32 if case.wide_angles else case.dtype) for _ in range(2)]
-        weights = [draw((x.shape[1] if case.whole else 1) * case.head_dim) for x in (q, k)] if case.norm else []
-        if case.norm:
-            settings["norms"] = (*weights, case.eps, case.offset)
+        roping = Roping(case, draw, q, k)
         with poisoned_scratch():
-            rotated_q = kernels.rope_append(*pools, q, k, v, *angles, table, *bounds, **settings, **pairing)
-
-        def roped(dtype: torch.dtype) -> list[torch.Tensor]:
-            states = [x.to(dtype) for x in (q, k)]
-            if case.norm:
-                states = [_normed(case, x, weight.to(dtype)) for x, weight in zip(states, weights)]
-            wide = torch.promote_types(dtype, angles[0].dtype)
-            return [rotate(x, *(angle.to(wide) for angle in angles), **pairing) for x in states]
-
-        (q, k), (exact_q, exact_k) = roped(case.dtype), roped(torch.float64)
+            rotated_q = kernels.rope_append(
+                *pools, q, k, v, *roping.angles, table, *bounds, **settings, **roping.settings
+            )
+        (q, k), (exact_q, exact_k) = roping(q, k, case.dtype), roping(q, k, torch.float64)
         results["q"] = beside(rotated_q, q, exact_q) if case.norm else same(rotated_q, q)
     else:
         kernels.append(*pools, k, v, table, *bounds, **settings)
-    row, t, page, slot = _slots(case, table)
+    return {**results, **pages_written(case, pools, scales, table, before, k, v, exact_k)}
+
+
+class Roping:
+    """What becomes of a case's q and k before they are appended, by arguments of `rope_append` and by the reference."""
+
+    def __init__(self, case: AppendCase, draw: Draw, q: torch.Tensor, k: torch.Tensor) -> None:
+        self.case = case
+        self.pairing = {name: getattr(case, name) for name in ("rotary", "interleaved", "paired_angles")}
+        shape = len(k) if case.angles_by_row else 1, case.q_len, case.head_dim if case.rotary is None else case.rotary
+        self.angles = [draw(*shape, dtype=torch.float32 if case.wide_angles else case.dtype) for _ in range(2)]
+        self.weights = [draw((x.shape[1] if case.whole else 1) * case.head_dim) for x in (q, k)] if case.norm else []
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        norms = (*self.weights, self.case.eps, self.case.offset) if self.weights else None
+        return {"norms": norms, **self.pairing}
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, dtype: torch.dtype) -> list[torch.Tensor]:
+        states = [x.to(dtype) for x in (q, k)]
+        if self.weights:
+            states = [_normed(self.case, x, weight.to(dtype)) for x, weight in zip(states, self.weights)]
+        wide = torch.promote_types(dtype, self.angles[0].dtype)
+        return [rotate(x, *(angle.to(wide) for angle in self.angles), **self.pairing) for x in states]
+
+
+def pages_written(
+    case: AppendCase, pools: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], table: torch.Tensor,
+    before: Sequence[torch.Tensor], k: torch.Tensor, v: torch.Tensor, exact_k: torch.Tensor | None,
+) -> dict[str, Result]:  # fmt: skip
+    """The results of pages that were to get k and v: slots, and all memory beside them, whose bits were `before`."""
+    row, t, page, slot = slots_of(case, table)
+    results = {}
     for name, states, pool, of_pool in zip("kv", (k, v), pools, scales or (None, None)):
-        ours, theirs = _bits(pool)[page, :, slot].view(pool.dtype), states[row, :, t]
+        ours, theirs = bits_of(pool)[page, :, slot].view(pool.dtype), states[row, :, t]
         if of_pool is not None:
             ours = dequantize(ours, of_pool[page, :, slot], torch.float64)
             theirs = dequantize(*quantize(theirs, pool.dtype), torch.float64)
-        normed_k = case.norm and name == "k"
+        normed_k = case.norm and name == "k" and exact_k is not None
         results[name] = beside(ours, theirs, exact_k[row, :, t]) if normed_k else same(ours, theirs)
-    for tensor, bits in zip(written, before):
-        _bits(tensor)[page, :, slot] = bits[page, :, slot]
-    untouched = [same(_bits(tensor), bits) for tensor, bits in zip(written, before)]
-    results["elsewhere"] = max(untouched, key=lambda result: result.error)
-    return results
+    untouched = []
+    for tensor, bits in zip((*pools, *scales), before):
+        now = bits_of(tensor).clone()
+        now[page, :, slot] = bits[page, :, slot]
+        untouched.append(same(now, bits))
+    return {**results, "elsewhere": max(untouched, key=lambda result: result.error)}
 
 
 def _normed(case: AppendCase, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -151,18 +173,18 @@ def _normed(case: AppendCase, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     return rms_norm(together.flatten(2), weight, case.eps, case.offset).view(together.shape).transpose(1, 2)
 
 
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
+def bits_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(BITS[tensor.itemsize])
 
 
-def _states(case: AppendCase, draw: Draw) -> list[torch.Tensor]:
-    """q, k and v `[rows, heads, q_len, head_dim]` in the case's layout, vectors of many magnitudes, some of zeros."""
+def drawn_states(case: AppendCase, draw: Draw, spread: float = 4.0) -> list[torch.Tensor]:
+    """q, k and v `[rows, heads, q_len, head_dim]` in the case's layout, vectors of `spread` magnitudes, some 0."""
     rows, heads = len(case.ends), [case.num_kv_heads * case.group, case.num_kv_heads, case.num_kv_heads]
     dims = [case.head_dim, case.head_dim, case.value_dim or case.head_dim]
 
     def drawn(*shape: int) -> torch.Tensor:
         sizes = torch.rand((rows, *shape[:-1], 1), generator=draw.generator, device=draw.generator.device)
-        scale = torch.where(sizes < 0.05, 0.0, 10 ** (4 * sizes - 2))
+        scale = torch.where(sizes < 0.05, 0.0, 10 ** (spread * (sizes - 0.5)))
         return draw(rows, *shape, scale=scale)
 
     if case.layout == "together":
@@ -201,7 +223,7 @@ def _memory(case: AppendCase, draw: Draw) -> tuple[list[torch.Tensor], list[torc
     return pools, scales, table
 
 
-def _slots(case: AppendCase, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def slots_of(case: AppendCase, table: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Row, token, page and slot of every vector that a head gets."""
     rows, tokens = torch.meshgrid(torch.arange(len(case.ends)), torch.arange(case.q_len), indexing="ij")
     positions = torch.tensor(case.ends)[:, None] - case.q_len + tokens

@@ -1,8 +1,9 @@
-"""Random cases for the kernels beside attention: append, RoPE, linear layers, RMSNorm and SwiGLU."""
+"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers, RMSNorm and SwiGLU."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
@@ -13,10 +14,15 @@ from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase, check_append
 from pkv_hf.kernels.checks.fuzz import Outcome
 from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, Result, check_elementwise, check_linear, pooled
+from pkv_hf.kernels.checks.new_token import TokenCase, check_token
 
-LayerCase: TypeAlias = AppendCase | LinearCase | ElementwiseCase
-CHECKS = {AppendCase: check_append, LinearCase: check_linear, ElementwiseCase: check_elementwise}
-DTYPES = {AppendCase: check.DTYPES, LinearCase: linear.DTYPES, ElementwiseCase: check.DTYPES}
+LayerCase: TypeAlias = AppendCase | TokenCase | LinearCase | ElementwiseCase
+CHECKS: dict[type, Callable[..., dict[str, Result]]] = {
+    AppendCase: check_append, TokenCase: check_token, LinearCase: check_linear, ElementwiseCase: check_elementwise,
+}  # fmt: skip
+DTYPES: dict[type[LayerCase], tuple[torch.dtype, ...]] = {
+    AppendCase: check.DTYPES, TokenCase: check.DTYPES, LinearCase: linear.DTYPES, ElementwiseCase: check.DTYPES,
+}  # fmt: skip
 
 
 def batches(rng: np.random.Generator, count: int, variations: int, longest: int) -> list[list[LayerCase]]:

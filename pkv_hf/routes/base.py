@@ -218,6 +218,14 @@ class Route(Protocol):
         """
         ...
 
+    def rope_attend(
+        self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        cos: torch.Tensor | None, sin: torch.Tensor | None, scores: Scores, bounds: Bounds,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        """`rope_append`, then `decode` of the rotated q, in as few launches as the route has for both."""
+        ...
+
     def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         """Attention of q `[rows, H_q, q_len, D]` over a layer's pages, as `[rows, q_len, H_q, V's D]`."""
         ...

@@ -270,5 +270,7 @@ class Sdpa:
     def rope_append(self, *_: object) -> torch.Tensor:
         raise NotImplementedError("the model's own RoPE goes with this route")
 
+    rope_attend = rope_append
+
     def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
         return over_pages(layer, q, scores, bounds.starts, bounds.begin).transpose(1, 2)

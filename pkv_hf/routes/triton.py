@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from pkv_hf.kernels.launch import (
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.routes.base import WHOLE, Accepted, Bounds, Norms, Rejected, Rotary, Scores, StepShape, installed
 from pkv_hf.routes.costs import Work
+
+if TYPE_CHECKING:  # importing it imports Triton
+    from pkv_hf.kernels.attention.new_token import NewToken
 
 
 class Triton:
@@ -80,6 +84,17 @@ class Triton:
             rotary=rotary.dim, interleaved=rotary.interleaved, paired_angles=rotary.paired,
         )  # fmt: skip
 
+    def rope_attend(
+        self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        cos: torch.Tensor | None, sin: torch.Tensor | None, scores: Scores, bounds: Bounds,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        q = self.rope_append(layer, q, k, v, cos, sin, bounds, rotary, norms)
+        return self.decode(layer, q, scores, bounds)
+
+    def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
+        raise NotImplementedError
+
 
 class Split(Triton):
     """A rectangular grid (row, KV head, split): sequence splitting, for one row or rows of equal length."""
@@ -93,7 +108,26 @@ class Split(Triton):
         merges = splits > 1
         return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
 
+    def rope_attend(
+        self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
+        cos: torch.Tensor | None, sin: torch.Tensor | None, scores: Scores, bounds: Bounds,
+        rotary: Rotary = WHOLE, norms: Norms | None = None,
+    ) -> torch.Tensor:  # fmt: skip
+        if bounds.q_len > 1:
+            return super().rope_attend(layer, q, k, v, cos, sin, scores, bounds, rotary, norms)
+        from pkv_hf.kernels.attention.new_token import NewToken
+
+        layer.length = layer.prepare(k, v)
+        first_held = layer.table.on(k.device)[1]
+        pairing = rotary.dim, rotary.interleaved, rotary.paired
+        return self._attend(layer, q, scores, bounds, NewToken(k, v, cos, sin, first_held, norms, *pairing))
+
     def decode(self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds) -> torch.Tensor:
+        return self._attend(layer, q, scores, bounds)
+
+    def _attend(
+        self, layer: PagedLayer, q: torch.Tensor, scores: Scores, bounds: Bounds, new: NewToken | None = None
+    ) -> torch.Tensor:
         from pkv_hf.kernels.attention.split import decode_split
 
         table, _ = layer.table.on(q.device)
@@ -111,6 +145,7 @@ class Split(Triton):
             window=window,
             longest=longest,
             scales=layer.scales,
+            new=new,
             **scores._asdict(),
         )
 

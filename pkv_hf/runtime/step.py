@@ -223,9 +223,11 @@ class Step:
 
         `[rows, heads, q_len, D]` each. Returns `[rows, q_len, H_q, D]`.
         """
-        layer = self.cache.layers[layer_idx]
+        layer, bounds = self.cache.layers[layer_idx], self.bounds
         with launching_on(q.device):
-            q = self.route.rope_append(layer, q, k, v, cos, sin, self.bounds, rotary, norms)
+            if bounds.decodes:
+                return self.route.rope_attend(layer, q, k, v, cos, sin, scores, bounds, rotary, norms)
+            q = self.route.rope_append(layer, q, k, v, cos, sin, bounds, rotary, norms)
         return self._over_pages(layer, q, scores)
 
 

@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, blocks, elementwise, epilogue, linear
+from pkv_hf.kernels import append, blocks, elementwise, epilogue, linear, rope
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
@@ -30,11 +30,16 @@ ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "state_ptr": "fp32",
             "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32"}
 
+NEW = "new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "first_ptr"
+NOT_TURNED = dict(ROTARY=0, INTERLEAVED=False, PAIRED=False, NORM=False, OFFSET=0.0, WHOLE=0, LARGEST=0.0)
+
 def compiled(target, launcher, dtype, constants, warps, **alike):
     kernel = launcher.kernel
     constants, signature = {**constants, "PDL": target.arch >= 90}, {}
     if "sinks_ptr" in kernel.arg_names and "sinks_ptr" not in alike:
         constants["sinks_ptr"] = None
+    if "new_k_ptr" in kernel.arg_names and "ROTARY" not in constants:
+        constants.update(NOT_TURNED, **dict.fromkeys(NEW))
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -51,6 +56,8 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
     kernel = triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": launcher.fp_fusion})
     assert launcher.fp_fusion or "fma.rn.f32" not in kernel.asm["ptx"], kernel.name  # rounded as transformers rounds
+    if constants.get("ROTARY") and dtype == "fp32":  # turns products of float32 that are rounded before their sum
+        assert "mul.rn.f32" in kernel.asm["ptx"], kernel.name
     if target.arch == 90 and (constants.get("BLOCK_M") == 16 or "TAIL" in constants):
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
             ptx.write(kernel.asm["ptx"])
@@ -79,10 +86,13 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
                                     NATIVE=True, CAP=cap, CHUNKED=chunked)
 
     warps, constants = attend(None, 0)
+    turned = dict(ROTARY=head_dim, INTERLEAVED=False, PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0)
+    new = q_len == 1 and head_dim == value_dim  # with a new token, which adds to what the kernel does without
     for direct in (False, True):
         state = {"state_ptr": "*" + dtype} if direct else {}
+        form = dict(**turned, LARGEST=0.0) if new and not direct else {}
         used[f"split {case} {direct}"] = compiled(
-            gpu, split._split, dtype, dict(**constants, DIRECT=direct), warps, **state, **of_sinks)
+            gpu, split._split, dtype, dict(**constants, **form, DIRECT=direct), warps, **state, **of_sinks)
     used[f"workqueue {case}"] = compiled(
         gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **of_sinks)
     used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, merged, 4)
@@ -93,17 +103,18 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
         if largest:
             warps, constants = attend(1, 1 + (pages != "i8"))
+            form = dict(**turned, LARGEST=largest) if new else {}
             used[f"split {case} {pages}"] = compiled(
-                gpu, split._split, dtype, dict(**constants, DIRECT=False), warps, **held, **of_sinks)
+                gpu, split._split, dtype, dict(**constants, **form, DIRECT=False), warps, **held, **of_sinks)
             used[f"workqueue {case} {pages}"] = compiled(
                 gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **held, **of_sinks)
         held = {"k_pages_ptr": "*" + pages, "v_pages_ptr": "*" + pages}
         used[f"append {case} {pages}"] = compiled(
             gpu, append._append, dtype,
             dict(D=head_dim, DV=value_dim, PAGE=16, BLOCK_D=block_d, BLOCK_DV=block_dv, LARGEST=largest), 1, **held)
-        rope = dict(D=head_dim, PAGE=16, BLOCK_HALF=next_power_of_2(head_dim // 2), ROTARY=head_dim, INTERLEAVED=False,
-                    PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0, LARGEST=largest)
-        used[f"rope_append {case} {pages}"] = compiled(gpu, append._rope_append, dtype, rope, 1, **held)
+        used[f"rope_append {case} {pages}"] = compiled(
+            gpu, append._rope_append, dtype, dict(D=head_dim, PAGE=16, BLOCK_D=block_d, **turned, LARGEST=largest), 1,
+            **held)
 if target == 89:  # float32 that was of 8 bits, where there is least to spare
     tile = choose_tile(128, 4, 64, shared, 1)
     constants = dict(G=16, D=128, DV=128, PAGE=16, TOKENS=tile.tokens, BLOCK_M=64, BLOCK_D=128, BLOCK_DV=128,
@@ -154,11 +165,11 @@ for size, first, warps in ((128, False, 1), (8192, True, 8)):
                                           BLOCK=size), warps)
 if target in (75, 90):  # forms that need no more of a GPU than those before
     for rotary, interleaved, paired in ((64, True, False), (128, True, True), (32, False, False)):
-        rope = dict(D=128, PAGE=16, BLOCK_HALF=64, ROTARY=rotary, INTERLEAVED=interleaved, PAIRED=paired, NORM=True,
-                    OFFSET=1.0, WHOLE=0 if paired else append.SQUARED_AT_ONCE, LARGEST=0.0)
+        turned = dict(ROTARY=rotary, INTERLEAVED=interleaved, PAIRED=paired, NORM=True, OFFSET=1.0,
+                      WHOLE=0 if paired else rope.SQUARED_AT_ONCE, LARGEST=0.0)
         angles = dict(cos_ptr="*fp32", sin_ptr="*fp32") if paired else {}
         used[f"rope_append {rotary}"] = compiled(
-            gpu, append._rope_append, half, rope, 1 if paired else 4, **angles)
+            gpu, append._rope_append, half, dict(D=128, PAGE=16, BLOCK_D=128, **turned), 1 if paired else 4, **angles)
     for rows in (1, 16):
         form = dict(ACTIVATION="gelu_tanh", BIAS=True, OFFSET=1.0)
         used[f"gated {rows} of Gemma"] = of_rows(linear._gated, rows, 4096, 14336, 2, **form)

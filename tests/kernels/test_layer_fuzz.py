@@ -12,11 +12,13 @@ import torch
 pytest.importorskip("triton")
 
 from pkv_hf.kernels import append, elementwise, linear
+from pkv_hf.kernels.attention import split
 from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase
 from pkv_hf.kernels.checks.fuzz import BOUND
 from pkv_hf.kernels.checks.fuzz_layers import DTYPES, batches, judge
 from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, beside
+from pkv_hf.kernels.checks.new_token import TokenCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
@@ -66,6 +68,7 @@ APPEND = AppendCase(
     torch.bfloat16, head_dim=80, page_size=16, kv_dtype=None, roped=False, norm=False, ends=(40, 7), first_held=(0, 0)
 )
 ROPED = dataclasses.replace(APPEND, roped=True)
+TOKEN = TokenCase(**{**vars(ROPED), "norm": True}, starts=(3, 0), parts=3)
 LINEAR = LinearCase(
     torch.bfloat16, rows=16, outputs=(700,), gated=False, bias=True, norm=False, residual=True, inputs=64
 )
@@ -95,6 +98,7 @@ SILU = ElementwiseCase(torch.bfloat16, "act_mul", strided=True, rows=3, width=50
         (ROPED, append, "rope_append", "page", "elsewhere"),
         (ROPED, append, "rope_append", "last", "q"),
         (dataclasses.replace(ROPED, norm=True), append, "rope_append", "last", "q"),
+        *[(TOKEN, split, "decode_split", place, "out") for place in ("last", "unwritten")],
         *[(LINEAR, linear, "linear", place, "out") for place in ("last", "unwritten")],
         (dataclasses.replace(ROPED, rotary=32, interleaved=True, offset=1.0), append, "rope_append", "last", "q"),
         (GATED, linear, "gated", "last", "out"),

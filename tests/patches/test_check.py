@@ -162,8 +162,8 @@ def raises(q: torch.Tensor) -> torch.Tensor:
     ids=["several rows", "nan", "raises"],
 )
 def test_a_route_that_goes_wrong_or_fails_is_found_out(change, says, monkeypatch):
-    decode = Split.decode
-    monkeypatch.setattr(Split, "decode", lambda *given: change(decode(*given)))
+    attend = Split.rope_attend
+    monkeypatch.setattr(Split, "rope_attend", lambda *given: change(attend(*given)))
     fusion = fusion_of(tiny("llama", num_hidden_layers=1))
     (reason,) = fusion.reasons
     assert not fusion.layers

@@ -112,7 +112,7 @@ def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypat
 
     for module in (step, decode):
         monkeypatch.setattr(module, "launching_on", launching_on)
-    for name in ("append", "rope_append", "decode"):
+    for name in ("append", "rope_attend", "decode"):
         run = getattr(routes.Split, name)
 
         def noted(self, layer, *args, _run=run, _name=name, **kwargs):
@@ -126,7 +126,7 @@ def test_kernels_are_launched_with_the_device_of_their_tensors_current(monkeypat
         generate(model)  # in which layers are checked
         launched.clear()
         generate(model)
-        steps = [depths for name, depths in launched if name == "decode"]
+        steps = [depths for name, depths in launched if name != "append"]
         assert len(steps) == 3 * 3
         assert steps == [[cpu] * depth] * 9
         assert all(depths for _, depths in launched)

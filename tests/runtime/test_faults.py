@@ -231,7 +231,7 @@ def test_a_static_step_that_fails_leaves_the_cache_as_it_was(where, monkeypatch)
 
     def layer_fails(*args):
         at()
-        return rope_append(*args)
+        return rope_attend(*args)
 
     def pages_fail(table, begin, end):
         if table.window and end == 33:
@@ -239,7 +239,7 @@ def test_a_static_step_that_fails_leaves_the_cache_as_it_was(where, monkeypatch)
         prepare(table, begin, end)
 
     model, inputs = pkv_hf.patch(tiny("qwen2-windows", num_hidden_layers=2), route="split"), left_padded(31, 20)
-    ids, rope_append, prepare = torch.tensor([[5, 6, 7], [8, 9, 10]]), Split.rope_append, BlockTable.prepare
+    ids, rope_attend, prepare = torch.tensor([[5, 6, 7], [8, 9, 10]]), Split.rope_attend, BlockTable.prepare
     logits = []
     for fails in (False, True):
         cache = PagedCache(model.config)
@@ -248,7 +248,7 @@ def test_a_static_step_that_fails_leaves_the_cache_as_it_was(where, monkeypatch)
         if fails:
             before, at = cache.memory(), At(2 if where == "layer" else 1, RuntimeError)
             with monkeypatch.context() as patch:
-                patch.setattr(Split, "rope_append", layer_fails if where == "layer" else rope_append)
+                patch.setattr(Split, "rope_attend", layer_fails if where == "layer" else rope_attend)
                 patch.setattr(BlockTable, "prepare", pages_fail if where == "pages" else prepare)
                 with pytest.raises(RuntimeError, match="now"):
                     step(33)
