@@ -58,8 +58,8 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_p
                   stride_kpp, stride_kph, stride_vpp, stride_vph, stride_sp, stride_sh, stride_tb,
                   D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
                   LARGEST: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
     wait(PDL)
+    release(PDL)
     t = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     row = tl.program_id(2).to(tl.int64)
@@ -109,7 +109,6 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     d = tl.arange(0, BLOCK_D)
     inside = d < D
     kv_head = head - num_heads
-    release(PDL)
     norm_ptr = q_norm_ptr
     of_head = tl.zeros([1], tl.int64) + head
     if head >= num_heads:
@@ -117,6 +116,7 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
         of_head -= num_heads
     weights = load_weights(norm_ptr, of_head, of_head >= 0, D, BLOCK_D, ROTARY, INTERLEAVED, NORM, WHOLE)
     wait(PDL)
+    release(PDL)
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:

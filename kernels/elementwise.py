@@ -54,9 +54,9 @@ def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, wid
     at = row * width
     d = tl.arange(0, BLOCK)
     mask = d < width
-    release(PDL)
     weight, bias = _weight(weight_ptr, d, mask, WEIGHT), _weight(bias_ptr, d, mask, BIAS)
     wait(PDL)
+    release(PDL)
     x = tl.load(x_ptr + row * stride_x + d, mask=mask, other=0.0)
     if RESIDUAL:
         x = (x.to(tl.float32) + tl.load(residual_ptr + at + d, mask=mask, other=0.0).to(tl.float32)).to(x.dtype)
@@ -73,9 +73,9 @@ def add_norms_kernel(y_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_pt
     at = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
-    release(PDL)
     after, before = _weight(after_ptr, d, mask, AFTER_WEIGHT), _weight(before_ptr, d, mask, BEFORE_WEIGHT)
     wait(PDL)
+    release(PDL)
     y = tl.load(y_ptr + at + d, mask=mask, other=0.0)
     residual = tl.load(residual_ptr + at + d, mask=mask, other=0.0)  # loads do not pass a sum over threads
     if AFTER:
@@ -92,8 +92,8 @@ def add_norms_kernel(y_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_pt
 @triton.jit
 def act_kernel(x_ptr, up_ptr, out_ptr, width, stride_x, stride_up,
                ACTIVATION: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
     wait(PDL)
+    release(PDL)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     mask = d < width

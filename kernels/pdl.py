@@ -1,8 +1,9 @@
 """Programmatic dependent launch (sm_90 and newer): a kernel is set up while the one before it still runs.
 
-Every kernel of a decode step calls `wait` before it touches what another kernel wrote or reads, and `release` where the
-next one may be set up: small kernels at once, those that fill the device when their loop is done, since a kernel that
-waits holds registers and shared memory.
+Every kernel of a decode step calls `wait` before it touches what the kernel before it wrote or reads, and `release`,
+only after that, where the next one may be set up: small kernels at once, those that fill the device when their loop is
+done, since a kernel that waits holds registers and shared memory. So what the kernel before the one before wrote is
+there when a kernel begins: bounds and block tables, which are there before a layer's projections, need no wait.
 """
 
 from __future__ import annotations

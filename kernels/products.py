@@ -31,10 +31,10 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, input
     products = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     products2 = products
     squares = tl.zeros([BLOCK_K], tl.float32)
-    release(PDL)
     if AHEAD:  # no kernel writes weights, so that they need not wait as x does
         next_w = _read_once(w_ptr + w_at, w_mask if EVEN else w_mask & (k < inputs)[None, :])
     wait(PDL)
+    release(PDL)
     residual = 0.0
     if RESIDUAL:  # loads do not pass a sum over threads
         residual = tl.load(residual_ptr + n, mask=n < outputs, other=0.0)[None, :]

@@ -68,6 +68,7 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     """What the output projection takes, `[B * q_len, H_q * D]`."""
     from pkv_hf.kernels.linear import linear
 
+    step.bounds.on(x.x.device)  # written before the projections: attention reads them before it waits for those
     modules = projections(attention)
     q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     if kernel_takes(modules, x.x):

@@ -17,7 +17,7 @@ from pkv_hf.kernels.attention.new_token import (
     load_token,
     write_token,
 )
-from pkv_hf.kernels.attention.tile import load_queries, part_width, store_output, tile_range
+from pkv_hf.kernels.attention.tile import first_pages, load_queries, part_width, store_output, tile_range
 from pkv_hf.kernels.launch import MERGED_AT_ONCE, Scales, device_limits, splits_for
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
@@ -53,11 +53,17 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
         WIDTH: tl.constexpr = part_width(q_ptr, BLOCK_D)
         q_norm, k_norm = load_norms(q_norm_ptr, k_norm_ptr, kv_head, last, G, D, BLOCK_M, BLOCK_D, WIDTH, ROTARY,
                                     INTERLEAVED, NORM, WHOLE)  # fmt: skip
-    wait(PDL)
-    start = tl.load(starts_ptr + row)
+    start = tl.load(starts_ptr + row)  # as the block table, written before the step
     end = tl.load(ends_ptr + row)
-    if new_k_ptr is not None:  # all at once, in one latency of memory with the bounds
+    first, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
+    skipped = split * tiles // num_splits
+    count = (split + 1) * tiles // num_splits - skipped
+    table_ptr += row * stride_tb
+    next_page = first_pages(table_ptr, start, end, q_len, window, first + skipped, PAGE, TOKENS, CHUNKED)
+    if new_k_ptr is not None:
         first_held = tl.load(first_ptr + row)
+    wait(PDL)
+    if new_k_ptr is not None:
         q_ptr += row * stride_qb
         new_k_ptr += row * stride_nkb
         loaded_q, loaded_k, v = load_token(
@@ -65,9 +71,6 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
             kv_head, last, stride_qh, stride_nkh, stride_nvh, G, D, BLOCK_M, BLOCK_D, WIDTH, ROTARY, INTERLEAVED,
             PAIRED,
         )  # fmt: skip
-    first, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
-    skipped = split * tiles // num_splits
-    count = (split + 1) * tiles // num_splits - skipped
     slot = item * num_splits + split
     ml_ptr, acc_ptr = states_of(state_ptr, tl.num_programs(0) * num_splits, BLOCK_M, BLOCK_DV)
     if count == 0 and not DIRECT:
@@ -82,16 +85,16 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
         if last:
             write_token(
                 loaded_k, k_norm, v, new_k_ptr, num_kv_heads, stride_nkh, eps, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr,
-                table_ptr + row * stride_tb, end - 1, first_held, kv_head, stride_kp, stride_kh, stride_vp, stride_vh,
+                table_ptr, end - 1, first_held, kv_head, stride_kp, stride_kh, stride_vp, stride_vh,
                 stride_sp, stride_sh, D, PAGE, BLOCK_D, ROTARY, INTERLEAVED, NORM, OFFSET, WHOLE, EIGHT_BIT, LARGEST,
                 NATIVE,
             )  # fmt: skip
     else:
         q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
     m_i, l_i, acc = attend(
-        q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len, window,
-        first + skipped, count, skipped + count == tiles, scale, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp,
-        stride_sh, stride_tb, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES, EIGHT_BIT, NATIVE, CAP, CHUNKED,
+        q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, next_page, kv_head, start, end, q_len,
+        window, first + skipped, count, skipped + count == tiles, scale, stride_kp, stride_kh, stride_vp, stride_vh,
+        stride_sp, stride_sh, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES, EIGHT_BIT, NATIVE, CAP, CHUNKED,
     )  # fmt: skip
     release(PDL)
     if DIRECT:
@@ -105,6 +108,7 @@ def merge_splits_kernel(state_ptr, out_ptr, num_kv_heads, num_splits, stride_ob,
                         G: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr,
                         PARTS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     wait(PDL)
+    release(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = (item // num_kv_heads).to(tl.int64)

@@ -111,7 +111,16 @@ def softmax_step(m_i, s):
 
 
 @triton.jit
-def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_tile, num_tiles,
+def first_pages(table_ptr, start, end, q_len, window, first_tile, PAGE: tl.constexpr, TOKENS: tl.constexpr,
+                CHUNKED: tl.constexpr):  # fmt: skip
+    """The pages of the tokens of a range's first tile; table_ptr is at the row."""
+    n = first_tile * TOKENS + tl.arange(0, TOKENS)
+    lowest = first_seen(start, end, q_len, window, CHUNKED)
+    return tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
+
+
+@triton.jit
+def attend_tiles(q, k_ptr, v_ptr, table_ptr, next_page, start, end, q_len, window, first_tile, num_tiles,
                  scale, stride_kp, stride_vp,
                  G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                  BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
@@ -119,9 +128,9 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
     """Online softmax (Milakov & Gimelshein 2018) in base 2 over tiles [first_tile, first_tile + num_tiles).
 
     q is the tuple of `load_queries`. k_ptr and v_ptr point at the KV head in page 0, table_ptr at the row of the block
-    table. Returns (m, l, acc), fp32: the largest score, the sum of weights and the weighted sum of V; m is -inf where a
-    query saw no token. float32 sums are compensated (Kahan 1965): over a thousand tiles their own rounding would
-    outweigh all else.
+    table, of which next_page is what `first_pages` gives. Returns (m, l, acc), fp32: the largest score, the sum of
+    weights and the weighted sum of V; m is -inf where a query saw no token. float32 sums are compensated (Kahan 1965):
+    over a thousand tiles their own rounding would outweigh all else.
     """
     COMPENSATED: tl.constexpr = q[0].dtype == tl.float32
     WIDTH: tl.constexpr = q[0].shape[1]
@@ -135,8 +144,6 @@ def attend_tiles(q, k_ptr, v_ptr, table_ptr, start, end, q_len, window, first_ti
     dv = tl.arange(0, BLOCK_DV)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
     lowest = first_seen(start, end, q_len, window, CHUNKED)
-    n = first_tile * TOKENS + tl.arange(0, TOKENS)
-    next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
         n = tile * TOKENS + tl.arange(0, TOKENS)
         live = (n >= lowest) & (n < end)

@@ -76,8 +76,8 @@ def _add_rescaled(total, alpha, part, lost, COMPENSATED: tl.constexpr):
 
 
 @triton.jit
-def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, start, end, q_len, window, first_tile,
-                      num_tiles, scale, stride_kp, stride_vp, stride_sp,
+def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, next_page, start, end, q_len, window,
+                      first_tile, num_tiles, scale, stride_kp, stride_vp, stride_sp,
                       G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr,
                       BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr, STAGES: tl.constexpr,
                       CAP: tl.constexpr, CHUNKED: tl.constexpr, FP8: tl.constexpr, NATIVE: tl.constexpr):  # fmt: skip
@@ -109,8 +109,6 @@ def attend_tiles_8bit(q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, table_ptr, star
     dv = tl.arange(0, HALF_V)
     positions = end - q_len + tl.arange(0, BLOCK_M) // G
     lowest = first_seen(start, end, q_len, window, CHUNKED)
-    n = first_tile * TOKENS + tl.arange(0, TOKENS)
-    next_page = tl.load(table_ptr + n // PAGE, mask=(n >= lowest) & (n < end), other=0)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
         n = tile * TOKENS + tl.arange(0, TOKENS)
         live = (n >= lowest) & (n < end)

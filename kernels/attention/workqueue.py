@@ -16,10 +16,10 @@ import triton.language as tl
 from pkv_hf.kernels.attention.attend import attend
 from pkv_hf.kernels.attention.layout import layout_of, score_scale, words
 from pkv_hf.kernels.attention.merge import merge_states, states_of, store_state
-from pkv_hf.kernels.attention.tile import load_queries, store_output, tile_range
+from pkv_hf.kernels.attention.tile import first_pages, load_queries, store_output, tile_range
 from pkv_hf.kernels.launch import MERGED_AT_ONCE, PROGRAMS_PER_SM, Scales, device_limits, next_power_of_2
 from pkv_hf.kernels.launcher import Launcher
-from pkv_hf.kernels.pdl import options, overlaps, wait
+from pkv_hf.kernels.pdl import options, overlaps, release, wait
 
 MOST_ROWS_AT_ONCE = 64
 """Rows whose bounds a program looks at in one go."""
@@ -123,11 +123,13 @@ def workqueue_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, t
         first, tiles = tile_range(start, end, q_len, window, TOKENS, CHUNKED)
         count = tl.minimum(tiles - skipped, left)
         if count > 0:  # an item whose row has nothing to attend to has no tiles
+            row_table_ptr = table_ptr + row * stride_tb
+            next_page = first_pages(row_table_ptr, start, end, q_len, window, first + skipped, PAGE, TOKENS, CHUNKED)
             q = load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt, G, D, BLOCK_M, BLOCK_D)
             m_i, l_i, acc = attend(
-                q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, row, kv_head, start, end, q_len,
-                window, first + skipped, count, skipped + count == tiles, scale, stride_kp, stride_kh, stride_vp,
-                stride_vh, stride_sp, stride_sh, stride_tb, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES,
+                q, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, row_table_ptr, next_page, kv_head, start, end,
+                q_len, window, first + skipped, count, skipped + count == tiles, scale, stride_kp, stride_kh, stride_vp,
+                stride_vh, stride_sp, stride_sh, G, D, DV, PAGE, TOKENS, BLOCK_M, BLOCK_DV, STAGES,
                 EIGHT_BIT, NATIVE, CAP, CHUNKED,
             )  # fmt: skip
             if count == tiles:
@@ -148,6 +150,7 @@ def merge_items_kernel(starts_ptr, ends_ptr, state_ptr, out_ptr, rows, num_kv_he
                        ROWS: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """Adds up what the programs left of an item, to 0 where it has no tiles; leaves alone what one wrote whole."""
     wait(PDL)
+    release(PDL)
     item = tl.program_id(0)
     m_row = tl.program_id(1)
     row = item // num_kv_heads

@@ -19,8 +19,8 @@ BLOCK = 128
 def convolution_kernel(x_ptr, weight_ptr, bias_ptr, state_ptr, out_ptr, channels, stride_x,
                        TAPS: tl.constexpr, BLOCK_TAPS: tl.constexpr, BIAS: tl.constexpr, SILU: tl.constexpr,
                        GATED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
     wait(PDL)
+    release(PDL)
     row = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels

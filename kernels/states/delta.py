@@ -28,8 +28,8 @@ def delta_rule_kernel(x_ptr, a_ptr, b_ptr, a_log_ptr, dt_bias_ptr, state_ptr, ou
                       BETA: tl.constexpr, PAIRED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
     """BLOCK_V columns of a head's state: they do not depend on each other."""
-    release(PDL)
     wait(PDL)
+    release(PDL)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     key_head = head // REPEATS
     i = tl.arange(0, BLOCK_K)

@@ -17,8 +17,8 @@ def gated_norm_kernel(x_ptr, gate_ptr, weight_ptr, out_ptr, stride_gate, stride_
                       GROUPS: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, SHARED: tl.constexpr,
                       NORM: tl.constexpr, GATE_FIRST: tl.constexpr, BLOCK: tl.constexpr,
                       PDL: tl.constexpr):  # fmt: skip
-    release(PDL)
     wait(PDL)
+    release(PDL)
     group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK)
     mask = d < SIZE

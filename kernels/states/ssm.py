@@ -17,8 +17,8 @@ def state_space_kernel(x_ptr, dt_ptr, a_log_ptr, dt_bias_ptr, d_ptr, state_ptr, 
                        HEADS: tl.constexpr, GROUPS: tl.constexpr, P: tl.constexpr, N: tl.constexpr,
                        BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """BLOCK_P rows of a head's state."""
-    release(PDL)
     wait(PDL)
+    release(PDL)
     head, row = tl.program_id(1), tl.program_id(2).to(tl.int64)
     group = head // (HEADS // GROUPS)
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
