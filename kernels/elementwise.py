@@ -13,6 +13,7 @@ from pkv_hf.kernels.activations import activated, check_activation
 from pkv_hf.kernels.launch import next_power_of_2
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
+from pkv_hf.kernels.products.epilogue import Parts, added
 from pkv_hf.kernels.reference import Norm
 
 BLOCK = 1024
@@ -41,7 +42,7 @@ def _normed(x, weight, bias, mask, width, eps,
 
 @triton.jit
 def _weight(ptr, d, mask, WANTED: tl.constexpr):
-    """Of a norm. No kernel writes it, so that it need not be waited for: it comes from memory while others run."""
+    """Of a norm, or a bias. No kernel writes it, so it is not waited for: it comes from memory while others run."""
     weight = tl.load(ptr + d, mask=mask) if WANTED else 0.0
     return weight
 
@@ -66,18 +67,28 @@ def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, wid
 
 
 @triton.jit(do_not_specialize=["after_eps", "before_eps", "scale"])
-def add_norms_kernel(y_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_ptr, width, after_eps, before_eps, scale,
+def add_norms_kernel(y_ptr, bias_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_ptr,
+                     width, after_eps, before_eps, scale,
+                     PARTS: tl.constexpr, BIAS: tl.constexpr,
                      AFTER: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_OFFSET: tl.constexpr,
                      BEFORE: tl.constexpr, BEFORE_WEIGHT: tl.constexpr, BEFORE_OFFSET: tl.constexpr,
                      SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+    """y is float32 `[PARTS, rows, width]`, or rows as the residual's where PARTS is 0."""
     at = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
     after, before = _weight(after_ptr, d, mask, AFTER_WEIGHT), _weight(before_ptr, d, mask, BEFORE_WEIGHT)
+    bias = _weight(bias_ptr, d, mask, BIAS)
     wait(PDL)
     release(PDL)
-    y = tl.load(y_ptr + at + d, mask=mask, other=0.0)
     residual = tl.load(residual_ptr + at + d, mask=mask, other=0.0)  # loads do not pass a sum over threads
+    if PARTS > 0:
+        y = added(y_ptr, at + d, tl.num_programs(0).to(tl.int64) * width, mask, PARTS)
+        if BIAS:
+            y += bias.to(tl.float32)
+        y = y.to(residual.dtype)
+    else:
+        y = tl.load(y_ptr + at + d, mask=mask, other=0.0)
     if AFTER:
         y = _normed(y, after, after, mask, width, after_eps, False, AFTER_WEIGHT, False, AFTER_OFFSET)
     if SCALED:
@@ -171,28 +182,31 @@ NO_NORM = (None, 0.0, 0.0)
 
 
 def add_norms(
-    y: torch.Tensor, residual: torch.Tensor, after: Norm | None, before: Norm | None, *, scale: float = 1.0
+    y: torch.Tensor | Parts, residual: torch.Tensor, after: Norm | None, before: Norm | None, *, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """total = residual + scale * after(y), and before(total); where a norm is None, what it would be of.
 
-    y and residual `[..., width]`, contiguous, in one dtype. A norm is an RMSNorm: its weight `[width]` in that dtype or
-    None, its epsilon, and what is added to its weight. Returns both.
+    y and residual `[..., width]`, contiguous, in one dtype. Or y is a product in parts, residual `[rows, width]`: the
+    parts are summed in their order, in float32, then the bias, and rounded to residual's dtype. A norm is an RMSNorm:
+    its weight `[width]` in that dtype or None, its epsilon, and what is added to its weight. Returns both.
     """
-    width = y.shape[-1]
-    total = torch.empty_like(y)
-    out = total if before is None else torch.empty_like(y)
+    width = residual.shape[-1]
+    total = torch.empty_like(residual)
+    out = total if before is None else torch.empty_like(residual)
+    y, bias, parts = (y.sums, y.bias, len(y.sums)) if isinstance(y, Parts) else (y, None, 0)
     (after_weight, after_eps, after_offset), (before_weight, before_eps, before_offset) = (
         norm or NO_NORM for norm in (after, before)
     )
     constants = (
-        after is not None, after_weight is not None, after_offset, before is not None, before_weight is not None,
-        before_offset, scale != 1.0, next_power_of_2(width),
+        parts, bias is not None, after is not None, after_weight is not None, after_offset, before is not None,
+        before_weight is not None, before_offset, scale != 1.0, next_power_of_2(width),
     )  # fmt: skip
+    vectors = bias, residual, after_weight, before_weight
     _add_norms(
-        (y.dtype, y.device, *constants), (y.numel() // width, 1, 1),
-        tuple(y if each is None else each for each in (y, residual, after_weight, before_weight, total, out)),
-        (width, after_eps, before_eps, scale), (*constants, overlaps(y.device)),
-        num_warps=8 if width > 2048 else 4, **options(y.device),
+        (residual.dtype, residual.device, *constants), (residual.numel() // width, 1, 1),
+        (y, *(residual if each is None else each for each in vectors), total, out),
+        (width, after_eps, before_eps, scale), (*constants, overlaps(residual.device)),
+        num_warps=8 if width > 2048 else 4, **options(residual.device),
     )  # fmt: skip
     return total, out
 

@@ -17,12 +17,12 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.activations import check_activation
-from pkv_hf.kernels.blocks import MAX_ROWS, Block, choose_block, most, padded
-from pkv_hf.kernels.epilogue import add_parts, finish, finish_gated
 from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
-from pkv_hf.kernels.products import products
+from pkv_hf.kernels.products.blocks import MAX_ROWS, Block, choose_block, most, padded
+from pkv_hf.kernels.products.epilogue import Parts, add_parts, finish, finish_gated
+from pkv_hf.kernels.products.loops import products
 
 DTYPES = (torch.float16, torch.bfloat16)
 
@@ -209,24 +209,53 @@ def linear(
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
     block = _block(x, width, 1)
-    parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
-    sums = out if parts == 1 else torch.empty((parts, rows, width), dtype=torch.float32, device=x.device)
+    if block.cut(inputs)[0] > 1:
+        sums = _sums(x, weights, block)
+        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
+    else:
+        _launch(x, weights, block, out, biases, norm, eps, offset, residual, scale, activation)
+    return out
+
+
+def in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Parts | None:
+    """x W^T + bias as `linear` takes it, left in the parts that its launch is cut into; None where it is not cut.
+
+    `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
+    """
+    _check(x, {"weight": weight}, {"norm": None, "bias": bias})
+    block = _block(x, len(weight), 1)
+    return Parts(_sums(x, [weight], block), bias) if block.cut(x.shape[1])[0] > 1 else None
+
+
+def _sums(x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block) -> torch.Tensor:
+    """Float32 `[parts, rows, sum of outputs]` of a product that a block cuts, which is never one row's."""
+    shape = block.cut(x.shape[1])[0], len(x), sum(len(weight) for weight in weights)
+    sums = torch.empty(shape, dtype=torch.float32, device=x.device)
+    _launch(x, weights, block, sums)
+    return sums
+
+
+def _launch(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block, out: torch.Tensor,
+    biases: Sequence[torch.Tensor | None] = (None,), norm: torch.Tensor | None = None, eps: float = 0.0,
+    offset: float = 0.0, residual: torch.Tensor | None = None, scale: float = 1.0, activation: str | None = None,
+) -> None:  # fmt: skip
+    """Writes a product that is in one part, with all that `linear` takes, or else the sums of its parts."""
+    rows, inputs = x.shape
+    parts, part_blocks = block.cut(inputs)
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
+    outputs = [len(weight) for weight in (a, b, c)]
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
-    switches = _switches(x, norm, offset, block)
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
-    constants = len(weights), *(epilogue if parts == 1 else (False, False, False, None)), *switches
+    constants = len(weights), *epilogue, *_switches(x, norm, offset, block)
     _linear(
         (x.dtype, x.device, block.num_warps, constants),
-        (sum(-(-count // block.outputs) for count in outputs), parts, 1),
-        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm, sums),
-        (rows, *(outputs if len(outputs) == 3 else outputs * 3), inputs, part_blocks, scale, eps), constants,
+        (sum(-(-len(weight) // block.outputs) for weight in weights), parts, 1),
+        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm, out),
+        (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
-    if parts > 1:
-        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
-    return out
 
 
 def gated(

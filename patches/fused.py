@@ -3,8 +3,8 @@
 A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
 projection and residual. A norm after a branch, the sum with it and the next norm, across layers too, are one launch
-more. Modules that are something else (adapters, quantised
-weights, experts) are called as they are, between fused norms.
+more. Where a product of several rows is cut in parts, that launch adds them up too. Modules that are something else
+(adapters, quantised weights, experts) are called as they are, between fused norms.
 """
 
 from __future__ import annotations

@@ -78,25 +78,39 @@ class Stream:
     def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Branch | None) -> None:
         """Adds what a branch ends with, a module of x or x itself.
 
-        A sum in a launch of its own takes the norm that the `following` branch begins with along.
+        A sum in a launch of its own takes the norm that the `following` branch begins with along; so does that of the
+        parts of a product.
         """
         from pkv_hf.kernels.elementwise import add_norms
-        from pkv_hf.kernels.linear import linear
+        from pkv_hf.kernels.linear import in_parts, linear
+        from pkv_hf.kernels.products.epilogue import Parts
 
-        after, scale = branch.after, branch.scale
-        if module is not None and kernel_takes([module], x):
-            if after is None:
-                self.hidden = linear(x, [module.weight], [module.bias], residual=self.hidden, scale=scale)
-                return
-            y = linear(x, [module.weight], [module.bias])
-        else:
-            y = (x if module is None else module(x)).contiguous()
-        if after is not None and after.kind != "rms":
-            y, after = take_norm(after, y), None
-        before = following.before if following is not None else None
-        before = None if before is not None and before.kind != "rms" else before
+        after, before, scale = branch.after, self._along(following), branch.scale
+        ours: Any = module if module is not None and kernel_takes([module], x) else None
+        y: torch.Tensor | Parts | None = None
+        joined = before is not None if after is None else after.kind == "rms"
+        if ours is not None and joined and len(x) > 1:  # one row's product is never cut
+            y = in_parts(x, ours.weight, ours.bias)
+        if y is None and ours is not None and after is None:
+            self.hidden = linear(x, [ours.weight], [ours.bias], residual=self.hidden, scale=scale)
+            return
+        if y is None:
+            if ours is not None:
+                y = linear(x, [ours.weight], [ours.bias])
+            else:
+                y = (x if module is None else module(x)).contiguous()
+            if after is not None and after.kind != "rms":
+                y, after = take_norm(after, y), None
         total, normed = add_norms(y, self.hidden, _settings(after), _settings(before), scale=scale)
         self.hidden, self._taken = total, (before, total, normed)
+
+    def _along(self, following: Branch | None) -> Norm | None:
+        """The norm that a branch begins with, where a sum takes it along: an RMSNorm whose weight is on its device."""
+        norm = None if following is None else following.before
+        if norm is None or norm.kind != "rms":
+            return None
+        weight = norm.module.weight
+        return norm if weight is None or weight.device == self.hidden.device else None
 
     def result(self, following: Branch | None) -> torch.Tensor:
         """The hidden states in their shape, and with them what the layer of the `following` branch begins with."""

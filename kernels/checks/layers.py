@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch.nn import functional
 
 from pkv_hf.kernels import elementwise, linear, reference
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
+from pkv_hf.kernels.products.blocks import MOST_PARTS
+from pkv_hf.kernels.products.epilogue import Parts
 
 MARGIN = 64
 """Elements of NaN before and after every tensor that a kernel reads."""
@@ -213,6 +216,7 @@ class ElementwiseCase:
     offset: float = 0.0
     after: bool = False
     before: bool = False
+    parts: int = 0
     multiplier: float = 1.0
     activation: str = "silu"
     strided: bool = False
@@ -236,7 +240,10 @@ class ElementwiseCase:
         case = dataclasses.replace(case, offset=float(rng.choice(OFFSETS)))
         if operation == "rms_norm":
             return dataclasses.replace(case, residual=residual)
-        return dataclasses.replace(case, after=after, before=before, multiplier=float(rng.choice(MULTIPLIERS)))
+        multiplier, parts = float(rng.choice(MULTIPLIERS)), int(rng.choice([0, 0, 2, 5, MOST_PARTS]))
+        return dataclasses.replace(
+            case, after=after, before=before, multiplier=multiplier, parts=parts, bias=bias and parts > 0
+        )
 
     def vary(self, rng: np.random.Generator, longest: int) -> ElementwiseCase:
         return dataclasses.replace(
@@ -256,6 +263,7 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
     vectors = [draw(case.width) if case.weight else None for _ in range(2)]
     bias = draw(case.width) if case.bias else None
     residual = up.contiguous() if case.residual else None
+    parts = draw(case.parts, case.rows, case.width, scale=case.scale, dtype=torch.float32) if case.parts else None
     with poisoned_scratch():
         if case.operation == "act":
             ours = elementwise.act(x, case.activation)
@@ -267,7 +275,8 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
             ours, total = elementwise.rms_norm(x, vectors[0], case.eps, residual, offset=case.offset)
         else:
             norms = _norms(case, vectors, case.dtype)
-            total, ours = elementwise.add_norms(x, up, *norms, scale=case.multiplier)
+            y = x if parts is None else Parts(parts, bias)
+            total, ours = elementwise.add_norms(y, up, *norms, scale=case.multiplier)
 
     def by_torch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         wide, wide_up = x.to(dtype), up.to(dtype)
@@ -275,6 +284,9 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
             y = reference.activation(wide, case.activation)
             return (y if case.operation == "act" else y * wide_up), wide
         if case.operation == "add_norms":
+            if parts is not None:
+                wide = functools.reduce(torch.add, parts if dtype != torch.float64 else parts.double())
+                wide = (wide if bias is None else wide + bias).to(dtype)
             summed, y = reference.add_norms(wide, wide_up, *_norms(case, vectors, dtype), case.multiplier)
             return y, summed
         summed = (x + up if case.residual else x).to(dtype)

@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from pkv_hf.arguments import whole
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
-from pkv_hf.kernels.blocks import scratch
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
+from pkv_hf.kernels.products.blocks import scratch
 from pkv_hf.kernels.quantize import LARGEST
 from pkv_hf.memory.sizes import QUANTISED_BITS, ModelSizes
 from pkv_hf.routes.sdpa import MASK_ELEMENTS, takes_grouped_heads

@@ -10,9 +10,9 @@ pytest.importorskip("triton")
 
 from pkv_hf.kernels import linear as linear_module
 from pkv_hf.kernels import reference
-from pkv_hf.kernels.blocks import Block, choose_block, padded, scratch
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.linear import gated, linear
+from pkv_hf.kernels.products.blocks import Block, choose_block, padded, scratch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)

@@ -15,6 +15,8 @@ import pkv_hf
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels import elementwise, linear
 from pkv_hf.kernels.checks.attention import rms
+from pkv_hf.kernels.products import epilogue
+from pkv_hf.kernels.products.blocks import Block
 from pkv_hf.patches.description import MLP, Branch, Norm
 from pkv_hf.patches.stream import HANDED_ON, Stream
 from tiny import FAMILIES, decode_logits, left_padded, tiny
@@ -106,13 +108,43 @@ def test_layers_that_the_kernels_take_in_part(settings, change, lengths):
     judge(model.to(torch.bfloat16), left_padded(*lengths))
 
 
-def test_many_rows_go_through_our_products(monkeypatch):
-    rows, choose_block = [], linear.choose_block
-    monkeypatch.setattr(linear, "choose_block", lambda *sizes: rows.append(sizes[0]) or choose_block(*sizes))
-    judge(tiny("llama", num_hidden_layers=1).to(torch.bfloat16), left_padded(*(3,) * 20))
-    of_steps = rows.count(20)
-    assert of_steps > 0
-    assert of_steps % 4 == 0  # q, k and v; the output; gate and up; down
+def test_many_rows_go_through_our_products_and_the_sum_of_parts_takes_the_next_norm_along(monkeypatch):
+    rows, launches, choose_block = [], [], linear.choose_block
+
+    def in_parts(*sizes):
+        rows.append(sizes[0])
+        return Block(64, 32, 2, parts=2) if sizes[0] == 20 else choose_block(*sizes)
+
+    monkeypatch.setattr(linear, "choose_block", in_parts)
+    for module, name in ((elementwise, "_norm"), (elementwise, "_add_norms"), (epilogue, "_add_parts")):
+        launcher = getattr(module, name)
+
+        def counted(kind, grid, *others, name=name, launcher=launcher, **options):
+            launches.append((name, grid[name == "_add_parts"]))
+            launcher(kind, grid, *others, **options)
+
+        monkeypatch.setattr(module, name, counted)
+    model = tiny("llama", num_hidden_layers=1, attention_bias=True, mlp_bias=True)
+    for name, bias in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(bias)
+    judge(model.to(torch.bfloat16), left_padded(*(3,) * 20))
+    steps = rows.count(20) // 4  # q, k and v; the output; gate and up; down
+    assert rows.count(20) == 4 * steps > 0
+    assert launches.count(("_norm", 20)) == 2 * steps  # the first and the last
+    assert launches.count(("_add_norms", 20)) == steps
+    assert launches.count(("_add_parts", 20)) == 3 * steps
+
+
+@torch.no_grad()
+def test_a_sum_takes_no_norm_of_another_device_along():
+    """A layer may be on another GPU than the one before, or on the disk until it runs."""
+    x, norm = torch.randn(3, 64), tiny("llama", num_hidden_layers=1).model.norm
+    elsewhere = Branch(None, Norm(copy.deepcopy(norm).to("meta"), "rms", 1e-6), None, 1.0, False)
+    stream = Stream(x)
+    stream.add(None, x, Branch(None, None, Norm(norm, "rms", 1e-6), 1.0, False), elsewhere)
+    torch.testing.assert_close(stream.hidden, x + norm(x))
+    assert not hasattr(stream.result(elsewhere), HANDED_ON)
 
 
 def test_adapters_beside_fused_layers_are_as_exact_as_transformers():

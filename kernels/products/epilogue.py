@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -14,6 +15,15 @@ from pkv_hf.kernels.pdl import options, overlaps, release, wait
 
 BLOCK = 512
 """Elements of a row that a program adds up."""
+
+
+class Parts(NamedTuple):
+    """A product with one weight whose inputs are cut: what its parts add up to is not rounded yet."""
+
+    sums: torch.Tensor
+    """Float32 `[parts, rows, outputs]`, without the bias."""
+    bias: torch.Tensor | None
+    """`[outputs]`, in the dtype that the product is rounded to."""
 
 
 @triton.jit
@@ -43,7 +53,7 @@ def finish_gated(gate, up, at, mask, out_ptr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _added(parts_ptr, at, stride, mask, PARTS: tl.constexpr):
+def added(parts_ptr, at, stride, mask, PARTS: tl.constexpr):
     """The parts' sum, in their order; all are loaded at once."""
     y = tl.load(parts_ptr + at, mask=mask, other=0.0)
     for part in tl.static_range(1, PARTS):
@@ -61,7 +71,6 @@ def add_parts_kernel(parts_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr
 
     WEIGHTS biases, one each; where GATED those of gate and up.
     """
-    release(PDL)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(1).to(tl.int64)
     mask = n < width
@@ -74,16 +83,17 @@ def add_parts_kernel(parts_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr
             c = b - outputs_b
             bias += tl.load(bias_c_ptr + c, mask=(c >= 0) & mask, other=0.0).to(tl.float32)
     wait(PDL)
+    release(PDL)
     at = row * width + n
     plane = rows.to(tl.int64) * width
     if GATED:
-        gate = _added(parts_ptr, at, 2 * plane, mask, PARTS) + bias
-        up = _added(parts_ptr, at + plane, 2 * plane, mask, PARTS)
+        gate = added(parts_ptr, at, 2 * plane, mask, PARTS) + bias
+        up = added(parts_ptr, at + plane, 2 * plane, mask, PARTS)
         if BIAS:
             up += tl.load(bias_b_ptr + n, mask=mask, other=0.0).to(tl.float32)
         finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
     else:
-        y = _added(parts_ptr, at, plane, mask, PARTS) + bias
+        y = added(parts_ptr, at, plane, mask, PARTS) + bias
         residual = y
         if RESIDUAL:
             residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
