@@ -206,7 +206,7 @@ def add_norms(
         (residual.dtype, residual.device, *constants), (residual.numel() // width, 1, 1),
         (y, *(residual if each is None else each for each in vectors), total, out),
         (width, after_eps, before_eps, scale), (*constants, overlaps(residual.device)),
-        num_warps=8 if width > 2048 else 4, **options(residual.device),
+        num_warps=8 if parts or width > 2048 else 4, **options(residual.device),
     )  # fmt: skip
     return total, out
 
