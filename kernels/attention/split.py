@@ -17,7 +17,7 @@ from pkv_hf.kernels.attention.new_token import (
     load_token,
     write_token,
 )
-from pkv_hf.kernels.attention.tile import first_pages, load_queries, part_width, store_output, tile_range
+from pkv_hf.kernels.attention.tile import PART, first_pages, load_queries, store_output, tile_range
 from pkv_hf.kernels.launch import MERGED_AT_ONCE, Scales, device_limits, splits_for
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
@@ -50,7 +50,7 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
     kv_head = (item % num_kv_heads).to(tl.int64)
     last = split == num_splits - 1
     if new_k_ptr is not None:
-        WIDTH: tl.constexpr = part_width(q_ptr, BLOCK_D)
+        WIDTH: tl.constexpr = PART if q_ptr.dtype.element_ty == tl.float32 and BLOCK_D > 128 else BLOCK_D
         q_norm, k_norm = load_norms(q_norm_ptr, k_norm_ptr, kv_head, last, G, D, BLOCK_M, BLOCK_D, WIDTH, ROTARY,
                                     INTERLEAVED, NORM, WHOLE)  # fmt: skip
     start = tl.load(starts_ptr + row)  # as the block table, written before the step

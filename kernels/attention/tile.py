@@ -32,19 +32,13 @@ def tile_range(start, end, q_len, window, TOKENS: tl.constexpr, CHUNKED: tl.cons
 
 
 @triton.jit
-def part_width(q_ptr, BLOCK_D: tl.constexpr):
-    """Elements of a head that one block of queries holds: PART of large float32 heads, else all."""
-    return PART if q_ptr.dtype.element_ty == tl.float32 and BLOCK_D > 128 else BLOCK_D
-
-
-@triton.jit
 def load_queries(q_ptr, row, kv_head, q_len, stride_qb, stride_qh, stride_qt,
                  G: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):  # fmt: skip
     """The query block of a KV head: row m is query m // G of head kv_head * G + m % G; 0 beyond.
 
     It is a tuple: parts [BLOCK_M, PART] of large float32 heads, else one [BLOCK_M, BLOCK_D].
     """
-    WIDTH: tl.constexpr = part_width(q_ptr, BLOCK_D)
+    WIDTH: tl.constexpr = PART if q_ptr.dtype.element_ty == tl.float32 and BLOCK_D > 128 else BLOCK_D
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, WIDTH)
     offsets = (kv_head * G + m % G) * stride_qh + (m // G) * stride_qt
