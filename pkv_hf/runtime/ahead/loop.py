@@ -164,7 +164,8 @@ class _Sequences:
     def ids(self) -> torch.Tensor:
         """int64 `[rows, tokens]`, the prompt included."""
         if self._taken:
-            self._ids = torch.cat([self._ids, self._reader.read(self._taken).to(self._ids.device)], dim=-1)
+            tokens = self._reader.read(self._taken).to(self._ids.device, non_blocking=True)
+            self._ids = torch.cat([self._ids, tokens], dim=-1)
             self._taken = 0
         return self._ids
 
