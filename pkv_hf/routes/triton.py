@@ -105,18 +105,8 @@ class Split(Triton):
         tile = _tokens(shape)
         items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile)
         splits = splits_for(items, tiles, shape.processors)
-        return shape.work(-(-tiles // splits) * tile, 1, items * splits if splits > 1 else 0)
-
-    def prepare(self, table: BlockTable, device: torch.device) -> None:
-        for heads in {len(storage.k) for storage in table.pool.storage.values()}:
-            self._counters(table, table.rows * heads, device)
-
-    def _counters(self, table: BlockTable, items: int, device: torch.device) -> torch.Tensor:
-        """Zeros to count in, of launches that come one after the other, as a cache's do. Graphs hold their address."""
-        key = self.name, device, items
-        if key not in table.held_by_routes:
-            table.held_by_routes[key] = torch.zeros(items, dtype=torch.int32, device=device)
-        return table.held_by_routes[key]
+        merges = splits > 1
+        return shape.work(-(-tiles // splits) * tile, 1 + merges, items * splits if merges else 0)
 
     def rope_attend(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -156,7 +146,6 @@ class Split(Triton):
             longest=longest,
             scales=layer.scales,
             new=new,
-            counters=self._counters(layer.table, len(q) * layer.pages[0].shape[1], q.device),
             **scores._asdict(),
         )
 
