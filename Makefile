@@ -10,6 +10,8 @@ PIP = $(BIN)/python -m pip --disable-pip-version-check -q
 OLDEST = transformers==5.17.0 huggingface_hub==1.33.0 httpx==0.28.1 httpcore==1.0.9
 # The release of Hugging Face's package `kernels` that it makes use of; its models cannot be pickled then.
 OLDEST_KERNELS = kernels==0.16.2 kernels-data==0.16.2
+# The oldest Triton that results are recorded with: its compiler refuses what later ones take.
+OLDEST_TRITON = triton==3.6.0
 
 # What somebody gets who installs this today, beside the torch that the other tests use: made anew every day.
 NEWEST = .newest
@@ -36,16 +38,17 @@ test-pinned: $(VENV)/.installed .torchao/.installed
 test-oldest: .oldest/.installed
 	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
 	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/face/test_packaging.py -k hugging_faces_kernels
+	PYTHONPATH=.oldest/with_triton $(BIN)/python -m pytest -q tests/kernels/test_compile.py -k 90
 
 # First in that environment alone, from elsewhere and from here; then its packages before those of the other tests, for
-# the oldest GPUs, the newest, and those between that are measured: a target takes its Triton half a minute. Where
-# its transformers is the pinned one, test-pinned has run the contract tests with it.
+# the oldest GPUs and the newest: a target takes its Triton half a minute. Where its transformers is the pinned one,
+# test-pinned has run the contract tests with it.
 RELEASE = -c "import importlib.metadata as m; print(m.version('transformers'))"
 test-newest: $(VENV)/.installed $(NEWEST)/.installed
 	cd / && $(CURDIR)/$(NEWEST)/bin/python $(CURDIR)/tests/helpers/installed.py
 	PYTHONPATH=$(CURDIR) $(NEWEST)/bin/python tests/helpers/installed.py
 	PYTHONPATH=$(NEWEST_PACKAGES) $(BIN)/python -m pytest -n 2 --dist worksteal tests/kernels/test_compile.py \
-		-k "75 or 90 or 120" $(ARGS)
+		-k "75 or 120" $(ARGS)
 	[ "$$($(NEWEST)/bin/python $(RELEASE))" = "$$($(BIN)/python $(RELEASE))" ] || PYTHONPATH=$(NEWEST_PACKAGES) \
 		$(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
 
@@ -97,4 +100,5 @@ $(NEWEST)/.installed: $(NEWEST)/.torch-$(TODAY) setup.cfg $(SOURCES)
 .oldest/.installed: $(VENV)/.installed
 	$(PIP) install --no-deps --upgrade --target .oldest $(OLDEST)
 	$(PIP) install --no-deps --upgrade --target .oldest/with_kernels $(OLDEST_KERNELS)
+	$(PIP) install --no-deps --upgrade --target .oldest/with_triton $(OLDEST_TRITON)
 	touch $@
