@@ -79,9 +79,9 @@ def check_token(case: TokenCase, device: torch.device | str) -> dict[str, Result
     settings = {**case.attention.scores, "longest": longest, "num_splits": case.parts, "out": out, "new": new}
     with poisoned_scratch():
         split.decode_split(**{**inputs, "q": q}, **settings)
-    (rotated_q, rotated_k), (_, exact_k) = roping(q, k, case.dtype), roping(q, k, torch.float64)
+    (rotated_q, rotated_k), (exact_q, exact_k) = roping(q, k, case.dtype), roping(q, k, torch.float64)
+    expected = check.reference(case.attention, {**inputs, "q": exact_q})  # by which q's own rounding counts for both
     inputs["q"] = rotated_q
-    expected = check.reference(case.attention, inputs)
     error, torch_error = (rms(attended - expected) for attended in (out, check.sdpa(case.attention, inputs)))
     least = rms(expected) * torch.finfo(case.dtype).eps / 2  # of few tokens torch's own error may be nearly none
     result = Result(error, max(torch_error, least), 0.0, 0.0, bool(torch.isfinite(out).all()))
