@@ -232,7 +232,7 @@ class _Reader:
         if not at:
             shape, pinned = (self.AT_ONCE, *newest.shape), newest.is_cuda
             self._pieces.append(torch.empty(shape, dtype=torch.long, device="cpu", pin_memory=pinned))
-        self._pieces[-1][at].copy_(newest, non_blocking=True)
+        self._pieces[-1][at].copy_(newest, non_blocking=newest.is_cuda)
         self._steps += 1
         if newest.is_cuda:
             self._copied = torch.cuda.Event()
