@@ -129,7 +129,7 @@ class Fusing:
                 if self._mixed[key]:
                     branch = replace(branch, body=replace(branch.body, mixer=mixer))
             branches.append(branch)
-        return Layer(tuple(branches))
+        return replace(described, branches=tuple(branches))
 
 
 def _random_numbers_of_its_own(decoder: Any) -> AbstractContextManager:
@@ -223,21 +223,30 @@ def _error(
     width, squares, errors = given.hidden.shape[-1], 0.0, [0.0, 0.0]
     for _ in range(-(-JUDGED // (rows * width))):
         hidden = drawn(rows, TOKENS, width, like=given.hidden)
-        exact = twin(hidden.float(), **as_float32(given.kwargs))[:, -1:].double()
+        exact = _states(twin(hidden.float(), **as_float32(given.kwargs)), fused.layer)[:, -1:].double()
         squares += float(exact.square().mean())
         # The layer's own attention is torch's: a route that goes wrong is not to be judged by itself.
         own: FusedForward = lambda _, x, kwargs: original(layer, "forward")(x, **kwargs)  # noqa: E731
         for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
-            found = _stepped(layer, run, hidden, given.kwargs, kinds, config, by)
+            found = _states(_stepped(layer, run, hidden, given.kwargs, kinds, config, by), fused.layer)
             errors[i] += float((found.double() - exact).square().mean())
     own_error, error = (each**0.5 for each in errors)
     return excess(error, own_error, squares**0.5)
 
 
+def _states(result: Any, described: Layer) -> torch.Tensor:
+    """The hidden states that a layer returned. Raises ValueError where that is not as described."""
+    returns = len(result) if isinstance(result, tuple) else 0
+    if returns != described.returns or (returns and any(other is not None for other in result[1:])):
+        raise ValueError("it returns more in a step than without a cache")
+    states: torch.Tensor = result[0] if returns else result
+    return states
+
+
 def _stepped(
     layer: nn.Module, run: FusedForward, hidden: torch.Tensor, kwargs: dict[str, Any], kinds: tuple[LayerKind, ...],
     config: Any, route: Route,
-) -> torch.Tensor:  # fmt: skip
+) -> Any:  # fmt: skip
     """The last token's result by `run`, after a prompt of the others by the layer's own code."""
     windows, begin = [kind.window for kind in kinds if kind.window is not None], hidden.shape[1] - 1
     cache: Any = PagedCache.of_kinds(kinds) if windows else Cache(layers=[layer_of(kind) for kind in kinds])

@@ -90,6 +90,8 @@ class Branch:
 @dataclass(frozen=True)
 class Layer:
     branches: tuple[Branch, ...]
+    returns: int = 0
+    """Elements of the tuple that it returns, hidden states and nothing else; 0 where it returns those alone."""
 
 
 def bind(described: Any, layer: nn.Module) -> Any:

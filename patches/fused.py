@@ -16,6 +16,7 @@ import torch
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
+from pkv_hf.patches.probe import returned
 from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections
 from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
@@ -31,10 +32,9 @@ class FusedLayer:
         self.following = following
         """What the next layer begins with, None where that is not fused."""
 
-    def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
-        """Hidden states `[B, q_len, width]` of the step's tokens; `given` are the layer's other arguments.
-
-        A layer without attention needs no step.
+    def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
+        """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other
+        arguments. A layer without attention needs no step.
         """
         stream, branches = Stream(hidden), self.layer.branches
         for i, branch in enumerate(branches):
@@ -51,7 +51,7 @@ class FusedLayer:
                 stream.add(body.down, _mlp(body, x), branch, following)
             else:
                 stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following)
-        return stream.result(self.following)
+        return returned(stream.result(self.following), self.layer.returns)
 
 
 def product(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,10 @@ TOKENS = 4
 """More than one, so that what mixes tokens shows."""
 
 
+MOST_RETURNED = 3
+"""Elements of the tuples that layers return, where they return such."""
+
+
 class Given(NamedTuple):
     """A layer's call."""
 
@@ -24,7 +28,19 @@ class Given(NamedTuple):
     kwargs: dict[str, Any]
 
 
-probing: ContextVar[dict[nn.Module, Given] | None] = ContextVar("pkv_hf_probing", default=None)
+class Probe(NamedTuple):
+    """The calls of layers that return their hidden states as they are, in a tuple of so many elements; 0 for none."""
+
+    calls: dict[nn.Module, Given]
+    returns: int
+
+
+probing: ContextVar[Probe | None] = ContextVar("pkv_hf_probing", default=None)
+
+
+def returned(hidden: torch.Tensor, count: int) -> Any:
+    """Hidden states as a layer returns them: first in a tuple of `count` elements, nothing else in it; 0 for none."""
+    return (hidden, *(None,) * (count - 1)) if count else hidden
 
 
 def decoder_layers(decoder: Any) -> list[nn.Module]:
@@ -39,22 +55,36 @@ def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
 
     They are the last that the decoder has positions for: what scales with the position may begin far behind the first.
     """
+    whys = []
+    for returns in range(MOST_RETURNED + 1):
+        calls = _given(decoder, returns)
+        if not isinstance(calls, str):
+            return calls
+        whys.append(calls)
+    return whys[0]
+
+
+def _given(decoder: Any, returns: int) -> dict[nn.Module, Given] | str:
     device = next(decoder.parameters()).device
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     positions = torch.arange(TOKENS, device=device)[None] + _far(decoder)
     calls: dict[nn.Module, Given] = {}
-    token = probing.set(calls)
+    token = probing.set(Probe(calls, returns))
     try:
         with outside_of_steps(), torch.no_grad():
-            original(decoder, "forward")(
+            output = original(decoder, "forward")(
                 input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, **{CACHE: None}
             )
+            states = [output[0], *(call.hidden for call in calls.values())]
     except Exception as error:  # of a decoder that layers have to compute for
         return f"{type(decoder).__name__} does not run on tokens alone: {type(error).__name__}: {error}"
     finally:
         probing.reset(token)
-    missing = [layer for layer in decoder_layers(decoder) if layer not in calls]
-    return "its layers are not called one by one" if missing or not calls else calls
+    if not calls or any(layer not in calls for layer in decoder_layers(decoder)):
+        return "its layers are not called one by one"
+    if any(hidden.shape[-3:-1] != ids.shape for hidden in states):
+        return "its layers are given a part of what others return"  # of a tensor that was taken for a tuple
+    return calls
 
 
 def _far(decoder: Any) -> int:
@@ -68,10 +98,10 @@ def layer_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a decoder layer's `forward`: by its description in the steps that fuse it."""
     if torch.compiler.is_compiling():
         return original(self, "forward")(*args, **kwargs)
-    if (calls := probing.get()) is not None:
+    if (probe := probing.get()) is not None:
         hidden, given = _by_name(self, args, kwargs)
-        calls[self] = Given(hidden, given)
-        return hidden
+        probe.calls[self] = Given(hidden, given)
+        return returned(hidden, probe.returns)
     step: Any = current_step()
     fused = None if step is None else step.fusion.layers.get(self)
     if fused is None:

@@ -135,7 +135,7 @@ def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor
         for i, (branch, *_) in enumerate(abreast):
             branches.append(Branch(branch.body, branch.before, branch.after, scale, i > 0))
         x = after
-    return Layer(tuple(branches))
+    return Layer(tuple(branches), trace.returns)
 
 
 def _scale(difference: torch.Tensor, result: torch.Tensor, trace: Trace) -> float | None:

@@ -71,6 +71,8 @@ class Trace:
     """What was asked of attention."""
     config: Any
     """By which attention modules look up their function."""
+    returns: int
+    """Elements of the tuple that it returned, of which the others are None; 0 where it returned the output alone."""
 
     def children(self, name: str) -> list[Call]:
         """The calls of a module's own children, "" for the recorded module's."""
@@ -114,7 +116,7 @@ def within(part: torch.Tensor, whole: torch.Tensor) -> bool:
 
 
 def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any) -> Trace | None:
-    """A run of a module on hidden states `[B, tokens, width]`, outside of any step. None where it returns no tensor.
+    """A run of a module on hidden states `[B, tokens, width]`, outside of any step. None where it returns more.
 
     `config` is the configuration by which its attention modules look up their function.
     """
@@ -126,10 +128,13 @@ def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], conf
             output = module(hidden, **kwargs)
         finally:
             serving.reset(token)
+    returns = len(output) if isinstance(output, tuple) else 0
+    if returns and all(other is None for other in output[1:]):
+        output = output[0]
     if not isinstance(output, torch.Tensor):
         return None
     settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
-    return Trace(hidden, output, calls, settings, listener.asked, config)
+    return Trace(hidden, output, calls, settings, listener.asked, config, returns)
 
 
 @contextlib.contextmanager

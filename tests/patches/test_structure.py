@@ -6,11 +6,13 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, LogitsProcessor
+from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, LogitsProcessor
 from transformers.models.llama import modeling_llama as llama
 
 import pkv_hf
+from families.models import family_model
 from pkv_hf.compat import CACHE
+from pkv_hf.patches.probe import TOKENS, given_to_layers
 from pkv_hf.replaced import STATE
 from tiny import COMMON, assert_on_pages, left_padded, randomized, tiny
 
@@ -148,3 +150,42 @@ def test_settings_that_change_while_steps_run_ahead():
     out = model.generate(**INPUTS, max_new_tokens=NEW_TOKENS, do_sample=False, logits_processor=[Changes()])
     assert out.shape[1] == INPUTS["input_ids"].shape[1] + NEW_TOKENS
     assert pkv_hf.report(model).steps.static == NEW_TOKENS - 1
+
+
+def test_layers_that_return_tuples_are_fused():
+    """Bamba's: hidden states, and the weights of attention, which are None."""
+    pytest.importorskip("triton")
+    model, settings = family_model("bamba"), {"max_new_tokens": NEW_TOKENS, "do_sample": False}
+    expected = model.generate(**left_padded(12), **settings)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(model.generate(**left_padded(12), **settings), expected)
+        report = pkv_hf.report(model)
+    assert report.fused == len(model.model.layers)
+    assert (report.steps.static, report.steps.eager) == (NEW_TOKENS - 1, 0)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_decoder_that_takes_the_first_of_a_tuple_is_given_one(layers):
+    """Of a tensor it would take the first row."""
+    config = FalconConfig(hidden_size=64, num_hidden_layers=layers, num_attention_heads=4, vocab_size=99)
+    model = pkv_hf.patch(FalconForCausalLM(config).eval())
+    calls = given_to_layers(model.transformer)
+    assert [call.hidden.shape for call in calls.values()] == [(1, TOKENS, 64)] * layers
+
+
+@pytest.mark.parametrize("other", [0.5, "states"], ids=str)
+def test_layers_that_return_more_run_as_they_are(other):
+    model = family_model("bamba")
+    forward = type(model.model.layers[0]).forward
+
+    class More(type(model.model.layers[0])):
+        def forward(self, hidden_states, *args, **kwargs):
+            states, _ = forward(self, hidden_states, *args, **kwargs)
+            return states, states if other == "states" else other
+
+    for layer in model.model.layers:
+        layer.__class__ = More
+    pkv_hf.patch(model)
+    fusion = getattr(model, STATE).fusing.described(model.model)
+    assert not fusion.layers
+    assert fusion.reasons == {"its layers return more than hidden states": len(model.model.layers)}
