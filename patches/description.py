@@ -21,7 +21,7 @@ class Ref(str):
 
 @dataclass(frozen=True)
 class Norm:
-    """A normalisation over the last dimension by a module's `weight` and `bias`."""
+    """A normalisation over the last dimension by a module's `weight` and `bias`, where it has them."""
 
     module: Any
     kind: str
@@ -29,6 +29,11 @@ class Norm:
     eps: float
     offset: float = 0.0
     """What is added to the weight: those of Gemma and Nemotron are kept less 1."""
+
+    @property
+    def weight(self) -> Any:
+        """That of the module, once bound; None for a norm without (OLMo)."""
+        return getattr(self.module, "weight", None)
 
 
 @dataclass(frozen=True)

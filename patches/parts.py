@@ -19,6 +19,9 @@ from pkv_hf.runtime.interface import HARMLESS, Asked
 CLOSE = 1e-4
 """How far results of the same float32 arithmetic in another order may lie apart, by their root mean square."""
 
+EPSILONS = (1e-5, 1e-6)
+"""Of norms that have theirs in their code (OLMo)."""
+
 QUIET, LOUD = 1e-2, 1e2
 """What inputs are multiplied by where a part is tried again: an epsilon shows in small ones, a clamp in large ones."""
 
@@ -35,13 +38,13 @@ def norm_of(call: Call) -> Norm | None:
     module, x = call.module, call.input
     held = dict(module.named_parameters())
     weight, bias = held.pop("weight", None), held.pop("bias", None)
-    if held or x.shape != call.output.shape or weight is None or weight.shape != x.shape[-1:]:
+    if held or x.shape != call.output.shape or call.changed:
         return None
-    if call.changed:
+    if bias is not None if weight is None else weight.shape != x.shape[-1:]:
         return None
-    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1]
+    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1] or [*EPSILONS]
     tried = [(x, call.output)]
-    for eps, offset, kind in itertools.product(settings, (0.0, 1.0), ("rms", "layer")):
+    for eps, offset, kind in itertools.product(settings, (0.0,) if weight is None else (0.0, 1.0), ("rms", "layer")):
         if kind == "rms" and bias is not None:
             continue
         if kind == "rms":
@@ -104,7 +107,8 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
     if value.shape[3] != head_dim:
         return None
-    norms = {each.name: norm for each in calls if (norm := norm_of(each))}
+    weighted = [each for each in calls if getattr(each.module, "weight", None) is not None]
+    norms = {each.name: norm for each in weighted if (norm := norm_of(each))}
     others = [each for each in calls if each.name not in norms and not same(each.input, each.output)]
     outputs = [each for each in others if same(each.output, call.output)]
     inputs = [each for each in others if same(each.input, call.input)]

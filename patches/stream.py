@@ -48,7 +48,7 @@ class Normed:
     def settings(self) -> dict[str, Any]:
         """Arguments of a product that takes the norm first."""
         norm = self.norm
-        return {} if norm is None else {"norm": norm.module.weight, "eps": norm.eps, "offset": norm.offset}
+        return {} if norm is None else {"norm": norm.weight, "eps": norm.eps, "offset": norm.offset}
 
 
 class Stream:
@@ -65,12 +65,13 @@ class Stream:
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
     def normed(self, branch: Branch) -> Normed:
-        """The source, normed as a branch begins; an RMSNorm of one row is left to a product of ours."""
+        """The source, normed as a branch begins; an RMSNorm of one row, with a weight, is left to a product of ours."""
         norm = branch.before
         if norm is None:
             return Normed(self.source)
         if self._taken[0] != norm or self._taken[1] is not self.source:
-            if norm.kind == "rms" and len(self.source) == 1 and kernel_takes(projections(branch.body), self.source):
+            folds = norm.kind == "rms" and norm.weight is not None and len(self.source) == 1
+            if folds and kernel_takes(projections(branch.body), self.source):
                 return Normed(self.source, norm)
             self._taken = norm, self.source, take_norm(norm, self.source)
         return Normed(self._taken[2])
@@ -109,7 +110,7 @@ class Stream:
         norm = None if following is None else following.before
         if norm is None or norm.kind != "rms":
             return None
-        weight = norm.module.weight
+        weight = norm.weight
         return norm if weight is None or weight.device == self.hidden.device else None
 
     def result(self, following: Branch | None) -> torch.Tensor:
@@ -122,12 +123,12 @@ class Stream:
 
 
 def _settings(norm: Norm | None) -> tuple[torch.Tensor, float, float] | None:
-    return None if norm is None else (norm.module.weight, norm.eps, norm.offset)
+    return None if norm is None else (norm.weight, norm.eps, norm.offset)
 
 
 def take_norm(norm: Norm, x: torch.Tensor) -> torch.Tensor:
     from pkv_hf.kernels.elementwise import layer_norm, rms_norm
 
     if norm.kind == "layer":
-        return layer_norm(x, norm.module.weight, getattr(norm.module, "bias", None), norm.eps, offset=norm.offset)[0]
-    return rms_norm(x, norm.module.weight, norm.eps, offset=norm.offset)[0]
+        return layer_norm(x, norm.weight, getattr(norm.module, "bias", None), norm.eps, offset=norm.offset)[0]
+    return rms_norm(x, norm.weight, norm.eps, offset=norm.offset)[0]

@@ -42,11 +42,13 @@ KINDS = {
     "gemma3": (torch.bfloat16, (20,)),
     "glm4": (torch.float16, (20, 9)),
     "olmo2": (torch.bfloat16, (20, 9)),
+    "olmo": (torch.float16, (20,)),
     "cohere": (torch.bfloat16, (20, 9)),
     "starcoder2": (torch.float16, (20, 9)),
 }
 OTHERS = {
     **SERVED,
+    "olmo": ("OlmoConfig", "OlmoForCausalLM", {}),
     "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.3}),
     "starcoder2": ("Starcoder2Config", "Starcoder2ForCausalLM", {"use_bias": True}),
 }
