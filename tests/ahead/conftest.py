@@ -11,8 +11,9 @@ from pkv_hf.runtime import choice, forward
 from pkv_hf.runtime.ahead import forward as ahead
 
 
-def run_ahead_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Has the CPU run the steps that a GPU captures, as they are, by torch's route; returns a list of their inputs."""
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Has the CPU run the steps that a GPU captures, as they are, by torch's route; a list of their inputs."""
     steps, run_static = [], forward.run_static
     for module in (choice, forward):
         monkeypatch.setattr(module, "uncaptured", lambda *_: "it is not, in this test")

@@ -7,7 +7,6 @@ import functools
 import pytest
 import torch
 import transformers
-from ahead import run_ahead_on_the_cpu
 from transformers.models.mistral3.modeling_mistral3 import Mistral3Model
 
 import pkv_hf
@@ -21,12 +20,6 @@ from tiny import COMMON, left_padded, randomized, tiny
 pytestmark = pytest.mark.contract
 
 NEW_TOKENS = 6
-
-
-@pytest.fixture
-def ahead_of(monkeypatch):
-    """The steps that ran ahead."""
-    return run_ahead_on_the_cpu(monkeypatch)
 
 
 def generate(model, inputs, **settings):
@@ -67,7 +60,7 @@ MADE = {
 
 
 @pytest.mark.parametrize("name", [*MADE, "paligemma"])  # which counts positions from 1, and caps in some releases
-def test_steps_run_ahead_and_give_the_same_tokens(name, ahead_of):
+def test_steps_run_ahead_and_give_the_same_tokens(name, steps):
     model, inputs = served(name)
     expected, drawn = generate(model, inputs, output_logits=True)
     deltas = getattr(model.model, "rope_deltas", None)
@@ -79,8 +72,8 @@ def test_steps_run_ahead_and_give_the_same_tokens(name, ahead_of):
             assert torch.equal(ours.sequences, expected.sequences)
             torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3)
             assert left == drawn, "the random generator was left elsewhere"
-            assert len(ahead_of) in ran
-            ahead_of.clear()
+            assert len(steps) in ran
+            steps.clear()
         (found,) = [found for found, _ in getattr(model, STATE).known.look().ahead.values()]
         assert (found.scale, found.cap) == MADE.get(name, (found.scale, found.cap))
         assert deltas is None or torch.equal(model.model.rope_deltas, deltas)
@@ -177,7 +170,7 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other.__name__)
-def test_what_is_not_known_runs_as_it_is(other, ahead_of, monkeypatch):
+def test_what_is_not_known_runs_as_it_is(other, steps, monkeypatch):
     model, inputs = served("mistral3")
     other(model, monkeypatch)
     expected, _ = generate(model, inputs)
@@ -186,7 +179,7 @@ def test_what_is_not_known_runs_as_it_is(other, ahead_of, monkeypatch):
             assert torch.equal(generate(model, inputs)[0].sequences, expected.sequences)
         assert OTHERS[other] in pkv_hf.report(model).not_run_ahead
         assert OTHERS[other] in repr(pkv_hf.report(model))
-    assert not ahead_of
+    assert not steps
 
 
 def test_that_run_ahead_is_off_is_said():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ahead import run_ahead_on_the_cpu
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
@@ -18,11 +17,6 @@ from tiny import left_padded, tiny
 pytestmark = pytest.mark.contract
 
 NEW_TOKENS = 12
-
-
-@pytest.fixture
-def steps(monkeypatch):
-    return run_ahead_on_the_cpu(monkeypatch)
 
 
 @pytest.fixture
