@@ -95,8 +95,6 @@ def test_half_the_bytes(kv_dtype):
 @pytest.mark.parametrize(
     ("kv_dtype", "family", "route"),
     [
-        ("int8", "llama", "split"), ("fp8", "llama", "workqueue"),
-        ("int8", "mistral", "workqueue"), ("fp8", "mistral", "split"),
         ("int8", "qwen2-windows", "split"), ("fp8", "qwen2-windows", "workqueue"),
         ("int8", "qwen3", "workqueue"), ("fp8", "qwen3", "split"),
     ],
