@@ -15,8 +15,7 @@ from pkv_hf.runtime.ahead import forward as ahead
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Has the CPU run the steps that a GPU captures, as they are, by torch's route; a list of their inputs."""
     steps, run_static = [], forward.run_static
-    for module in (choice, forward):
-        monkeypatch.setattr(module, "uncaptured", lambda *_: "it is not, in this test")
+    monkeypatch.setattr(forward, "uncaptured", lambda *_: "it is not, in this test")
     monkeypatch.setattr(choice, "uncaptured", lambda *_: "")
     monkeypatch.setattr(ahead, "run_static", lambda *args: steps.append(args[3]) or run_static(*args))
     monkeypatch.setattr(type(ROUTES["sdpa"]), "fuses_rope", True)

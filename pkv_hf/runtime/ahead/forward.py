@@ -76,6 +76,11 @@ class Forward:
         self._look: Look  # what steps are made by lives as long as it, and anybody may look at the model anew
         self._head: Logits | None = None
 
+    @property
+    def selects(self) -> bool:
+        """Whether the step that runs takes the next tokens by itself."""
+        return self.static is not None and self.static.selection is not None
+
     def __call__(self, sequences: Sequences) -> torch.Tensor:
         """Logits `[rows, 1, vocabulary]` of every row's newest token; or what follows it, as `Selection` gives it."""
         begins = not self._decided
@@ -86,10 +91,9 @@ class Forward:
         if self.static is None:
             return self._by_model(sequences.ids)
         positions, self._positions = self._positions, None
-        selection = self.static.selection
-        if selection is not None:
-            selection.go_on(sequences.length)
-        inputs = None if selection is not None and positions is None else sequences.newest[0][:, None]
+        if self.static.selection is not None:
+            self.static.selection.go_on(sequences.length)
+        inputs = None if self.selects and positions is None else sequences.newest[0][:, None]
         try:
             output = run_static(self.state, self.static, self.cache, inputs, positions, self._admitted.starts)
         except NotServed as error:

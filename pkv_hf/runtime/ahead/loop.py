@@ -114,9 +114,8 @@ def run_ahead(
 def _decode(output: torch.Tensor, forward: Forward, sequences: _Sequences, reader: _Reader) -> None:
     """Extends sequences until all have ended, from the logits of their prompts' last tokens on."""
     reads_first = True  # the first token is not to wait for the launches of a step
-    selected = False
     while True:
-        if selected:
+        if forward.selects:
             sequences.take(output)
         else:
             sequences.extend(output)
@@ -127,7 +126,6 @@ def _decode(output: torch.Tensor, forward: Forward, sequences: _Sequences, reade
         if (sequences.full or not ahead) and (reader.stops() or sequences.full):
             break
         output = forward(sequences)
-        selected = forward.static is not None and forward.static.selection is not None
         if ahead:
             stop = True
             try:
