@@ -32,6 +32,7 @@ from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
+from pkv_hf.patches.trace import states_in
 from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
@@ -236,10 +237,9 @@ def _error(
 
 def _states(result: Any, described: Layer) -> torch.Tensor:
     """The hidden states that a layer returned. Raises ValueError where that is not as described."""
-    returns = len(result) if isinstance(result, tuple) else 0
-    if returns != described.returns or (returns and any(other is not None for other in result[1:])):
+    states, returns = states_in(result)
+    if states is None or returns != described.returns:
         raise ValueError("it returns more in a step than without a cache")
-    states: torch.Tensor = result[0] if returns else result
     return states
 
 

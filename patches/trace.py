@@ -115,6 +115,14 @@ def within(part: torch.Tensor, whole: torch.Tensor) -> bool:
     return storages[0] == storages[1] and part.numel() <= whole.numel()
 
 
+def states_in(result: Any) -> tuple[torch.Tensor | None, int]:
+    """The hidden states that a layer returned, None where it returned more; of how many elements its tuple is, or 0."""
+    returns = len(result) if isinstance(result, tuple) else 0
+    if returns and all(other is None for other in result[1:]):
+        result = result[0]
+    return (result if isinstance(result, torch.Tensor) else None), returns
+
+
 def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], config: Any) -> Trace | None:
     """A run of a module on hidden states `[B, tokens, width]`, outside of any step. None where it returns more.
 
@@ -128,10 +136,8 @@ def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], conf
             output = module(hidden, **kwargs)
         finally:
             serving.reset(token)
-    returns = len(output) if isinstance(output, tuple) else 0
-    if returns and all(other is None for other in output[1:]):
-        output = output[0]
-    if not isinstance(output, torch.Tensor):
+    output, returns = states_in(output)
+    if output is None:
         return None
     settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
     return Trace(hidden, output, calls, settings, listener.asked, config, returns)
