@@ -65,7 +65,9 @@ def test_the_environment_is_told(run, monkeypatch):
 
 def test_the_environment_of_a_transformers_that_is_not_served_is_told(run, monkeypatch):
     monkeypatch.setattr(compat, "SUPPORTED", False)
-    monkeypatch.setattr(transformers, "__version__", "4.40.1")
+    monkeypatch.setattr(
+        compat.transformers, "__version__", "4.40.1"
+    )  # importing a model may put another in sys.modules
     assert run("env")[0] == 0
     assert run("plan", "smollm2")[0] == 2
     assert "is older than" in run.stderr
