@@ -10,7 +10,7 @@ from torch import nn
 from pkv_hf.compat import logger
 from pkv_hf.patches.description import Norm, bind
 from pkv_hf.patches.judged import JUDGED, excess
-from pkv_hf.patches.parts import norm_of
+from pkv_hf.patches.parts.norms import norm_of
 from pkv_hf.patches.reading import drawn, drawn_vectors, twin_of
 from pkv_hf.patches.stream import take_norm
 from pkv_hf.patches.trace import Call

@@ -16,7 +16,10 @@ import torch
 from torch import nn
 
 from pkv_hf.patches.description import Branch, Layer, Norm
-from pkv_hf.patches.parts import as_is, attention_of, close, mlp_of, norm_of
+from pkv_hf.patches.parts.attention import attention_of
+from pkv_hf.patches.parts.called import as_is
+from pkv_hf.patches.parts.mlps import mlp_of
+from pkv_hf.patches.parts.norms import close, norm_of
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
 

@@ -1,9 +1,7 @@
-"""The parts of a layer, recognised by what they did with their inputs in a recorded run: never by their names."""
+"""Attention, recognised by what it did with its inputs in a recorded run: never by its names."""
 
 from __future__ import annotations
 
-import functools
-import itertools
 from typing import Any
 
 import torch
@@ -11,89 +9,14 @@ from torch.nn import functional
 
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels import reference
-from pkv_hf.patches.description import MLP, AsIs, Attention, Norm, Ref
+from pkv_hf.patches.description import Attention, Ref
+from pkv_hf.patches.parts.norms import close, norm_of
 from pkv_hf.patches.trace import Call, Trace, asked_behind_others, same, within
 from pkv_hf.routes.base import Rotary, Scores
 from pkv_hf.runtime.interface import HARMLESS, Asked
 
-CLOSE = 1e-4
-"""How far results of the same float32 arithmetic in another order may lie apart, by their root mean square."""
-
-EPSILONS = (1e-5, 1e-6)
-"""Of norms that have theirs in their code (OLMo)."""
-
-QUIET, LOUD = 1e-2, 1e2
-"""What inputs are multiplied by where a part is tried again: an epsilon shows in small ones, a clamp in large ones."""
-
 ROTATIONS = ((False, False), (True, False), (True, True))
 """Interleaved pairs, paired angles."""
-
-
-def close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and bool((a - b).square().mean().sqrt() <= CLOSE * b.square().mean().sqrt())
-
-
-def norm_of(call: Call) -> Norm | None:
-    """The normalisation that a call was, None for anything else."""
-    module, x = call.module, call.input
-    held = dict(module.named_parameters())
-    weight, bias = held.pop("weight", None), held.pop("bias", None)
-    if held or x.shape != call.output.shape or call.changed:
-        return None
-    if bias is not None if weight is None else weight.shape != x.shape[-1:]:
-        return None
-    settings = [value for value in vars(module).values() if isinstance(value, float) and 0 < value < 1] or [*EPSILONS]
-    tried = [(x, call.output)]
-    for eps, offset, kind in itertools.product(settings, (0.0,) if weight is None else (0.0, 1.0), ("rms", "layer")):
-        if kind == "rms" and bias is not None:
-            continue
-        if kind == "rms":
-            norm = functools.partial(reference.rms_norm, weight=weight, eps=eps, offset=offset)
-        else:
-            norm = functools.partial(reference.layer_norm, weight=weight, bias=bias, eps=eps, offset=offset)
-        if close(norm(x), call.output):
-            tried = tried if len(tried) > 1 else [*tried, *((by * x, call.again(by)) for by in (QUIET, LOUD))]
-            if all(close(norm(given), found) for given, found in tried):
-                return Norm(Ref(call.name), kind, eps, offset)
-    return None
-
-
-def mlp_of(trace: Trace, call: Call) -> MLP | None:
-    """The gated or plain MLP that a call was, None for anything else."""
-    calls = [each for each in trace.children(call.name) if list(each.module.parameters())]
-    first = [each for each in calls if same(each.input, call.input)]
-    last = [each for each in calls if same(each.output, call.output)]
-    if len(last) != 1 or len(first) not in (1, 2) or len(calls) != len(first) + 1:
-        return None
-    if any(each.changed for each in calls):
-        return None
-    names, made = [Ref(each.name) for each in first], [each.output for each in first]
-    ways: list[tuple[Ref | None, Ref | None, torch.Tensor, torch.Tensor | None]] = []
-    if len(first) == 2:
-        ways += [(names[0], names[1], made[0], made[1]), (names[1], names[0], made[1], made[0])]
-    elif made[0].shape[-1] == 2 * last[0].input.shape[-1]:
-        gate, up = made[0].chunk(2, dim=-1)
-        ways.append((names[0], None, gate, up))
-    else:
-        ways.append((None, names[0], made[0], None))
-    found = []
-    for gate_name, up_name, gate, other in ways:
-        for name in reference.ACTIVATIONS:
-            acted = reference.activation(gate, name)
-            acted = acted if other is None else acted * other
-            if close(acted, last[0].input):
-                mlp = MLP(gate_name, up_name, Ref(last[0].name), name)
-                found.append((float((acted - last[0].input).square().mean()), mlp))
-    if not found:
-        return None
-    mlp = min(found, key=lambda each: each[0])[1]
-    modules = {each.name: each.module for each in calls}
-    loud = [modules[name](LOUD * call.input) for name in (mlp.gate, mlp.up) if name is not None]
-    if mlp.gate is not None and mlp.up is None:
-        loud = list(loud[0].chunk(2, dim=-1))
-    acted = reference.activation(loud[0], mlp.activation)
-    acted = acted if len(loud) == 1 else acted * loud[1]
-    return mlp if close(last[0].module(acted), call.again(LOUD)) else None
 
 
 def attention_of(trace: Trace, call: Call) -> Attention | None:
@@ -216,20 +139,3 @@ def _attended(asked: Asked, scores: Scores) -> torch.Tensor:
         hidden = torch.ones_like(capped, dtype=torch.bool).triu(1)
         out = capped.masked_fill(hidden, float("-inf")).softmax(-1) @ value
     return out.transpose(1, 2).flatten(2)
-
-
-def as_is(call: Call, given: dict[str, Any]) -> AsIs | None:
-    """A call that its layer, which was `given` these arguments, can make again; None where it adds tensors."""
-    hidden, handed_on, constants = "", [], []
-    if len(call.args) > 1:
-        return None
-    for name, value in call.kwargs.items():
-        if value is call.input:
-            hidden = name
-        elif name in given and given[name] is value:
-            handed_on.append((name, name))
-        elif value is None or isinstance(value, (bool, str)):  # a number may be the layer's own, as its index is
-            constants.append((name, value))
-        else:
-            return None
-    return AsIs(Ref(call.name), hidden, tuple(handed_on), tuple(constants))
