@@ -67,18 +67,20 @@ def norm_kernel(x_ptr, residual_ptr, weight_ptr, bias_ptr, sum_ptr, out_ptr, wid
 
 
 @triton.jit(do_not_specialize=["after_eps", "before_eps", "scale"])
-def add_norms_kernel(y_ptr, bias_ptr, residual_ptr, after_ptr, before_ptr, sum_ptr, out_ptr,
+def add_norms_kernel(y_ptr, bias_ptr, residual_ptr, after_ptr, before_ptr, gain_ptr, sum_ptr, out_ptr,
                      width, after_eps, before_eps, scale,
                      PARTS: tl.constexpr, BIAS: tl.constexpr,
                      AFTER: tl.constexpr, AFTER_WEIGHT: tl.constexpr, AFTER_OFFSET: tl.constexpr,
                      BEFORE: tl.constexpr, BEFORE_WEIGHT: tl.constexpr, BEFORE_OFFSET: tl.constexpr,
-                     SCALED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                     SCALED: tl.constexpr, GAIN: tl.constexpr,
+                     BLOCK: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """y is float32 `[PARTS, rows, width]`, or rows as the residual's where PARTS is 0."""
     at = tl.program_id(0).to(tl.int64) * width
     d = tl.arange(0, BLOCK)
     mask = d < width
     after, before = _weight(after_ptr, d, mask, AFTER_WEIGHT), _weight(before_ptr, d, mask, BEFORE_WEIGHT)
     bias = _weight(bias_ptr, d, mask, BIAS)
+    gain = _weight(gain_ptr, 0, None, GAIN)
     wait(PDL)
     release(PDL)
     residual = tl.load(residual_ptr + at + d, mask=mask, other=0.0)  # loads do not pass a sum over threads
@@ -94,6 +96,8 @@ def add_norms_kernel(y_ptr, bias_ptr, residual_ptr, after_ptr, before_ptr, sum_p
     if SCALED:
         y = (y.to(tl.float32) * scale).to(y.dtype)
     y = (y.to(tl.float32) + residual.to(tl.float32)).to(y.dtype)
+    if GAIN:
+        y = (y.to(tl.float32) * gain.to(tl.float32)).to(y.dtype)
     tl.store(sum_ptr + at + d, y, mask=mask)
     if BEFORE:
         y = _normed(y, before, before, mask, width, before_eps, False, BEFORE_WEIGHT, False, BEFORE_OFFSET)
@@ -182,13 +186,20 @@ NO_NORM = (None, 0.0, 0.0)
 
 
 def add_norms(
-    y: torch.Tensor | Parts, residual: torch.Tensor, after: Norm | None, before: Norm | None, *, scale: float = 1.0
+    y: torch.Tensor | Parts,
+    residual: torch.Tensor,
+    after: Norm | None,
+    before: Norm | None,
+    *,
+    scale: float = 1.0,
+    gain: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """total = residual + scale * after(y), and before(total); where a norm is None, what it would be of.
+    """total = gain * (residual + scale * after(y)), and before(total); where a norm is None, what it would be of.
 
     y and residual `[..., width]`, contiguous, in one dtype. Or y is a product in parts, residual `[rows, width]`: the
     parts are summed in their order, in float32, then the bias, and rounded to residual's dtype. A norm is an RMSNorm:
-    its weight `[width]` in that dtype or None, its epsilon, and what is added to its weight. Returns both.
+    its weight `[width]` in that dtype or None, its epsilon, and what is added to its weight. gain is one element, `[1]`,
+    in that dtype. Returns both.
     """
     width = residual.shape[-1]
     total = torch.empty_like(residual)
@@ -199,9 +210,9 @@ def add_norms(
     )
     constants = (
         parts, bias is not None, after is not None, after_weight is not None, after_offset, before is not None,
-        before_weight is not None, before_offset, scale != 1.0, next_power_of_2(width),
+        before_weight is not None, before_offset, scale != 1.0, gain is not None, next_power_of_2(width),
     )  # fmt: skip
-    vectors = bias, residual, after_weight, before_weight
+    vectors = bias, residual, after_weight, before_weight, gain
     _add_norms(
         (residual.dtype, residual.device, *constants), (residual.numel() // width, 1, 1),
         (y, *(residual if each is None else each for each in vectors), total, out),

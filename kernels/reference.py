@@ -108,11 +108,13 @@ def layer_norm(
 
 
 def add_norms(
-    y: torch.Tensor, residual: torch.Tensor, after: Norm | None, before: Norm | None, scale: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """total = residual + scale * after(y), and before(total); where a norm is None, what it would be of."""
+    y: torch.Tensor, residual: torch.Tensor, after: Norm | None, before: Norm | None, scale: float = 1.0,
+    gain: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """total = gain * (residual + scale * after(y)), and before(total); where a norm is None, what it would be of."""
     y = y if after is None else rms_norm(y, *after)
     total = residual + (y if scale == 1.0 else scale * y)
+    total = total if gain is None else gain * total
     return total, total if before is None else rms_norm(total, *before)
 
 

@@ -218,6 +218,7 @@ class ElementwiseCase:
     before: bool = False
     parts: int = 0
     multiplier: float = 1.0
+    gain: bool = False
     activation: str = "silu"
     strided: bool = False
     rows: int = 0
@@ -242,7 +243,7 @@ class ElementwiseCase:
             return dataclasses.replace(case, residual=residual)
         multiplier, parts = float(rng.choice(MULTIPLIERS)), int(rng.choice([0, 0, 2, 5, MOST_PARTS]))
         return dataclasses.replace(
-            case, after=after, before=before, multiplier=multiplier, parts=parts, bias=bias and parts > 0
+            case, after=after, before=before, multiplier=multiplier, gain=residual, parts=parts, bias=bias and parts > 0
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> ElementwiseCase:
@@ -262,6 +263,7 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
     x, up = (half if case.strided else half.contiguous() for half in both.chunk(2, dim=-1))
     vectors = [draw(case.width) if case.weight else None for _ in range(2)]
     bias = draw(case.width) if case.bias else None
+    gain = draw(1) if case.gain else None
     residual = up.contiguous() if case.residual else None
     parts = draw(case.parts, case.rows, case.width, scale=case.scale, dtype=torch.float32) if case.parts else None
     with poisoned_scratch():
@@ -276,7 +278,7 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
         else:
             norms = _norms(case, vectors, case.dtype)
             y = x if parts is None else Parts(parts, bias)
-            total, ours = elementwise.add_norms(y, up, *norms, scale=case.multiplier)
+            total, ours = elementwise.add_norms(y, up, *norms, scale=case.multiplier, gain=gain)
 
     def by_torch(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         wide, wide_up = x.to(dtype), up.to(dtype)
@@ -287,7 +289,8 @@ def check_elementwise(case: ElementwiseCase, device: torch.device | str) -> dict
             if parts is not None:
                 wide = functools.reduce(torch.add, parts if dtype != torch.float64 else parts.double())
                 wide = (wide if bias is None else wide + bias).to(dtype)
-            summed, y = reference.add_norms(wide, wide_up, *_norms(case, vectors, dtype), case.multiplier)
+            by = gain if gain is None else gain.to(dtype)
+            summed, y = reference.add_norms(wide, wide_up, *_norms(case, vectors, dtype), case.multiplier, by)
             return y, summed
         summed = (x + up if case.residual else x).to(dtype)
         weight, offset = (each if each is None else each.to(dtype) for each in (vectors[0], bias))

@@ -179,7 +179,7 @@ if target in (75, 90):  # forms that need no more of a GPU than those before
             used[f"linear {rows} {of}"] = of_rows(linear._linear, rows, 4096, 4096, 1, **form)
     both = dict(AFTER=True, AFTER_WEIGHT=True, AFTER_OFFSET=1.0, BEFORE=True, BEFORE_WEIGHT=True, BEFORE_OFFSET=0.0)
     for parts in (0, blocks.MOST_PARTS):
-        form, of = dict(PARTS=parts, BIAS=parts > 0, SCALED=True, BLOCK=8192), {"y_ptr": "*fp32"} if parts else {}
+        form, of = dict(PARTS=parts, BIAS=parts > 0, SCALED=True, GAIN=True, BLOCK=8192), {"y_ptr": "*fp32"} if parts else {}
         used[f"add_norms {parts}"] = compiled(gpu, elementwise._add_norms, half, dict(**both, **form), 8, **of)
     for form in (dict(OFFSET=1.0), dict(CENTERED=True, BIAS=True)):
         used[f"norm {form}"] = compiled(gpu, elementwise._norm, half, {**llama, **form}, 8)

@@ -93,11 +93,18 @@ def test_norms_without_weights(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("offset", "after", "before", "scale"),
-    [(1.0, True, True, 1.0), (0.0, True, True, 1.0), (0.0, True, False, 1.0), (0.0, False, True, 0.22)],
-    ids=["Gemma 3", "GLM-4", "OLMo 2", "Granite"],
+    ("offset", "after", "before", "scale", "gain"),
+    [
+        (1.0, True, True, 1.0, False),
+        (0.0, True, True, 1.0, False),
+        (0.0, True, False, 1.0, False),
+        (0.0, False, True, 0.22, False),
+        (0.0, True, True, 1.0, True),
+    ],
+    ids=["Gemma 3", "GLM-4", "OLMo 2", "Granite", "Gemma 4"],
 )
-def test_norm_residual_and_norm(offset, after, before, scale, dtype):
+def test_norm_residual_and_norm(offset, after, before, scale, gain, dtype):
+    by = drawn(1, dtype=dtype) if gain else None
     y, residual = (drawn(ROWS, 96, dtype=dtype) for _ in range(2))
     weights = [drawn(96, dtype=dtype) for _ in range(2)]
 
@@ -106,9 +113,10 @@ def test_norm_residual_and_norm(offset, after, before, scale, dtype):
         return of[0] if after else None, of[1] if before else None
 
     with poisoned_scratch():
-        ours = add_norms(y, residual, *norms(dtype), scale=scale)
-    theirs = reference.add_norms(y, residual, *norms(dtype), scale)
-    exact = reference.add_norms(y.double(), residual.double(), *norms(torch.float64), scale)
+        ours = add_norms(y, residual, *norms(dtype), scale=scale, gain=by)
+    theirs = reference.add_norms(y, residual, *norms(dtype), scale, by)
+    exact_by = by if by is None else by.double()
+    exact = reference.add_norms(y.double(), residual.double(), *norms(torch.float64), scale, exact_by)
     for of_ours, of_theirs, of_exact in zip(ours, theirs, exact):
         judge(of_ours, of_theirs, of_exact)
     assert before or ours[1] is ours[0]
