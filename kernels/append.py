@@ -10,7 +10,7 @@ from pkv_hf.kernels.launch import Remembered, Scales, check_pages, check_scales,
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
 from pkv_hf.kernels.quantize import LARGEST
-from pkv_hf.kernels.rope import load_turned, load_weights, rope_of, turned
+from pkv_hf.kernels.rope import load_weights, rope_of, turned_head
 
 NEAREST = tl.constexpr(12582912.0)
 """1.5 · 2^23: a float32 of at most 2^22 plus this, less this, is rounded to the nearest whole number, ties to even."""
@@ -79,16 +79,6 @@ def append_kernel(k_ptr, v_ptr, k_pages_ptr, v_pages_ptr, k_scale_ptr, v_scale_p
     store_vector(at, v_scale_ptr + scale_at, d, v, mask, write, LARGEST)
 
 
-@triton.jit
-def _turned_head(x_ptr, cos_ptr, sin_ptr, weights, head, heads, stride_h, eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                 ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, NORM: tl.constexpr,
-                 OFFSET: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
-    """A head [1] of a token, [1, BLOCK_D]; x_ptr is at the first of all."""
-    loaded = load_turned(x_ptr, cos_ptr, sin_ptr, head * stride_h, head >= 0, D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED)
-    parts = turned(loaded, weights, x_ptr, heads, stride_h, eps, D, ROTARY, INTERLEAVED, NORM, OFFSET, WHOLE, False)
-    return parts[0]
-
-
 @triton.jit(do_not_specialize=RUNTIME)
 def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, q_out_ptr, k_pages_ptr,
                        v_pages_ptr, k_scale_ptr, v_scale_ptr, table_ptr, first_ptr, ends_ptr, q_len, num_heads,
@@ -120,15 +110,15 @@ def rope_append_kernel(q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm
     cos = cos_ptr + row * stride_cb + t * stride_ct
     sin = sin_ptr + row * stride_cb + t * stride_ct
     if head < num_heads:
-        q = _turned_head(q_ptr + row * stride_qb + t * stride_qt, cos, sin, weights, of_head, num_heads, stride_qh, eps,
-                         D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED, NORM, OFFSET, WHOLE)  # fmt: skip
+        q = turned_head(q_ptr + row * stride_qb + t * stride_qt, cos, sin, weights, of_head, num_heads, stride_qh, eps,
+                        D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED, NORM, OFFSET, WHOLE)  # fmt: skip
         tl.store(q_out_ptr + ((row * num_heads + head) * q_len + t) * D + d[None, :], q, mask=inside[None, :])
     else:
         v = tl.load(v_ptr + row * stride_vb + kv_head * stride_vh + t * stride_vt + d, mask=inside, other=0.0)
         end, first = tl.load(ends_ptr + row), tl.load(first_ptr + row)
         page, slot, write = slot_of(table_ptr + row * stride_tb, end - q_len + t, first, PAGE)
-        k = _turned_head(k_ptr + row * stride_kb + t * stride_kt, cos, sin, weights, of_head, num_kv_heads, stride_kh,
-                         eps, D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED, NORM, OFFSET, WHOLE)  # fmt: skip
+        k = turned_head(k_ptr + row * stride_kb + t * stride_kt, cos, sin, weights, of_head, num_kv_heads, stride_kh,
+                        eps, D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED, NORM, OFFSET, WHOLE)  # fmt: skip
         mask = inside & write
         scale_at = page * stride_sp + kv_head * stride_sh + slot
         at = k_pages_ptr + page * stride_kpp + kv_head * stride_kph + slot * D

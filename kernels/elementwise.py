@@ -198,7 +198,7 @@ def add_norms(
 
     y and residual `[..., width]`, contiguous, in one dtype. Or y is a product in parts, residual `[rows, width]`: the
     parts are summed in their order, in float32, then the bias, and rounded to residual's dtype. A norm is an RMSNorm:
-    its weight `[width]` in that dtype or None, its epsilon, and what is added to its weight. gain is one element, `[1]`,
+    its weight `[width]` in that dtype or None, its epsilon, and what is added to its weight. gain is `[1]`,
     in that dtype. Returns both.
     """
     width = residual.shape[-1]

@@ -188,7 +188,7 @@ def linear(
     scale: float = 1.0,
     activation: str | None = None,
 ) -> torch.Tensor:
-    """residual + scale * (norm(x) W^T + bias) of one weight, or of three side by side in one launch.
+    """residual + scale * (norm(x) W^T + bias) of one weight, or of two or three side by side in one launch.
 
     x `[rows, inputs]`, 1 to 80 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
     is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, of one
@@ -200,8 +200,8 @@ def linear(
     rows, inputs = x.shape
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     _check(x, named, {"norm": norm, "residual": residual})
-    if len(weights) not in (1, 3) or (len(weights) > 1 and (residual is not None or activation is not None)):
-        raise ValueError(f"{len(weights)} weights: want one, or three without a residual or an activation")
+    if not 1 <= len(weights) <= 3 or (len(weights) > 1 and (residual is not None or activation is not None)):
+        raise ValueError(f"{len(weights)} weights: want one, or two or three without a residual or an activation")
     if activation is not None:
         check_activation(activation)
         if residual is not None:
@@ -212,7 +212,15 @@ def linear(
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
         sums = _sums(x, weights, block)
-        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
+        add_parts(
+            sums,
+            out,
+            biases[: len(weights)],
+            [*outputs, 0] if len(weights) == 2 else outputs,
+            residual,
+            scale,
+            activation,
+        )
     else:
         _launch(x, weights, block, out, biases, norm, eps, offset, residual, scale, activation)
     return out
@@ -244,11 +252,11 @@ def _launch(
     """Writes a product that is in one part, with all that `linear` takes, or else the sums of its parts."""
     rows, inputs = x.shape
     parts, part_blocks = block.cut(inputs)
-    a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
-    outputs = [len(weight) for weight in (a, b, c)]
+    a, b, c = (*weights, *(weights[-1],) * 2)[:3]
+    outputs = [*(len(weight) for weight in weights), 0, 0][:3]
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
-    constants = len(weights), *epilogue, *_switches(x, norm, offset, block)
+    constants = 1 if len(weights) == 1 else 3, *epilogue, *_switches(x, norm, offset, block)
     _linear(
         (x.dtype, x.device, block.num_warps, constants),
         (sum(-(-len(weight) // block.outputs) for weight in weights), parts, 1),

@@ -149,6 +149,16 @@ def turned(loaded, weights, x_ptr, heads, stride_h, eps, D: tl.constexpr, ROTARY
     return done
 
 
+@triton.jit
+def turned_head(x_ptr, cos_ptr, sin_ptr, weights, head, heads, stride_h, eps, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, NORM: tl.constexpr,
+                OFFSET: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+    """A head [1] of a token, [1, BLOCK_D]; x_ptr is at the first of all."""
+    loaded = load_turned(x_ptr, cos_ptr, sin_ptr, head * stride_h, head >= 0, D, BLOCK_D, ROTARY, INTERLEAVED, PAIRED)
+    parts = turned(loaded, weights, x_ptr, heads, stride_h, eps, D, ROTARY, INTERLEAVED, NORM, OFFSET, WHOLE, False)
+    return parts[0]
+
+
 class Rope(NamedTuple):
     """What kernels that norm and turn heads are launched with."""
 
@@ -187,14 +197,45 @@ def rope_of(
         check_rope(k_pages, v_pages, states, held, norms and norms[:2], scales)
         check_angles(q, {"cos": cos, "sin": sin}, rotary)
         _checked[key] = None
+    return _arranged(q, (k.dtype, v.dtype), cos, sin, (q_norm, k_norm, eps, offset), norms is not None, rotary,
+                     interleaved, paired_angles)  # fmt: skip
+
+
+def rope_of_queries(
+    q: torch.Tensor, cos: torch.Tensor | None, sin: torch.Tensor | None,
+    norm: tuple[torch.Tensor, float, float] | None, rotary: int | None, interleaved: bool, paired_angles: bool,
+) -> Rope:  # fmt: skip
+    """The arguments of `queries.rope`. Raises ValueError, naming the argument, for what the kernel cannot take."""
+    head_dim = q.shape[3]
+    rotary = head_dim if rotary is None else rotary
+    weight, eps, offset = (q, 0.0, 0.0) if norm is None else norm
+    key = rotary, *described(q, cos, sin, weight)
+    if key not in _checked:
+        if q.stride(3) != 1:
+            raise ValueError(f"q has strides {q.stride()}: want contiguous head_dim")
+        sizes = head_dim, q.shape[1] * head_dim
+        if norm is not None and (weight.dtype != q.dtype or weight.numel() not in sizes):
+            raise ValueError(f"norm is {weight.dtype} {list(weight.shape)}: want {q.dtype} of {sizes} elements")
+        check_angles(q, {"cos": cos, "sin": sin}, rotary)
+        _checked[key] = None
+    norms = weight, weight, eps, offset
+    return _arranged(q, (q.dtype, q.dtype), cos, sin, norms, norm is not None, rotary, interleaved, paired_angles)
+
+
+def _arranged(
+    q: torch.Tensor, others: tuple[torch.dtype, torch.dtype], cos: torch.Tensor | None, sin: torch.Tensor | None,
+    norms: tuple[torch.Tensor, torch.Tensor, float, float], normed: bool, rotary: int, interleaved: bool,
+    paired_angles: bool,
+) -> Rope:  # fmt: skip
+    (q_norm, k_norm, eps, offset), head_dim = norms, q.shape[3]
     if not rotary or cos is None or sin is None:
         cos = sin = q
         angles, strides = None, (0, 0)
     else:
         angles, strides = cos.dtype, (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1))
-    whole = norms is not None and max(q_norm.numel(), k_norm.numel()) > head_dim
+    whole = normed and max(q_norm.numel(), k_norm.numel()) > head_dim
     constants = (
-        rotary, interleaved, paired_angles, norms is not None, offset,
+        rotary, interleaved, paired_angles, normed, offset,
         min(next_power_of_2(q_norm.numel()), SQUARED_AT_ONCE) if whole else 0,
     )  # fmt: skip
-    return Rope((cos, sin, q_norm, k_norm), eps, strides, (q.dtype, k.dtype, v.dtype, angles), constants, whole)
+    return Rope((cos, sin, q_norm, k_norm), eps, strides, (q.dtype, *others, angles), constants, whole)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import BuiltinFunctionType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
+from pkv_hf.patches.sharing import Kept, kept_by, read_by, with_each, with_pairs
 from pkv_hf.patches.trace import states_in
 from pkv_hf.replaced import on_instance, original
 from pkv_hf.routes.base import Bounds, Route
@@ -98,30 +99,42 @@ class Fusing:
         """The description of every layer, or why there is none; checked in steps of a route where one is given."""
         layers, calls, settings = decoder_layers(decoder), None, _settings(decoder.config)
         found: list[Layer | str] = []
+        kept: dict[Any, Kept] = {}  # by where later layers look for it: the last that was kept there
         with torch.inference_mode(False), torch.no_grad(), outside_of_steps(), _random_numbers_of_its_own(decoder):
             for i, layer in enumerate(layers):
-                key = settings, _alike(layer)
-                check = (key, kinds[i], route.name) if kinds and route else None
-                if key not in self._described or (check and check not in self._checked):
+                twin: Any = None  # the one before goes first: one layer in float32 at a time
+                key = (
+                    settings,
+                    _alike(layer),
+                    tuple((*each.place, each.kv_heads, each.head_dim) for each in kept.values()),
+                )
+                if key not in self._described:
                     calls = calls or given_to_layers(decoder)
                     if isinstance(calls, str):
                         return [calls] * len(layers)
-                    twin: Any = None  # the one before goes first: one layer in float32 at a time
                     twin = _twin(layer)
-                    if key not in self._described:
-                        self._described[key] = _description(layer, twin, calls[layer], decoder.config)
-                    this = self._described[key]
-                    if check and kinds and route and not isinstance(this, str):
-                        only = tuple(kind if k == i else LayerKind(None) for k, kind in enumerate(kinds))
-                        bound = self._bound(this, layer)
-                        self._checked[check] = _disagrees(layer, twin, bound, calls[layer], only, decoder.config, route)
-                found.append(self._checked.get(check, "") or self._described[key])
+                    self._described[key] = _description(layer, twin, calls[layer], kept.values(), decoder.config)
+                this, why = self._described[key], ""
+                if kinds and route and not isinstance(this, str):
+                    read = read_by(this, kept.values())
+                    holders = [each.layer_idx for each in read] or [i]
+                    check = (key, *(kinds[k] for k in holders), route.name)
+                    if check not in self._checked:
+                        calls = calls or given_to_layers(decoder)
+                        if isinstance(calls, str):
+                            return [calls] * len(layers)
+                        only = tuple(kind if k in holders else LayerKind(None) for k, kind in enumerate(kinds))
+                        run = Run(layer, calls[layer], only, read, decoder.config)
+                        self._checked[check] = _disagrees(run, twin or _twin(layer), self._bound(this, layer), route)
+                    why = self._checked[check]
+                found.append(why or this)
+                kept.update({} if isinstance(this, str) else {each.place: each for each in kept_by(this, i)})
         return found or ["its layers are not one list of modules"]
 
     def _bound(self, described: Layer, layer: nn.Module) -> Layer:
         """A description with a layer's modules, and mixers for those that have one that agrees with them."""
-        branches = []
-        for branch in bind(described, layer).branches:
+        branches, bound = [], bind(described, layer)
+        for branch in bound.branches:
             module: Any = getattr(branch.body, "module", None)
             if isinstance(branch.body, AsIs) and (mixer := mixers.read(module)) is not None:
                 key = mixer, _alike(module)
@@ -130,7 +143,7 @@ class Fusing:
                 if self._mixed[key]:
                     branch = replace(branch, body=replace(branch.body, mixer=mixer))
             branches.append(branch)
-        return replace(described, branches=tuple(branches))
+        return replace(bound, branches=tuple(branches))
 
 
 def _random_numbers_of_its_own(decoder: Any) -> AbstractContextManager:
@@ -184,12 +197,40 @@ def _twin(layer: nn.Module) -> nn.Module | str:
         return f"a {type(layer).__name__} cannot be copied: {type(error).__name__}: {first_line(error)}"
 
 
-def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: Any) -> Layer | str:
+class Run(NamedTuple):
+    """A layer to be run by itself."""
+
+    layer: nn.Module
+    given: Given
+    kinds: tuple[LayerKind, ...]
+    """What the layers of its cache keep: those alone that it needs keep anything."""
+    read: list[Kept]
+    """What it reads of other layers."""
+    config: Any
+
+    def drawn(self, rows: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Random hidden states `[rows, TOKENS, width]`, and the other arguments with random keys and values."""
+        like = self.given.hidden
+        return drawn(rows, TOKENS, like.shape[-1], like=like), _with_drawn(self.given.kwargs, self.read, rows, like)
+
+
+def _with_drawn(kwargs: dict[str, Any], kept: Iterable[Kept], rows: int, like: torch.Tensor) -> dict[str, Any]:
+    def pair(each: Kept, _: object) -> tuple[torch.Tensor, torch.Tensor]:
+        shape = rows, each.kv_heads, TOKENS, each.head_dim
+        return drawn(*shape, like=like), drawn(*shape, like=like)
+
+    return with_pairs(kwargs, kept, pair)
+
+
+def _description(
+    layer: nn.Module, twin: nn.Module | str, given: Given, kept: Iterable[Kept], config: Any
+) -> Layer | str:  # fmt: skip
     """What a layer computes, or why that is not known."""
     if isinstance(twin, str):
         return twin
     hidden = drawn(*given.hidden.shape, like=given.hidden).float()
-    described = read(twin, hidden, as_float32(given.kwargs), config)
+    kwargs = _with_drawn(given.kwargs, kept, len(hidden), given.hidden)
+    described = read(twin, hidden, as_float32(kwargs), config)
     if not isinstance(described, str) and all(
         isinstance(branch.body, AsIs) and branch.before is None for branch in described.branches
     ):
@@ -197,18 +238,15 @@ def _description(layer: nn.Module, twin: nn.Module | str, given: Given, config: 
     return described
 
 
-def _disagrees(
-    layer: nn.Module, twin: nn.Module | str, bound: Layer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
-    route: Route,
-) -> str:  # fmt: skip
+def _disagrees(run: Run, twin: nn.Module | str, bound: Layer, route: Route) -> str:
     """How a layer by its description differs from what its own code computes; empty where it does not."""
-    name = type(layer).__name__
+    name = type(run.layer).__name__
     if isinstance(twin, str):
         return twin
     try:
         fused = FusedLayer(bound, None)
         for rows in (1, 2):
-            ratio = _error(layer, twin, fused, given, kinds, config, route, rows)
+            ratio = _error(run, twin, fused, route, rows)
             if not ratio <= 1:
                 return f"a {name} by its description has {ERROR * ratio:.1f} times the error of its own code"
     except Exception as error:  # of a module or a kernel that does not take what it is given
@@ -216,20 +254,17 @@ def _disagrees(
     return ""
 
 
-def _error(
-    layer: nn.Module, twin: nn.Module, fused: FusedLayer, given: Given, kinds: tuple[LayerKind, ...], config: Any,
-    route: Route, rows: int,
-) -> float:  # fmt: skip
+def _error(run: Run, twin: nn.Module, fused: FusedLayer, route: Route, rows: int) -> float:
     """The error of a fused layer over what it may be: twice that of the layer's own code, and rounding."""
-    width, squares, errors = given.hidden.shape[-1], 0.0, [0.0, 0.0]
+    width, squares, errors = run.given.hidden.shape[-1], 0.0, [0.0, 0.0]
     for _ in range(-(-JUDGED // (rows * width))):
-        hidden = drawn(rows, TOKENS, width, like=given.hidden)
-        exact = _states(twin(hidden.float(), **as_float32(given.kwargs)), fused.layer)[:, -1:].double()
+        hidden, kwargs = run.drawn(rows)
+        exact = _states(twin(hidden.float(), **as_float32(kwargs)), fused.layer)[:, -1:].double()
         squares += float(exact.square().mean())
         # The layer's own attention is torch's: a route that goes wrong is not to be judged by itself.
-        own: FusedForward = lambda _, x, kwargs: original(layer, "forward")(x, **kwargs)  # noqa: E731
-        for i, (run, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
-            found = _states(_stepped(layer, run, hidden, given.kwargs, kinds, config, by), fused.layer)
+        own: FusedForward = lambda _, x, kwargs: original(run.layer, "forward")(x, **kwargs)  # noqa: E731
+        for i, (forward, by) in enumerate(((own, ROUTES["sdpa"]), (fused, route))):
+            found = _states(_stepped(run, forward, hidden, kwargs, by), fused.layer)
             errors[i] += float((found.double() - exact).square().mean())
     own_error, error = (each**0.5 for each in errors)
     return excess(error, own_error, squares**0.5)
@@ -243,38 +278,37 @@ def _states(result: Any, described: Layer) -> torch.Tensor:
     return states
 
 
-def _stepped(
-    layer: nn.Module, run: FusedForward, hidden: torch.Tensor, kwargs: dict[str, Any], kinds: tuple[LayerKind, ...],
-    config: Any, route: Route,
-) -> Any:  # fmt: skip
-    """The last token's result by `run`, after a prompt of the others by the layer's own code."""
-    windows, begin = [kind.window for kind in kinds if kind.window is not None], hidden.shape[1] - 1
-    cache: Any = PagedCache.of_kinds(kinds) if windows else Cache(layers=[layer_of(kind) for kind in kinds])
+def _stepped(run: Run, forward: FusedForward, hidden: torch.Tensor, kwargs: dict[str, Any], route: Route) -> Any:
+    """The last token's result by `forward`, after a prompt of the others by the layer's own code."""
+    windows, begin = [kind.window for kind in run.kinds if kind.window is not None], hidden.shape[1] - 1
+    cache: Any = PagedCache.of_kinds(run.kinds) if windows else Cache(layers=[layer_of(kind) for kind in run.kinds])
     starts = np.zeros(len(hidden), dtype=np.int64)
     mask = torch.empty((1, 1 + windows[0], 0, 0), dtype=torch.bool, device="cpu") if windows else None
     prompt, last = (
         {**_cut(kwargs, part), CACHE: cache, "attention_mask": mask} for part in (slice(begin), slice(begin, None))
     )
+
+    def appended(step: Step, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return with_pairs(kwargs, run.read, lambda each, pair: step.update(pair[0], pair[1], each.layer_idx))
+
     with launching_on(hidden.device):
         if not windows:
-            original(layer, "forward")(hidden[:, :begin], **prompt)
-            return run(None, hidden[:, begin:], last)
-        with Step(cache, Bounds(starts, 0, begin), ROUTES["sdpa"], config):
-            original(layer, "forward")(hidden[:, :begin], **prompt)
-        with Step(cache, Bounds(starts, begin, 1), route, config) as step:
-            return run(step, hidden[:, begin:], last)
+            original(run.layer, "forward")(hidden[:, :begin], **prompt)
+            return forward(None, hidden[:, begin:], last)
+        with Step(cache, Bounds(starts, 0, begin), ROUTES["sdpa"], run.config) as step:
+            original(run.layer, "forward")(hidden[:, :begin], **appended(step, prompt))
+        with Step(cache, Bounds(starts, begin, 1), route, run.config) as step:
+            return forward(step, hidden[:, begin:], appended(step, last))
 
 
 def _cut(kwargs: dict[str, Any], part: slice) -> dict[str, Any]:
     """What a layer is given, for a part of the tokens."""
 
     def cut(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return tuple(cut(each) for each in value)
         if not isinstance(value, torch.Tensor):
             return value
-        if value.ndim >= 3 and value.shape[-2] == TOKENS:  # angles
+        if value.ndim >= 3 and value.shape[-2] == TOKENS:  # angles, keys and values
             return value[..., part, :]
         return value[..., part] if value.shape[-1:] == (TOKENS,) else value
 
-    return {name: cut(value) for name, value in kwargs.items()}
+    return with_each(kwargs, cut)

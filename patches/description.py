@@ -19,6 +19,10 @@ class Ref(str):
     """A module by its name within its layer; in a description that is bound, the module itself stands in its place."""
 
 
+class Held(str):
+    """A parameter or buffer of a layer, by its name; the tensor itself in a description that is bound."""
+
+
 @dataclass(frozen=True)
 class Norm:
     """A normalisation over the last dimension by a module's `weight` and `bias`, where it has them."""
@@ -42,7 +46,8 @@ class Attention:
 
     module: Any
     inputs: tuple[Any, ...]
-    """The projections to q, k and v, or the one whose outputs are all three side by side."""
+    """The projections to q, k and v, to q and to what k and v both are, or to all three side by side; to q alone where
+    the layer `reads` the keys and values of another."""
     output: Any
     heads: int
     kv_heads: int
@@ -50,14 +55,24 @@ class Attention:
     scores: Scores
     rotary: Rotary
     norms: tuple[Norm, Norm] | None
-    """Of q and of k: of each head alone where weights are of a head's size, else of all heads together."""
+    """Of q and of k: of each head alone where weights are of a head's size, else of all heads together. q's twice where
+    the layer has no k."""
+    v_norm: Norm | None
+    """Of each head of v."""
     gated: bool
     """Whether q's projection gives each head a gate too, whose sigmoid multiplies the head's output."""
+    keeps: tuple[str, Any] | None = None
+    """The layer's argument, a mapping, and its key by which later layers find the keys and values of this one."""
+    reads: tuple[str, Any] | None = None
+    """Where the layer finds those of an earlier one."""
 
 
 @dataclass(frozen=True)
 class MLP:
-    """act(x G) * (x U) D, or act(x U) D where `gate` is None; gate and up may be one packed projection."""
+    """act(x G) * (x U) D, or act(x U) D where `gate` is None; gate and up may be one packed projection.
+
+    Modules may be a module's, or the layer's own.
+    """
 
     gate: Any
     up: Any
@@ -65,6 +80,8 @@ class MLP:
     down: Any
     activation: str
     """One of `kernels.reference.ACTIVATIONS`."""
+    by: str = ""
+    """The layer's argument that multiplies what is activated, `[B, q_len, intermediate]`; only without a gate."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +114,16 @@ class Layer:
     branches: tuple[Branch, ...]
     returns: int = 0
     """Elements of the tuple that it returns, hidden states and nothing else; 0 where it returns those alone."""
+    gain: Any = None
+    """`Held`: what multiplies all that it returns, one element; None for nothing."""
 
 
 def bind(described: Any, layer: nn.Module) -> Any:
     """A description, or a part of one, with a layer's modules in the place of their names."""
     if isinstance(described, Ref):
         return layer.get_submodule(described)
+    if isinstance(described, Held):
+        return getattr(layer, described)
     if isinstance(described, tuple) and not hasattr(described, "_fields"):
         return tuple(bind(part, layer) for part in described)
     if is_dataclass(described) and not isinstance(described, type):

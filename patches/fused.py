@@ -17,10 +17,10 @@ from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
 from pkv_hf.patches.probe import returned
-from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections
+from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections, take_norm
 from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
-from pkv_hf.runtime.step import Step
+from pkv_hf.runtime.step import Step, handle_of, launching_on
 
 
 class FusedLayer:
@@ -40,17 +40,17 @@ class FusedLayer:
         for i, branch in enumerate(branches):
             if not branch.of_input:
                 stream.source = stream.hidden
-            following = self.following
+            following, gain = self.following, self.layer.gain
             if i + 1 < len(branches):
-                following = None if branches[i + 1].of_input else branches[i + 1]
+                following, gain = None if branches[i + 1].of_input else branches[i + 1], None
             x, body = stream.normed(branch), branch.body
             if isinstance(body, Attention):
                 assert step is not None
-                stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following)
+                stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following, gain)
             elif isinstance(body, MLP):
-                stream.add(body.down, _mlp(body, x), branch, following)
+                stream.add(body.down, _mlp(body, x, stream.shape, given), branch, following, gain)
             else:
-                stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following)
+                stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following, gain)
         return returned(stream.result(self.following), self.layer.returns)
 
 
@@ -68,17 +68,22 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     """What the output projection takes, `[B * q_len, H_q * D]`."""
     from pkv_hf.kernels.linear import linear
 
+    if attention.reads is not None:
+        return _reading(attention, x, step, shape, given)
     step.bounds.on(x.x.device)  # written before the projections: attention reads them before it waits for those
     modules = projections(attention)
     q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
     if kernel_takes(modules, x.x):
         weights, biases = [module.weight for module in modules], [module.bias for module in modules]
         together = linear(x.x, weights, biases, **x.settings)
-        q, k, v = together.split([q_width * (1 + attention.gated), kv_width, kv_width], dim=1)
+        q, k, *other = together.split([q_width * (1 + attention.gated), *(kv_width,) * len(weights[1:] or "kv")], dim=1)
     elif len(modules) == 1:
-        q, k, v = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
+        q, k, *other = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
     else:
-        q, k, v = (module(x.x) for module in modules)
+        q, k, *other = (module(x.x) for module in modules)
+    v = other[0] if other else k
+    if attention.v_norm is not None:
+        v = take_norm(attention.v_norm, v.reshape(-1, attention.head_dim))
     norms: Norms | None = None
     if attention.norms is not None:
         q_norm, k_norm = attention.norms
@@ -96,9 +101,40 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     out = step.rope_attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cos, sin, layer_idx, scores, attention.rotary, norms
     )
+    if attention.keeps is not None:
+        name, at = attention.keeps
+        given[name][at] = step.handed_on(k.transpose(1, 2), v.transpose(1, 2), layer_idx)
     if gate is not None:
         out = out * torch.sigmoid(gate)
     return out.reshape(len(x.x), -1)
+
+
+def _reading(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
+    """`_attention` of a layer that appends nothing: over the pages of the layer whose keys and values it reads."""
+    from pkv_hf.kernels.linear import linear
+    from pkv_hf.kernels.queries import rope
+
+    assert attention.reads is not None
+    name, at = attention.reads
+    k, v = given[name][at]
+    of_step, layer_idx = handle_of(k) or (None, 0)
+    if of_step is not step:
+        raise LayerNotServed(f"a {type(attention.module).__name__} reads other keys and values than the step's")
+    (module,) = attention.inputs
+    q = linear(x.x, [module.weight], [module.bias], **x.settings) if kernel_takes([module], x.x) else module(x.x)
+    q, gate = q.view(*shape[:2], attention.heads, -1), None
+    if attention.gated:
+        q, gate = q.split(attention.head_dim, dim=-1)
+    norm = attention.norms and (attention.norms[0].module.weight, attention.norms[0].eps, attention.norms[0].offset)
+    rotary, angles = attention.rotary, given["position_embeddings"] if attention.rotary.dim != 0 else (None, None)
+    with launching_on(q.device):
+        q = rope(
+            q.transpose(1, 2), *angles, norm, rotary=rotary.dim, interleaved=rotary.interleaved,
+            paired_angles=rotary.paired,
+        )  # fmt: skip
+    scores = attention.scores._replace(chunked=_chunked(step, layer_idx, given.get("attention_mask")))
+    out = step.attend(q, k, v, layer_idx, scores)
+    return (out if gate is None else out * torch.sigmoid(gate)).reshape(len(x.x), -1)
 
 
 def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
@@ -109,13 +145,16 @@ def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
     return seen[1]
 
 
-def _mlp(mlp: MLP, x: Normed) -> torch.Tensor:
+def _mlp(mlp: MLP, x: Normed, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
     """What the down projection takes, `[B * q_len, intermediate]`."""
     from pkv_hf.kernels.elementwise import act, act_mul
     from pkv_hf.kernels.linear import gated, linear
 
     first = projections(mlp)
     by_kernel = kernel_takes(first, x.x)
+    if mlp.by:
+        gate = linear(x.x, [mlp.up.weight], [mlp.up.bias], **x.settings) if by_kernel else mlp.up(x.x)
+        return act_mul(gate, given[mlp.by].expand(*shape[:-1], -1).reshape(gate.shape), mlp.activation)
     if mlp.gate is None:
         if by_kernel:
             return linear(x.x, [mlp.up.weight], [mlp.up.bias], activation=mlp.activation, **x.settings)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pkv_hf.patches.description import Branch, Layer, Norm
+from pkv_hf.patches.description import Branch, Held, Layer, Norm
 from pkv_hf.patches.parts.attention import attention_of
 from pkv_hf.patches.parts.called import as_is
-from pkv_hf.patches.parts.mlps import mlp_of
+from pkv_hf.patches.parts.mlps import mlp_of, spread_mlps
 from pkv_hf.patches.parts.norms import close, norm_of
+from pkv_hf.patches.sharing import with_each
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
 
@@ -43,15 +44,10 @@ def twin_of(layer: nn.Module) -> nn.Module:
     return twin.float()
 
 
-def as_float32(given: Any) -> Any:
+def as_float32(kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a layer is given, with floating tensors in float32."""
-    if isinstance(given, torch.Tensor):
-        return given.float() if given.is_floating_point() else given
-    if isinstance(given, tuple):
-        return tuple(as_float32(value) for value in given)
-    if isinstance(given, dict):
-        return {name: as_float32(value) for name, value in given.items()}
-    return given
+    floating = lambda value: isinstance(value, torch.Tensor) and value.is_floating_point()  # noqa: E731
+    return with_each(kwargs, lambda value: value.float() if floating(value) else value)
 
 
 _generator = torch.Generator()  # of our own: the caller's random numbers are left where they were
@@ -97,14 +93,22 @@ def _described(trace: Trace, given: dict[str, Any]) -> Layer | str:
         return "what its modules give is written into"
     norms = [(call, norm) for call in calls if (norm := norm_of(call))]
     bodies = [call for call in calls if all(call is not other for other, _ in norms)]
+    spread = spread_mlps(bodies, given)
+    among = [call for each in spread for call in each.calls]
     found: list[tuple[Branch, torch.Tensor, torch.Tensor]] = []
     for call in bodies:
-        before = _norm(norms, call.input, "output")
+        first, body = call, None
+        if any(call is other for other in among):
+            own = next((each for each in spread if each.calls[-1] is call), None)
+            if own is None:
+                continue
+            first, body = own.calls[0], own.mlp
+        before = _norm(norms, first.input, "output")
         after = _norm(norms, call.output, "input")
-        body = attention_of(trace, call) or mlp_of(trace, call) or as_is(call, given)
+        body = body or attention_of(trace, call) or mlp_of(trace, call) or as_is(call, given)
         if body is None:
             return f"a {type(call.module).__name__} is given what its layer computes"
-        source = before[0].input if before else call.input
+        source = before[0].input if before else first.input
         result = after[0].output if after else call.output
         branch = Branch(body, before and before[1], after and after[1], 1.0, False)
         found.append((branch, source, result))
@@ -123,7 +127,7 @@ def _norm(norms: list[tuple[Call, Norm]], tensor: torch.Tensor, end: str) -> tup
 
 def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor]]) -> Layer | str:
     """Branches with the scales that they are added with: those of one input side by side, the others in order."""
-    x, branches = trace.input, []
+    x, branches, gain = trace.input, [], None
     while found:
         source = found[0][1]
         if not close(source, x) or any(result.shape != x.shape for _, _, result in found):
@@ -133,12 +137,17 @@ def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor
         after = found[0][1] if found else trace.output
         total = torch.stack([result for _, _, result in abreast]).sum(0)
         scale = _scale(after - x, total, trace)
+        if scale is None and not found:
+            gain, scale = next(
+                ((Held(name), by) for name, tensor in trace.singles.items()
+                 if (by := _scale(after / tensor - x, total, trace)) is not None), (None, None)
+            )  # fmt: skip
         if scale is None:
             return "what its modules give is not added to the residual stream alone"
         for i, (branch, *_) in enumerate(abreast):
             branches.append(Branch(branch.body, branch.before, branch.after, scale, i > 0))
         x = after
-    return Layer(tuple(branches), trace.returns)
+    return Layer(tuple(branches), trace.returns, gain)
 
 
 def _scale(difference: torch.Tensor, result: torch.Tensor, trace: Trace) -> float | None:

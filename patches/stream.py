@@ -76,8 +76,15 @@ class Stream:
             self._taken = norm, self.source, take_norm(norm, self.source)
         return Normed(self._taken[2])
 
-    def add(self, module: nn.Module | None, x: torch.Tensor, branch: Branch, following: Branch | None) -> None:
-        """Adds what a branch ends with, a module of x or x itself.
+    def add(
+        self,
+        module: nn.Module | None,
+        x: torch.Tensor,
+        branch: Branch,
+        following: Branch | None,
+        gain: torch.Tensor | None = None,
+    ) -> None:
+        """Adds what a branch ends with, a module of x or x itself; `gain` `[1]` multiplies the sum.
 
         A sum in a launch of its own takes the norm that the `following` branch begins with along; so does that of the
         parts of a product.
@@ -89,10 +96,10 @@ class Stream:
         after, before, scale = branch.after, self._along(following), branch.scale
         ours: Any = module if module is not None and kernel_takes([module], x) else None
         y: torch.Tensor | Parts | None = None
-        joined = before is not None if after is None else after.kind == "rms"
+        joined = before is not None or gain is not None if after is None else after.kind == "rms"
         if ours is not None and joined and len(x) > 1:  # one row's product is never cut
             y = in_parts(x, ours.weight, ours.bias)
-        if y is None and ours is not None and after is None:
+        if y is None and ours is not None and after is None and gain is None:
             self.hidden = linear(x, [ours.weight], [ours.bias], residual=self.hidden, scale=scale)
             return
         if y is None:
@@ -102,7 +109,8 @@ class Stream:
                 y = (x if module is None else module(x)).contiguous()
             if after is not None and after.kind != "rms":
                 y, after = take_norm(after, y), None
-        total, normed = add_norms(y, self.hidden, _settings(after), _settings(before), scale=scale)
+        by = None if gain is None else gain.to(self.hidden.dtype)
+        total, normed = add_norms(y, self.hidden, _settings(after), _settings(before), scale=scale, gain=by)
         self.hidden, self._taken = total, (before, total, normed)
 
     def _along(self, following: Branch | None) -> Norm | None:

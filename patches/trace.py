@@ -73,6 +73,8 @@ class Trace:
     """By which attention modules look up their function."""
     returns: int
     """Elements of the tuple that it returned, of which the others are None; 0 where it returned the output alone."""
+    singles: dict[str, torch.Tensor]
+    """The module's own parameters and buffers of one element."""
 
     def children(self, name: str) -> list[Call]:
         """The calls of a module's own children, "" for the recorded module's."""
@@ -140,7 +142,9 @@ def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], conf
     if output is None:
         return None
     settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
-    return Trace(hidden, output, calls, settings, listener.asked, config, returns)
+    held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    singles = {name: tensor for name, tensor in held if tensor.numel() == 1}
+    return Trace(hidden, output, calls, settings, listener.asked, config, returns, singles)
 
 
 @contextlib.contextmanager

@@ -141,7 +141,7 @@ class LinearCase:
     def random(cls, rng: np.random.Generator, dtype: torch.dtype) -> LinearCase:
         """What is compiled for a case of the supported space; `vary` draws its sizes."""
         one_row, gated = rng.random() < 0.5, rng.random() < 0.3
-        weights = 2 if gated else int(rng.choice([1, 3]))
+        weights = 2 if gated else int(rng.choice([1, 2, 3]))
         residual = bool(weights == 1 and rng.random() < 0.5)
         active = gated or (weights == 1 and not residual and rng.random() < 0.6)
         return cls(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,20 +34,26 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     weighted = [each for each in calls if getattr(each.module, "weight", None) is not None]
     norms = {each.name: norm for each in weighted if (norm := norm_of(each))}
     others = [each for each in calls if each.name not in norms and not same(each.input, each.output)]
+    shared = _shared(call, key, value)
+    of_v = next((each for each in others if same(each.output, value)), None)
+    v_norm = None if of_v is None or within(of_v.input, call.input) else norm_of(of_v)
+    if of_v is not None and v_norm is not None:
+        others, value = [each for each in others if each is not of_v], of_v.input
     outputs = [each for each in others if same(each.output, call.output)]
     inputs = [each for each in others if same(each.input, call.input)]
-    if len(outputs) != 1 or len(others) != len(inputs) + 1 or len(norms) not in (0, 2):
+    reads = shared is not None and not any(within(value, each.output) for each in inputs)
+    if len(outputs) != 1 or len(others) != len(inputs) + 1 or len(norms) not in (0, 2 - reads):
         return None
-    projected = _projected(inputs, value, (heads, kv_heads, head_dim))
+    projected = _projected(inputs, None if reads else value, (heads, kv_heads, head_dim))
     if projected is None:
         return None
-    names, (q, k), gated = projected
+    names, (q, *of_k), gated = projected
     of_q = gate = q
     if gated:
         of_q, gate = q.unflatten(-1, (heads, -1)).chunk(2, dim=-1)
         gate = gate.flatten(-2)
     states, of_heads, taken = [], True, []
-    for state, count in ((of_q, heads), (k, kv_heads)):
+    for state, count in ((of_q, heads), *((k, kv_heads) for k in of_k)):
         call_of_norm = next((each for each in calls if each.name in norms and within(each.input, state)), None)
         heads_of = state.reshape(*state.shape[:2], count, head_dim)
         if call_of_norm is not None:
@@ -65,13 +72,24 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
     behind = asked_behind_others(trace, call) if CACHE in call.kwargs else asked
     if len(behind) != 1 or not all(close(a, b) for a, b in zip(behind[0][:3], asked[0][:3])):
         return None  # what it asks depends on what the cache holds
-    pair = (taken[0], taken[1]) if taken else None
+    pair = (taken[0], taken[-1]) if taken else None
     if pair and (pair[0].eps, pair[0].offset) != (pair[1].eps, pair[1].offset):
         return None  # the kernel takes one of each
     return Attention(
         module=Ref(call.name), inputs=names, output=Ref(outputs[0].name), heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, gated=gated,
+        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, v_norm=v_norm, gated=gated,
+        keeps=None if reads else shared, reads=shared if reads else None,
     )  # fmt: skip
+
+
+def _shared(call: Call, key: torch.Tensor, value: torch.Tensor) -> tuple[str, Any] | None:
+    """The argument of a call that holds keys and values for other layers, and under which key; None where none does."""
+    for name, held in call.kwargs.items():
+        for at, pair in held.items() if isinstance(held, Mapping) else ():
+            tensors = isinstance(pair, tuple) and all(isinstance(each, torch.Tensor) for each in pair)
+            if tensors and len(pair) == 2 and same(pair[0], key) and same(pair[1], value):
+                return name, at
+    return None
 
 
 def _scores(asked: Asked) -> Scores | None:
@@ -85,11 +103,19 @@ def _scores(asked: Asked) -> Scores | None:
 
 
 def _projected(
-    inputs: list[Call], value: torch.Tensor, sizes: tuple[int, int, int]
+    inputs: list[Call], value: torch.Tensor | None, sizes: tuple[int, int, int]
 ) -> tuple[tuple[Ref, ...], list[torch.Tensor], bool] | None:
-    """The projections to q, k and v, what q and k came of, and whether q's projection gives gates too."""
+    """The projections to q, k and v, what q and k came of, and whether q's projection gives gates too.
+
+    To q alone without a value: k and v are then another layer's.
+    """
     heads, kv_heads, head_dim = sizes
     q_width, kv_width = heads * head_dim, kv_heads * head_dim
+    if value is None:
+        width = inputs[0].output.shape[-1] if len(inputs) == 1 else 0
+        return (
+            ((Ref(inputs[0].name),), [inputs[0].output], width > q_width) if width in (q_width, 2 * q_width) else None
+        )
     values = [each for each in inputs if within(value, each.output)]
     if len(values) != 1:
         return None
@@ -98,15 +124,16 @@ def _projected(
         if packed.shape[-1] != q_width + 2 * kv_width or value.storage_offset() != q_width + kv_width:
             return None
         return (Ref(inputs[0].name),), list(packed.split([q_width, kv_width, kv_width], dim=-1))[:2], False
-    if len(inputs) != 3 or not same(value, values[0].output):
+    if len(inputs) not in (2, 3) or not same(value, values[0].output):
         return None
-    q, k = (each for each in inputs if each is not values[0])
-    if q.output.shape[-1] == kv_width != k.output.shape[-1]:
+    q, *other = (each for each in inputs if each is not values[0])
+    k = other[0] if other else values[0]
+    if other and q.output.shape[-1] == kv_width != k.output.shape[-1]:
         q, k = k, q
     widths = q.output.shape[-1], k.output.shape[-1]
     if widths not in ((q_width, kv_width), (2 * q_width, kv_width)):
         return None
-    ordered = (q, k, values[0])
+    ordered = (q, k, values[0])[: len(inputs)]
     return tuple(Ref(each.name) for each in ordered), [q.output, k.output], widths[0] == 2 * q_width
 
 

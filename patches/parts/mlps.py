@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any, NamedTuple
+
 import torch
 
 from pkv_hf.kernels import reference
@@ -46,3 +49,39 @@ def mlp_of(trace: Trace, call: Call) -> MLP | None:
     acted = reference.activation(loud[0], mlp.activation)
     acted = acted if len(loud) == 1 else acted * loud[1]
     return mlp if close(last[0].module(acted), call.again(LOUD)) else None
+
+
+class Spread(NamedTuple):
+    """An MLP whose modules are the layer's own, and the calls that it was, the first and the last at the ends."""
+
+    calls: list[Call]
+    mlp: MLP
+
+
+def spread_mlps(calls: list[Call], given: dict[str, Any]) -> list[Spread]:
+    """The MLPs of a layer's own modules: act(x U) D, or act(x U) times an argument that it was `given`, D."""
+    found = []
+    weighted = [each for each in calls if list(each.module.parameters())]
+    for first, last in pairwise(weighted):
+        between = calls[calls.index(first) + 1 : calls.index(last)]
+        if first.output.shape != last.input.shape:
+            continue
+        factors = {"": None, **{name: value for name, value in given.items() if _multiplies(value, last.input)}}
+        ways = [(name, by, factor) for name in reference.ACTIVATIONS for by, factor in factors.items()]
+        errors = [float((_acted(first.output, name, factor) - last.input).square().mean()) for name, _, factor in ways]
+        name, by, factor = ways[min(range(len(ways)), key=errors.__getitem__)]
+        if not close(_acted(first.output, name, factor), last.input):
+            continue
+        if all(close(reference.activation(LOUD * each.input, name), each.again(LOUD)) for each in between):
+            mlp = MLP(None, Ref(first.name), Ref(last.name), name, by)
+            found.append(Spread([first, *between, last], mlp))
+    return found
+
+
+def _multiplies(value: Any, x: torch.Tensor) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.shape == x.shape
+
+
+def _acted(x: torch.Tensor, activation: str, factor: torch.Tensor | None) -> torch.Tensor:
+    acted = reference.activation(x, activation)
+    return acted if factor is None else acted * factor

@@ -173,8 +173,12 @@ class Step:
         else:
             with launching_on(k.device):
                 self.route.append(layer, k, v, self.bounds)
-        k.pkv_hf_handle = v.pkv_hf_handle = (self, layer_idx)  # type: ignore[attr-defined]
         self._unread.add(layer_idx)
+        return self.handed_on(k, v, layer_idx)
+
+    def handed_on(self, k: torch.Tensor, v: torch.Tensor, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v with a handle that leads to what this step holds of a layer."""
+        k.pkv_hf_handle = v.pkv_hf_handle = (self, layer_idx)  # type: ignore[attr-defined]
         return k, v
 
     def attended(self, layer_idx: int) -> bool:

@@ -10,8 +10,9 @@ import torch
 pytest.importorskip("triton")
 
 from pkv_hf.kernels.append import append, rope_append
-from pkv_hf.kernels.checks.attention import DTYPES
+from pkv_hf.kernels.checks.attention import DTYPES, poisoned_scratch
 from pkv_hf.kernels.quantize import LARGEST, dequantize, quantize
+from pkv_hf.kernels.queries import rope
 from pkv_hf.kernels.reference import rms_norm, rotate
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -89,6 +90,8 @@ def test_rope_is_that_of(model, rotary, kv_dtype, dtype):
     rotated_q = rope_append(k_pages, v_pages, q, k, v, *of, *held, scales=scales, rotary=rotary, **pairing)
     assert torch.equal(rotated_q, expected_q)
     assert torch.equal(rotate(q, *of, rotary, *pairing.values()), expected_q)
+    with poisoned_scratch():
+        assert torch.equal(rope(q, *of, rotary=rotary, **pairing), expected_q)
     for row in range(3):
         for t in range(3):
             position = int(ends[row]) - 3 + t
@@ -110,6 +113,9 @@ def test_heads_are_normed_as_transformers_rounds_them(offset, whole, dtype):
     cos, sin, q_norm, k_norm = (torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes)
     held = table, first_held, ends
     rotated_q = rope_append(k_pages, v_pages, q, k, v, cos, sin, *held, norms=(q_norm, k_norm, 0.1, offset))
+    assert torch.equal(rope(q, cos, sin, (q_norm, 0.1, offset)), rotated_q)
+    with pytest.raises(ValueError, match=r"norm is .* \[7\]: want .* of \(80, 480\) elements"):
+        rope(q, cos, sin, (q_norm[:7], 0.1, offset))
 
     def normed(x, weight):
         together = x.transpose(1, 2).flatten(2) if whole else x

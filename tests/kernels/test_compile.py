@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
-from pkv_hf.kernels import append, elementwise, linear, rope
+from pkv_hf.kernels import append, elementwise, linear, queries, rope
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.products import blocks, epilogue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
@@ -169,6 +169,9 @@ if target in (75, 90):  # forms that need no more of a GPU than those before
         turned = dict(ROTARY=rotary, INTERLEAVED=interleaved, PAIRED=paired, NORM=True, OFFSET=1.0,
                       WHOLE=0 if paired else rope.SQUARED_AT_ONCE, LARGEST=0.0)
         angles = dict(cos_ptr="*fp32", sin_ptr="*fp32") if paired else {}
+        alone = {name: constant for name, constant in turned.items() if name != "LARGEST"}
+        used[f"rope {rotary}"] = compiled(
+            gpu, queries._rope, half, dict(D=128, BLOCK_D=128, **alone), 1 if paired else 4, **angles)
         used[f"rope_append {rotary}"] = compiled(
             gpu, append._rope_append, half, dict(D=128, PAGE=16, BLOCK_D=128, **turned), 1 if paired else 4, **angles)
     for rows in (1, 16):
@@ -179,7 +182,8 @@ if target in (75, 90):  # forms that need no more of a GPU than those before
             used[f"linear {rows} {of}"] = of_rows(linear._linear, rows, 4096, 4096, 1, **form)
     both = dict(AFTER=True, AFTER_WEIGHT=True, AFTER_OFFSET=1.0, BEFORE=True, BEFORE_WEIGHT=True, BEFORE_OFFSET=0.0)
     for parts in (0, blocks.MOST_PARTS):
-        form, of = dict(PARTS=parts, BIAS=parts > 0, SCALED=True, GAIN=True, BLOCK=8192), {"y_ptr": "*fp32"} if parts else {}
+        form, of = dict(PARTS=parts, BIAS=parts > 0, SCALED=True, BLOCK=8192), {"y_ptr": "*fp32"} if parts else {}
+        form["GAIN"] = parts > 0
         used[f"add_norms {parts}"] = compiled(gpu, elementwise._add_norms, half, dict(**both, **form), 8, **of)
     for form in (dict(OFFSET=1.0), dict(CENTERED=True, BIAS=True)):
         used[f"norm {form}"] = compiled(gpu, elementwise._norm, half, {**llama, **form}, 8)

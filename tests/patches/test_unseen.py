@@ -50,7 +50,7 @@ class EpsilonOutside(llama.LlamaRMSNorm):
 
 class Scaled(llama.LlamaDecoderLayer):
     def forward(self, hidden_states, **kwargs):
-        return super().forward(hidden_states, **kwargs) * self.scalar
+        return super().forward(hidden_states, **kwargs) * self.scalar.square()
 
 
 class Indexed(llama.LlamaMLP):
