@@ -20,7 +20,7 @@ class Ref(str):
 
 
 class Held(str):
-    """A parameter or buffer of a layer, by its name; the tensor itself in a description that is bound."""
+    """A parameter or buffer of a layer, by its place in it; the tensor itself in a description that is bound."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Attention:
     """The layer's argument, a mapping, and its key by which later layers find the keys and values of this one."""
     reads: tuple[str, Any] | None = None
     """Where the layer finds those of an earlier one."""
+    sinks: Any = None
+    """`Held`, by its place in the layer: of every head one more score, `[H_q]`. They are no part of `scores` here."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ def bind(described: Any, layer: nn.Module) -> Any:
     if isinstance(described, Ref):
         return layer.get_submodule(described)
     if isinstance(described, Held):
-        return getattr(layer, described)
+        module, _, name = described.rpartition(".")
+        return getattr(layer.get_submodule(module), name)
     if isinstance(described, tuple) and not hasattr(described, "_fields"):
         return tuple(bind(part, layer) for part in described)
     if is_dataclass(described) and not isinstance(described, type):

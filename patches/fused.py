@@ -18,7 +18,7 @@ from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
 from pkv_hf.patches.probe import returned
 from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections, take_norm
-from pkv_hf.routes.base import Norms
+from pkv_hf.routes.base import Norms, Scores
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step, handle_of, launching_on
 
@@ -95,9 +95,9 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     gate = None
     if attention.gated:
         q, gate = q.split(attention.head_dim, dim=-1)
-    cos, sin = given["position_embeddings"] if attention.rotary.dim != 0 else (None, None)
+    cos, sin = _angles(attention, step, given)
     layer_idx = attention.module.layer_idx
-    scores = attention.scores._replace(chunked=_chunked(step, layer_idx, given.get("attention_mask")))
+    scores = _scores(attention, step, layer_idx, given.get("attention_mask"))
     out = step.rope_attend(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), cos, sin, layer_idx, scores, attention.rotary, norms
     )
@@ -126,23 +126,35 @@ def _reading(attention: Attention, x: Normed, step: Step, shape: torch.Size, giv
     if attention.gated:
         q, gate = q.split(attention.head_dim, dim=-1)
     norm = attention.norms and (attention.norms[0].module.weight, attention.norms[0].eps, attention.norms[0].offset)
-    rotary, angles = attention.rotary, given["position_embeddings"] if attention.rotary.dim != 0 else (None, None)
+    rotary, angles = attention.rotary, _angles(attention, step, given)
     with launching_on(q.device):
         q = rope(
             q.transpose(1, 2), *angles, norm, rotary=rotary.dim, interleaved=rotary.interleaved,
             paired_angles=rotary.paired,
         )  # fmt: skip
-    scores = attention.scores._replace(chunked=_chunked(step, layer_idx, given.get("attention_mask")))
+    scores = _scores(attention, step, layer_idx, given.get("attention_mask"))
     out = step.attend(q, k, v, layer_idx, scores)
     return (out if gate is None else out * torch.sigmoid(gate)).reshape(len(x.x), -1)
 
 
-def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
-    """Whether a layer's mask counts the tokens of chunks. Raises LayerNotServed for one of others than it holds."""
+def _angles(attention: Attention, step: Step, given: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """cos and sin as kernels take them: those that come once for both halves are doubled for all layers of a step."""
+    if attention.rotary.dim == 0:
+        return None, None
+    angles = given["position_embeddings"]
+    if not attention.rotary.once:
+        return angles
+    if step.doubled is None or step.doubled[0] is not angles:
+        step.doubled = angles, tuple(torch.cat([each, each], dim=-1) for each in angles)
+    return step.doubled[1]
+
+
+def _scores(attention: Attention, step: Step, layer_idx: int, mask: Any) -> Scores:
+    """What attention over a layer's pages is asked for. Raises LayerNotServed for a mask of others than it holds."""
     seen, held = seen_by(mask), step.cache.layers[layer_idx].table.window
     if seen is None or seen[0] != held:
         raise LayerNotServed(f"layer {layer_idx} has a mask of other tokens than the {held or 'all'} that it holds")
-    return seen[1]
+    return attention.scores._replace(chunked=seen[1], sinks=attention.sinks)
 
 
 def _mlp(mlp: MLP, x: Normed, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:

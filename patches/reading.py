@@ -128,9 +128,12 @@ def _norm(norms: list[tuple[Call, Norm]], tensor: torch.Tensor, end: str) -> tup
 def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor]]) -> Layer | str:
     """Branches with the scales that they are added with: those of one input side by side, the others in order."""
     x, branches, gain = trace.input, [], None
+    if any(result.numel() != x.numel() for _, _, result in found):
+        return "what its modules give is not added to the residual stream alone"
+    found = [(branch, source, result.reshape(x.shape)) for branch, source, result in found]
     while found:
         source = found[0][1]
-        if not close(source, x) or any(result.shape != x.shape for _, _, result in found):
+        if source.numel() != x.numel() or not close(source.reshape(x.shape), x):
             return "what its modules give is not added to the residual stream alone"
         abreast = [each for each in found if same(each[1], source)]
         found = found[len(abreast) :]

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from pkv_hf.compat import CACHE
 from pkv_hf.kernels import reference
-from pkv_hf.patches.description import Attention, Ref
+from pkv_hf.patches.description import Attention, Held, Ref
 from pkv_hf.patches.parts.norms import close, norm_of
 from pkv_hf.patches.trace import Call, Trace, asked_behind_others, same, within
 from pkv_hf.routes.base import Rotary, Scores
@@ -63,10 +63,19 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
             normed = reference.rms_norm(heads_of if of_heads else state, weight, norm.eps, norm.offset)
             heads_of = normed.view(heads_of.shape)
         states.append(heads_of.transpose(1, 2))
-    rotary = _rotary(states, [query, key], call.kwargs.get("position_embeddings"))
+    factors = [1.0, *(value for value in vars(call.module).values() if isinstance(value, float) and value)]
+    ways = ([factor * states[0], *states[1:]] for factor in factors)
+    angles = call.kwargs.get("position_embeddings")
+    factor, rotary = next(
+        ((factor, found) for factor, way in zip(factors, ways) if (found := _rotary(way, [query, key], angles))),
+        (1.0, None),
+    )
     if rotary is None or len(taken) != len(norms) or {norm.kind for norm in taken} - {"rms"}:
         return None
-    out = _attended(asked[0], scores)
+    sinks = _sinks(asked[0], call)
+    if sinks is None:
+        return None
+    out = _attended(asked[0], scores, getattr(call.module, sinks) if sinks else None)
     if not close(out * torch.sigmoid(gate) if gated else out, outputs[0].input):
         return None
     behind = asked_behind_others(trace, call) if CACHE in call.kwargs else asked
@@ -77,8 +86,10 @@ def attention_of(trace: Trace, call: Call) -> Attention | None:
         return None  # the kernel takes one of each
     return Attention(
         module=Ref(call.name), inputs=names, output=Ref(outputs[0].name), heads=heads, kv_heads=kv_heads,
-        head_dim=head_dim, scores=scores, rotary=rotary, norms=pair, v_norm=v_norm, gated=gated,
+        head_dim=head_dim, scores=scores._replace(scale=factor * scores.scale), rotary=rotary, norms=pair,
+        v_norm=v_norm, gated=gated,
         keeps=None if reads else shared, reads=shared if reads else None,
+        sinks=Held(f"{call.name}.{sinks}") if sinks else None,
     )  # fmt: skip
 
 
@@ -94,12 +105,21 @@ def _shared(call: Call, key: torch.Tensor, value: torch.Tensor) -> tuple[str, An
 
 def _scores(asked: Asked) -> Scores | None:
     """What attention was asked to do with scores, None for what no description has."""
-    known = {"scaling", "softcap", "dropout", "sliding_window", "is_causal"} | HARMLESS
+    known = {"scaling", "softcap", "dropout", "sliding_window", "is_causal", "s_aux"} | HARMLESS
     given = {name: value for name, value in asked.arguments.items() if value is not None and name not in HARMLESS}
     if given.keys() - known or given.get("dropout") or given.get("is_causal") is False:
         return None
     scale = given.get("scaling", asked.query.shape[-1] ** -0.5)
     return Scores(float(scale), float(given.get("softcap", 0.0)))
+
+
+def _sinks(asked: Asked, call: Call) -> str | None:
+    """The name of the module's parameter that it asks attention to take as sinks; empty without, None for others."""
+    sinks = asked.arguments.get("s_aux")
+    if sinks is None:
+        return ""
+    named = (name for name, held in call.module.named_parameters(recurse=False) if held is sinks)
+    return next(named, None) if sinks.shape == asked.query.shape[1:2] else None
 
 
 def _projected(
@@ -143,26 +163,34 @@ def _rotary(states: list[torch.Tensor], rotated: list[torch.Tensor], angles: Any
         return Rotary(0)
     if not isinstance(angles, tuple) or len(angles) != 2 or angles[0].ndim != 3:
         return None
-    dim = angles[0].shape[-1]
-    if dim > states[0].shape[-1]:
-        return None
-    for interleaved, paired in ROTATIONS:
-        turned = [reference.rotate(state, *angles, dim, interleaved, paired) for state in states]
+    cos, sin = angles
+    ways = [(interleaved, paired, False, angles) for interleaved, paired in ROTATIONS]
+    ways.append((False, False, True, (torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1))))
+    for interleaved, paired, once, (cos, sin) in ways:
+        dim, head_dim = cos.shape[-1], states[0].shape[-1]
+        if dim > head_dim:
+            continue
+        turned = [reference.rotate(state, cos, sin, dim, interleaved, paired) for state in states]
         if all(close(state, other) for state, other in zip(turned, rotated)):
-            return Rotary(None if dim == states[0].shape[-1] else dim, interleaved, paired)
+            return Rotary(None if dim == head_dim else dim, interleaved, paired, once)
     return None
 
 
-def _attended(asked: Asked, scores: Scores) -> torch.Tensor:
+def _attended(asked: Asked, scores: Scores, sinks: torch.Tensor | None) -> torch.Tensor:
     """Causal attention of a first few tokens, `[B, tokens, H_q * D]`."""
     query, (key, value) = (
         asked.query,
         (each.repeat_interleave(asked.query.shape[1] // each.shape[1], dim=1) for each in (asked.key, asked.value)),
     )
-    if not scores.softcap:
+    if not scores.softcap and sinks is None:
         out = functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scores.scale)
     else:
-        capped = scores.softcap * torch.tanh(query @ key.transpose(2, 3) * (scores.scale / scores.softcap))
+        capped = query @ key.transpose(2, 3) * scores.scale
+        if scores.softcap:
+            capped = scores.softcap * torch.tanh(capped / scores.softcap)
         hidden = torch.ones_like(capped, dtype=torch.bool).triu(1)
-        out = capped.masked_fill(hidden, float("-inf")).softmax(-1) @ value
+        capped = capped.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            capped = torch.cat([capped, sinks[:, None, None].expand(*capped.shape[:3], 1)], dim=-1)
+        out = capped.softmax(-1)[..., : key.shape[2]] @ value
     return out.transpose(1, 2).flatten(2)

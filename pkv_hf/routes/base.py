@@ -45,6 +45,8 @@ class Rotary:
     """Pairs are neighbours, not an element and the one half of them further on."""
     paired: bool = False
     """cos and sin have the angles of pair i at 2 i and 2 i + 1."""
+    once: bool = False
+    """The model's cos and sin have each angle once; routes get them for both halves."""
 
 
 WHOLE = Rotary()

@@ -129,6 +129,7 @@ class Step:
         self.explicit = self.causal and expanded is not None and expanded.explicit
         self.masks: list[ShownMask] = []
         self.masked = False  # some layer's attention was transformers' own, under a mask that the model made
+        self.doubled: Any = None  # angles that came once for both halves of a head, and as kernels take them
         self._unread: set[int] = set()  # layers that have appended and not attended yet
 
     def __enter__(self) -> Step:

@@ -113,16 +113,18 @@ def test_what_layers_compute_is_read(name):
 
 WHOLE = """
     arcee cohere2 cohere_compass_text ctrl cwm emu3 ernie4_5 exaone exaone4 gemma glm gpt2 gpt_bigcode helium
-    hyperclovax internlm3 iquestcoder jais2 ministral ministral3 mistral olmo olmo3 phi4_multimodal qwen2
-    seed_oss stablelm vaultgemma
+    biogpt granite_swa hyperclovax internlm3 iquestcoder jais2 ministral ministral3 mistral olmo olmo3 opt
+    phi4_multimodal qwen2 seed_oss stablelm vaultgemma
 """
 TABLE: dict[str, tuple[int, int, int]] = {
     **dict.fromkeys(WHOLE.split(), (4, 4, 4)),
     **dict.fromkeys(["gpt2 (scaled by the layer's index)", "qwen2 (sliding layers)"], (4, 4, 4)),
+    **dict.fromkeys([f"gemma4_text{of}" for of in ("", " (K as V (31B))")], (4, 4, 4)),
+    "gemma4_text (shared K and V (E2B, E4B))": (6, 6, 6),
     **dict.fromkeys(["granitemoehybrid (attention alone (4.0 Micro))"], (4, 4, 4)),
-    **dict.fromkeys(["apertus", "bitnet", "codegen", "diffllama", "gpt_neox", "gptj", "granite_swa"], (0, 4, 4)),
-    **dict.fromkeys(["hunyuan_v1_dense", "persimmon", "gpt_oss", "nanochat"], (0, 4, 4)),
-    **dict.fromkeys(["biogpt", "falcon", "llama4_text", "opt"], (0, 0, 4)),
+    **dict.fromkeys(["apertus", "bitnet", "codegen", "diffllama", "gpt_neox", "gptj"], (0, 4, 4)),
+    **dict.fromkeys(["hunyuan_v1_dense", "persimmon", "llama4_text", "gpt_oss", "nanochat"], (0, 4, 4)),
+    "falcon": (0, 0, 4),
     "lfm2": (1, 4, 4),
 }
 """Layers of other types: all of whose modules are understood, that are described, that there are."""
