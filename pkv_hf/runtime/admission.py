@@ -48,6 +48,8 @@ class Admitted:
     """Of the weights."""
     asks_more: str
     """What the call asks for beyond the last hidden states of its tokens; empty for nothing."""
+    along: dict[str, torch.Tensor]
+    """More that there is of its tokens, floating `[B, q_len, ...]` (Gemma 4's inputs of its layers), by argument."""
     expanded: Expanded | None
     """What its masks say, where the model made them: causal ones give way to which tokens are real."""
 
@@ -87,8 +89,8 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
             raise NotServed("attention_mask is more than causal, in a decode step")
         mask = expanded.real
     starts = _row_starts(mask, cache, rows, q_len, state)
-    asks = _asks_more(config, call)
-    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, expanded)
+    asks, along = _asks_more(config, call), along_tokens(call)
+    return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, along, expanded)
 
 
 def _lost_cache(decoder: Any) -> str:
@@ -147,6 +149,17 @@ def extra_arguments(call: dict[str, Any]) -> list[str]:
     return [name for name in given if name != "logits_to_keep" or not _of_one_token(call)]
 
 
+def along_tokens(call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments of a call that say something of each of its tokens, floating `[B, q_len, ...]`."""
+    tokens = tokens_of(call)
+    found = {name: call[name] for name in extra_arguments(call) if isinstance(call[name], torch.Tensor)}
+    return {
+        name: value
+        for name, value in found.items()
+        if tokens is not None and value.ndim > 2 and value.shape[:2] == tokens.shape[:2] and value.is_floating_point()
+    }
+
+
 def _says_nothing(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
@@ -166,7 +179,8 @@ def _asks_more(config: Any, call: dict[str, Any]) -> str:
     """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
     if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
         return "output_hidden_states=True asks for those of all layers"
-    if extra := extra_arguments(call):
+    along = along_tokens(call)
+    if extra := [name for name in extra_arguments(call) if name not in along]:
         return f"its decoder is given {', '.join(extra)}"
     if call.get("return_dict", getattr(config, "return_dict", True)) is False:
         return "return_dict=False asks for a tuple"

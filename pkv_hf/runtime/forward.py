@@ -21,7 +21,7 @@ from pkv_hf.runtime.admission import Admitted, admit, extra_arguments, tokens_of
 from pkv_hf.runtime.ahead.greedy import Greedy
 from pkv_hf.runtime.ahead.logits import Logits, stub
 from pkv_hf.runtime.captured.graphs import CaptureError
-from pkv_hf.runtime.captured.static import StaticStep
+from pkv_hf.runtime.captured.static import NOTHING, StaticStep
 from pkv_hf.runtime.captured.watch import hooks_of
 from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
 from pkv_hf.runtime.interface import attention, mask
@@ -92,7 +92,8 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    if admitted.hidden_alone and causal and not admitted.begin and starts.any() and _packs(state, decoder):
+    packable = admitted.hidden_alone and causal and not admitted.along and not admitted.begin and starts.any()
+    if packable and _packs(state, decoder):
         output = _packed_prompt(decoder, cache, bounds, route, call)
         state.known.learn_output(output)
         return output
@@ -176,7 +177,7 @@ def _by_static_step(state: PatchState, static: StaticStep, admitted: Admitted, c
         positions = torch.arange(admitted.begin, end, device=static.device)[None]
     inputs = tokens_of(call)
     assert inputs is not None
-    hidden = run_static(state, static, admitted.cache, inputs, positions, admitted.starts)
+    hidden = run_static(state, static, admitted.cache, inputs, positions, admitted.starts, admitted.along)
     fields: dict[str, Any] = {"last_hidden_state": hidden.clone(), compat.CACHE: admitted.cache}
     return state.known.output_type(**fields)
 
@@ -188,17 +189,18 @@ def run_static(
     inputs: torch.Tensor | None,
     positions: torch.Tensor | None,
     starts: np.ndarray,
+    along: dict[str, torch.Tensor] = NOTHING,
 ) -> torch.Tensor:
     """Runs a static step on tokens `[B, q_len]` or their embeddings, by its graph from the second run of its shape on.
 
-    None are the tokens that it took in its last run.
+    None are the tokens that it took in its last run; `along` is what else the decoder is given of them.
 
     `positions` are `[..., 1 or B, q_len]`; None goes on from this step's last run, right after which it must come.
     The first run compiles and loads what a capture may not. The result is overwritten by the next run.
     """
     shape = (
         step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size,
-        inputs is not None and inputs.is_floating_point(), step.selection is None,
+        inputs is not None and inputs.is_floating_point(), step.selection is None, *along,
     )  # fmt: skip
     why = uncaptured(state, step.device)
     if not why and shape not in state.compiled:
@@ -206,7 +208,7 @@ def run_static(
     elif not why and step.lacks_memory:
         why = "memory ran out when it was to be captured"
     try:
-        output = step.run(cache, inputs, positions, starts, None if why else state.graph_memories)
+        output = step.run(cache, inputs, positions, starts, None if why else state.graph_memories, along)
     except CaptureError as error:
         why = str(error)
         if error.for_memory:
@@ -214,7 +216,7 @@ def run_static(
         else:
             state.known.look().not_captured = why
         state.say(f"CUDA graphs, decode steps run without: {error}")
-        output = step.run(cache, inputs, positions, starts, None)
+        output = step.run(cache, inputs, positions, starts, None, along)
     state.compiled.add(shape)
     state.counts.add_step("static" if why else "captured", why)
     return output

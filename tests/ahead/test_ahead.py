@@ -84,6 +84,21 @@ def test_steps_run_ahead_and_give_the_same_tokens(name, steps):
         assert not pkv_hf.report(model).left
 
 
+def test_what_else_a_decoder_is_given_of_its_tokens_goes_through_buffers(steps):
+    """Gemma 4's wrapper makes an input of every layer; it does not run ahead."""
+    model = family_model("gemma4")
+    inputs = media(model, "gemma4", BOTH)
+    expected, _ = generate(model, inputs, output_logits=True)
+    with pkv_hf.patched(model, fuse=False):
+        for _ in range(2):
+            before = pkv_hf.report(model).steps.static
+            ours, _ = generate(model, inputs, output_logits=True)
+            assert torch.equal(ours.sequences, expected.sequences)
+            torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3)
+            assert pkv_hf.report(model).steps.static - before in (NEW_TOKENS - 2, NEW_TOKENS - 1)
+    assert not steps
+
+
 def own_logits(model):
     """What a model makes of its decoder's hidden states, by its own functions."""
 

@@ -25,6 +25,7 @@ ASKED = {
     "gemma4-e2b": text(**SHORT),
     "llama4": text(**BEAMS),
     "gemma3": seen(**SHORT),
+    "gemma4": seen(**SHORT),
 }
 
 

@@ -19,21 +19,25 @@ from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMem
 from pkv_hf.runtime.fusion import Fusion
 from pkv_hf.runtime.step import Step, launching_on
 
+NOTHING: dict[str, torch.Tensor] = {}
+
 UNKNOWN = -1
 """Where the ends on the device stand before a run has ended: while one is queued, or was interrupted."""
 
 
 def run_decoder(
-    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None
-) -> torch.Tensor:
+    decoder: Any, inputs: torch.Tensor, positions: torch.Tensor, step: Step, head: Logits | None,
+    along: dict[str, torch.Tensor] = NOTHING,
+) -> torch.Tensor:  # fmt: skip
     """Hidden states `[B, q_len, hidden]` by a decoder's own forward, whose layers a step may fuse; or `head`'s logits.
 
     Inputs are tokens (int64 `[B, q_len]`) or their embeddings (floating `[B, q_len, hidden]`); positions are int64
-    `[..., B, q_len]`, with as many planes before the rows as the decoder is given (mRoPE has three or four).
+    `[..., B, q_len]`, with as many planes before the rows as the decoder is given (mRoPE has three or four). `along`
+    are other arguments of the decoder, `[B, q_len, ...]`.
     """
     name = "inputs_embeds" if inputs.is_floating_point() else "input_ids"
     call: dict[str, Any] = {name: inputs, "position_ids": positions, "attention_mask": None, "use_cache": True}
-    output = original(decoder, "forward")(**call, **{compat.CACHE: step.cache})
+    output = original(decoder, "forward")(**call, **along, **{compat.CACHE: step.cache})
     return output.last_hidden_state if head is None else head(output.last_hidden_state, step.fusion.product)
 
 
@@ -67,6 +71,7 @@ class StaticStep:
         self._addresses: tuple[Any, ...] = ()
         self.inputs: torch.Tensor | None = None
         self.positions: torch.Tensor | None = None
+        self.along: dict[str, torch.Tensor] = {}
         self._starts: np.ndarray | None = None  # what `starts` on the device holds; None before there are buffers
         self._end = UNKNOWN  # what `ends` on the device stand at, and `positions` with them
 
@@ -77,13 +82,15 @@ class StaticStep:
         positions: torch.Tensor | None,
         starts: np.ndarray,
         memories: GraphMemories | None,
+        along: dict[str, torch.Tensor] = NOTHING,
     ) -> torch.Tensor:
         """Appends tokens to the cache; returns what `run_decoder` does, or `selection`, in a buffer of the graph.
 
         `inputs` are the tokens, int64 `[B, q_len]`, or their embeddings, floating `[B, q_len, hidden]`; None for those
         that the last run took.
         `positions` are `[..., 1 or B, q_len]`; None continues from the step before. `starts` are first real positions.
-        `memories` are what to capture into, None to run without a graph.
+        `memories` are what to capture into, None to run without a graph. `along` are other arguments of the decoder,
+        `[B, q_len, ...]`.
 
         Raises CaptureError, with the cache as it was, where a graph was wanted and the forward cannot be captured.
         Whatever else interrupts it leaves the cache as it was, too. `PagedCache.take_back` takes a step back.
@@ -98,6 +105,7 @@ class StaticStep:
             try:
                 self._place(cache, begin, end)
                 self._fill_buffers(inputs, positions, starts, end, stood_at)
+                self._fill_along(along)
                 output = self._body(cache, begin) if memories is None else self._replay(cache, begin, memories)
                 for layer in cache.paged_layers:
                     layer.length = end
@@ -132,6 +140,14 @@ class StaticStep:
         if inputs is not None:
             self.inputs = self._buffer(self.inputs, tuple(inputs.shape), inputs.dtype)
             self.inputs.copy_(inputs)
+
+    def _fill_along(self, along: dict[str, torch.Tensor]) -> None:
+        if along.keys() != self.along.keys():
+            self.along = {}
+            self.drop()
+        for name, value in along.items():
+            self.along[name] = self._buffer(self.along.get(name), tuple(value.shape), value.dtype)
+            self.along[name].copy_(value)
 
     def _buffer(self, held: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A buffer of a shape and dtype: the one that is held, or a fresh one where that is of another."""
@@ -171,7 +187,7 @@ class StaticStep:
         fusion = self._fusion()
         assert fusion is not None  # it lives as long as the look that this step was made by
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
-            output = run_decoder(decoder, self.inputs, self.positions, step, self.head)
+            output = run_decoder(decoder, self.inputs, self.positions, step, self.head, self.along)
         if self.selection is not None:
             output = self.selection(output)
             self.inputs.copy_(output[0][:, None])
