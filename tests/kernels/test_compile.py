@@ -29,7 +29,7 @@ from pkv_hf.kernels.states import convolution, delta, norm, ssm
 
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "state_ptr": "fp32",
-            "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32"}
+            "counters_ptr": "i32", "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32"}
 
 NEW = "new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "first_ptr"
 NOT_TURNED = dict(ROTARY=0, INTERLEAVED=False, PAIRED=False, NORM=False, OFFSET=0.0, WHOLE=0, LARGEST=0.0)
@@ -41,6 +41,8 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
         constants["sinks_ptr"] = None
     if "new_k_ptr" in kernel.arg_names and "ROTARY" not in constants:
         constants.update(NOT_TURNED, **dict.fromkeys(NEW))
+    if "counters_ptr" in kernel.arg_names and "ROWS" not in constants:
+        constants.update(ROWS=0, PARTS=0, AT_ONCE=0, counters_ptr=None)
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -88,10 +90,12 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
 
     warps, constants = attend(None, 0)
     turned = dict(ROTARY=head_dim, INTERLEAVED=False, PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0)
-    new = q_len == 1 and head_dim == value_dim  # with a new token, which adds to what the kernel does without
+    new = q_len == 1 and head_dim == value_dim
+    rows = next_power_of_2(query_rows)  # with a new token and with the merge, which add to what the kernel does without
+    in_launch = dict(ROWS=rows, PARTS=32, AT_ONCE=max(1, min(8192 // (rows * block_dv), 32)))
     for direct in (False, True):
         state = {"state_ptr": "*" + dtype} if direct else {}
-        form = dict(**turned, LARGEST=0.0) if new and not direct else {}
+        form = {} if direct else dict(**in_launch, **(dict(**turned, LARGEST=0.0) if new else {}))
         used[f"split {case} {direct}"] = compiled(
             gpu, split._split, dtype, dict(**constants, **form, DIRECT=direct), warps, **state, **of_sinks)
     used[f"workqueue {case}"] = compiled(
@@ -104,7 +108,7 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
         if largest:
             warps, constants = attend(1, 1 + (pages != "i8"))
-            form = dict(**turned, LARGEST=largest) if new else {}
+            form = dict(**in_launch, **(dict(**turned, LARGEST=largest) if new else {}))
             used[f"split {case} {pages}"] = compiled(
                 gpu, split._split, dtype, dict(**constants, **form, DIRECT=False), warps, **held, **of_sinks)
             used[f"workqueue {case} {pages}"] = compiled(
