@@ -92,9 +92,10 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
 
     warps, constants = attend(None, 0)
     turned = dict(ROTARY=head_dim, INTERLEAVED=False, PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0)
-    new = q_len == 1 and head_dim == value_dim
-    rows = next_power_of_2(query_rows)  # with a new token and with the merge, which add to what the kernel does without
-    in_launch = dict(ROWS=rows, PARTS=32, AT_ONCE=max(1, min(8192 // (rows * block_dv), 32)))
+    new = q_len == 1 and head_dim == value_dim  # with a new token, which adds to what the kernel does without
+    rows, in_launch = next_power_of_2(query_rows), {}
+    if new and target in (75, 90):  # and with the merge, which adds to the end of the kernel alone
+        in_launch = dict(ROWS=rows, PARTS=32, AT_ONCE=max(1, min(8192 // (rows * block_dv), 32)))
     for direct in (False, True):
         state = {"state_ptr": "*" + dtype} if direct else {}
         form = {} if direct else dict(**in_launch, **(dict(**turned, LARGEST=0.0) if new else {}))
@@ -110,7 +111,7 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
         if largest:
             warps, constants = attend(1, 1 + (pages != "i8"))
-            form = dict(**in_launch, **(dict(**turned, LARGEST=largest) if new else {}))
+            form = dict(**turned, LARGEST=largest) if new else {}
             used[f"split {case} {pages}"] = compiled(
                 gpu, split._split, dtype, dict(**constants, **form, DIRECT=False), warps, **held, **of_sinks)
             used[f"workqueue {case} {pages}"] = compiled(
