@@ -1,4 +1,4 @@
-"""Paged attention, norms, activations and RoPE in torch, for any dtype: what the kernels are judged by.
+"""Paged attention, norms, activations, RoPE and selection in torch, for any dtype: what the kernels are judged by.
 
 Shapes and names are the same in all of `pkv_hf.kernels`. Pools `k_pages`, `v_pages` are `[num_pages, H_kv, page_size,
 head_dim]`; position `p` of row `b` is in page `block_table[b, p // page_size]` (int32 `[rows, max_pages]`), and page 0
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -176,3 +177,50 @@ def _angles(angles: torch.Tensor, interleaved: bool, paired: bool) -> torch.Tens
 
 def _wide(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class EndOfSequence(NamedTuple):
+    """What ends a row of tokens."""
+
+    tokens: torch.Tensor
+    """Tokens that do, int64 `[any]`."""
+    pad: torch.Tensor
+    """What follows in a row that has ended, int64 `[]`."""
+
+
+class NextStep(NamedTuple):
+    """What a decode step of one token a row reads, and leaves for the next one."""
+
+    inputs: torch.Tensor
+    """Tokens, int64 `[rows, 1]`."""
+    positions: torch.Tensor
+    """int64 `[..., rows, 1]`."""
+    ends: torch.Tensor
+    """int32 `[rows]`, as the package says."""
+
+
+def select(
+    logits: torch.Tensor,
+    newest: torch.Tensor,
+    step: NextStep,
+    end: EndOfSequence | None = None,
+    most: torch.Tensor | None = None,
+) -> None:
+    """Takes every row's token with the largest of the logits `[rows, any, vocabulary]` of its last one.
+
+    Of equal ones it is the first, and NaN is larger than all, as for `torch.argmax`. With `most` `[vocabulary]`, no
+    logit counts for more. `newest`, int64 `[2, rows]`, gets the tokens; its second row is 1 for every row that goes on,
+    and becomes 0 where a token of `end` comes: of a row with 0 the token is the pad. `step` gets the tokens, too, and
+    goes on by one position.
+    """
+    scores = logits[:, -1]
+    if most is not None:
+        scores = torch.minimum(scores, most)
+    tokens = torch.argmax(scores, dim=-1)
+    if end is not None:
+        tokens = torch.where(newest[1] != 0, tokens, end.pad)
+        newest[1] *= (tokens[:, None] != end.tokens).all(dim=-1)
+    newest[0] = tokens
+    step.inputs.copy_(tokens[:, None])
+    step.positions.add_(1)
+    step.ends.add_(1)

@@ -200,7 +200,8 @@ def run_static(
     """
     shape = (
         step.device, step.dtype, cache.rows, step.q_len, step.route.name, step.head is None, cache.page_size,
-        inputs is not None and inputs.is_floating_point(), step.selection is None, *along,
+        inputs is not None and inputs.is_floating_point(),
+        None if step.selection is None else step.selection.kind, *along,
     )  # fmt: skip
     why = uncaptured(state, step.device)
     if not why and shape not in state.compiled:

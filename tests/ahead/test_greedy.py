@@ -10,6 +10,9 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 
 import pkv_hf
 from pkv_hf.compat import CACHE
+from pkv_hf.kernels.reference import NextStep
+from pkv_hf.replaced import STATE
+from pkv_hf.runtime.ahead import greedy as selecting
 from pkv_hf.runtime.ahead import loop
 from pkv_hf.runtime.ahead.greedy import Greedy, Selection, greedy_of
 from tiny import left_padded, tiny
@@ -123,6 +126,33 @@ def test_a_second_turn_goes_on_with_settings_of_its_own(model, steps, by_loop):
     assert torch.equal(*turns)
 
 
+def test_inference_mode_may_come_and_go(model, steps, monkeypatch):
+    """torch forbids to write outside of it what was made inside, and steps run outside."""
+    monkeypatch.setattr(selecting, "_by_kernel", lambda _: False)
+    settings = {"eos_token_id": 10**6, "pad_token_id": 1, "min_new_tokens": 3}
+    expected = generate(model, (9,), **settings)
+    with pkv_hf.patched(model):
+        generate(model, (9,))
+        with torch.inference_mode():
+            inside = generate(model, (9,), **settings)
+        ids, held = torch.cat([inside.sequences, inside.sequences[:, :3]], dim=1).clone(), {CACHE: inside[CACHE]}
+        outside = model.generate(ids, **held, max_new_tokens=4, do_sample=False, **settings)
+        assert None in steps
+    assert torch.equal(inside.sequences, expected.sequences)
+    assert torch.equal(outside, model.generate(ids, max_new_tokens=4, do_sample=False, **settings))
+
+
+def test_every_kind_of_selection_runs_once_before_it_may_be_captured(model, steps):
+    """Each is a kernel of its own, which a capture may not compile."""
+    kinds = ({}, {"eos_token_id": 1}, {"eos_token_id": [1, 2]}, {"eos_token_id": 1, "min_new_tokens": 2})
+    with pkv_hf.patched(model):
+        generate(model, (9,))  # the first step ever is the model's own
+        compiled = getattr(model, STATE).compiled
+        for kind in (*kinds, *kinds):
+            generate(model, (9,), **kind)
+        assert len({shape[-1] for shape in compiled} - {None}) == len(kinds)
+
+
 def test_what_a_call_selects_by():
     ends, config = torch.tensor([4]), GenerationConfig()
     config._pad_token_tensor = torch.tensor(4)
@@ -136,19 +166,34 @@ def test_what_a_call_selects_by():
     assert greedy_of([], [MaxTimeCriteria(1.0)], config) is None
 
 
-def test_buffers_forget_the_call_before():
+@pytest.mark.parametrize("by_kernel", [False, True])
+def test_buffers_forget_the_call_before(monkeypatch, by_kernel):
+    if by_kernel:
+        pytest.importorskip("triton")
+    monkeypatch.setattr(selecting, "_by_kernel", lambda _: by_kernel)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     greedy = Greedy(torch.tensor([4, 9]), torch.tensor(7), torch.tensor([4, 9]), until=12)
-    selection = Selection(greedy, 3, 10, torch.float32, torch.device("cpu"))
+    selection = Selection(greedy, 3, 10, torch.float32, device)
+    step = NextStep(torch.zeros(3, 1).long(), torch.full((2, 3, 1), 30), torch.tensor([31, 32, 33]).int())
+    step = NextStep(*(tensor.to(device) for tensor in step))
+
+    def selected(logits):
+        newest = selection(logits.to(device), step)
+        assert torch.equal(step.inputs[:, 0], newest[0])
+        return newest.tolist()
+
     logits = torch.zeros(3, 1, 10)
     logits[:, 0, 4], logits[:, 0, 2] = 5.0, 3.0
     selection.begin(greedy, torch.tensor([1, 0, 1]))
-    assert selection(logits).tolist() == [[2, 7, 2], [1, 0, 1]]
+    assert selected(logits) == [[2, 7, 2], [1, 0, 1]]
     selection.go_on(11)
-    assert selection(logits).tolist() == [[2, 7, 2], [1, 0, 1]]
+    assert selected(logits) == [[2, 7, 2], [1, 0, 1]]
     selection.go_on(12)
-    assert selection(logits).tolist() == [[4, 7, 4], [0, 0, 0]]
+    assert selected(logits) == [[4, 7, 4], [0, 0, 0]]
     selection.begin(Greedy(torch.tensor([1, 2]), torch.tensor(8), torch.tensor([2, 1]), until=20), torch.ones(3))
-    assert selection(logits).tolist() == [[4, 4, 4], [1, 1, 1]]
+    assert selected(logits) == [[4, 4, 4], [1, 1, 1]]
     selection.go_on(20)
-    assert selection(torch.eye(10)[[2, 3, 4]][:, None]).tolist() == [[2, 3, 4], [0, 1, 1]]
-    assert selection(torch.eye(10)[[5, 5, 5]][:, None]).tolist() == [[8, 5, 5], [0, 1, 1]]
+    assert selected(torch.eye(10)[[2, 3, 4]][:, None]) == [[2, 3, 4], [0, 1, 1]]
+    assert selected(torch.eye(10)[[5, 5, 5]][:, None]) == [[8, 5, 5], [0, 1, 1]]
+    assert (step.positions == 36).all()
+    assert step.ends.tolist() == [37, 38, 39]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,11 @@ import torch
 from transformers.generation.logits_process import MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
+from pkv_hf.kernels import reference
+from pkv_hf.kernels.launch import DTYPES, has_dtypes
+from pkv_hf.kernels.reference import EndOfSequence, NextStep
 from pkv_hf.origins import of_a_library
+from pkv_hf.routes.base import installed
 
 
 @dataclass(frozen=True)
@@ -63,10 +68,15 @@ class Selection:
     """The buffers of `Greedy`, which a graph may read and write: of one call after the other, alike in `sizes`."""
 
     def __init__(self, greedy: Greedy, rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._unfinished = torch.ones(rows, dtype=torch.bool, device=device)
-        self._ends = None if greedy.ends is None else torch.zeros_like(greedy.ends, device=device)
-        self._pad = torch.zeros((), dtype=torch.long, device=device)
-        self._most = None if greedy.held_off is None else torch.empty(vocabulary, dtype=dtype, device=device)
+        self.kind = self.sizes(greedy)
+        """What its kernel is compiled for, of all that may differ from one call of a model to the next."""
+        with torch.inference_mode(False):  # what is made in that mode cannot be written outside of it
+            self._newest = torch.ones((2, rows), dtype=torch.long, device=device)
+            self._scratch = torch.zeros((2, rows), dtype=torch.long, device=device)
+            pad = torch.zeros((), dtype=torch.long, device=device)
+            ends = None if greedy.ends is None else torch.zeros_like(greedy.ends, device=device)
+            self._end = None if ends is None else EndOfSequence(ends, pad)
+            self._most = None if greedy.held_off is None else torch.empty(vocabulary, dtype=dtype, device=device)
         self._until = 0
 
     @staticmethod
@@ -76,10 +86,10 @@ class Selection:
 
     def begin(self, greedy: Greedy, unfinished: torch.Tensor) -> None:
         """Takes a call's settings over, and which rows go on: int64 `[rows]`, 1 for those."""
-        self._unfinished.copy_(unfinished)
-        if self._ends is not None and greedy.ends is not None and greedy.pad is not None:
-            self._ends.copy_(greedy.ends)
-            self._pad.copy_(greedy.pad)
+        self._newest[1].copy_(unfinished)
+        if self._end is not None and greedy.ends is not None and greedy.pad is not None:
+            self._end.tokens.copy_(greedy.ends)
+            self._end.pad.copy_(greedy.pad)
         if self._most is not None and greedy.held_off is not None:
             tokens = torch.arange(len(self._most), device=self._most.device)
             held_off = torch.isin(tokens, greedy.held_off.to(tokens.device))
@@ -92,16 +102,22 @@ class Selection:
             self._most.fill_(torch.inf)
             self._until = 0
 
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor, step: NextStep) -> torch.Tensor:
         """The next tokens, and 1 for every row that goes on after them: int64 `[2, rows]`, of logits `[rows, 1, any]`.
 
-        Float32 logits, of which transformers takes the largest, are these to the bit.
+        The next call overwrites it. `step` goes on to the next one. Float32 logits, of which transformers takes the
+        largest, are these to the bit.
         """
-        scores = logits[:, -1]
-        if self._most is not None:
-            scores = torch.minimum(scores, self._most)
-        tokens = torch.argmax(scores, dim=-1)
-        if self._ends is not None:
-            tokens = torch.where(self._unfinished, tokens, self._pad)
-            self._unfinished &= (tokens[:, None] != self._ends).all(dim=-1)
-        return torch.stack([tokens, self._unfinished.long()])
+        if _by_kernel(logits):
+            from pkv_hf.kernels.select import select
+
+            select(logits, self._newest, step, self._end, self._most, scratch=self._scratch)
+        else:
+            reference.select(logits, self._newest, step, self._end, self._most)
+        return self._newest
+
+
+def _by_kernel(logits: torch.Tensor) -> bool:
+    """Whether our kernel takes the largest of logits; else torch does."""
+    runs = logits.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    return runs and installed("triton") and logits.dtype in DTYPES and has_dtypes(logits.device, logits.dtype)

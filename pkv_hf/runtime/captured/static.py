@@ -11,6 +11,7 @@ import torch
 from pkv_hf import compat
 from pkv_hf.cache import linear
 from pkv_hf.cache.paged import PagedCache
+from pkv_hf.kernels.reference import NextStep
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.ahead.greedy import Selection
@@ -55,7 +56,7 @@ class StaticStep:
         self.head = head
         """What makes logits of the hidden states, where the step computes them."""
         self.selection: Selection | None = None
-        """What takes the next tokens by the logits, where the step does: it goes on with them."""
+        """What takes the next tokens by the logits, where the step does: it goes on with them, `q_len` 1."""
         self.route = route
         self.q_len = q_len
         self._fusion = weakref.ref(fusion)
@@ -189,8 +190,7 @@ class StaticStep:
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
             output = run_decoder(decoder, self.inputs, self.positions, step, self.head, self.along)
         if self.selection is not None:
-            output = self.selection(output)
-            self.inputs.copy_(output[0][:, None])
+            return self.selection(output, NextStep(self.inputs, self.positions, self.ends))
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output
