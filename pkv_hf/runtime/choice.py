@@ -11,8 +11,8 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.policy.choose import Decision, choose
 from pkv_hf.routes.base import MAX_DECODE_QUERIES, Route, StepShape
 from pkv_hf.routes.registry import ROUTES
+from pkv_hf.runtime.ahead.found import Found
 from pkv_hf.runtime.ahead.greedy import Greedy, Selection
-from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.evidence import Look
 from pkv_hf.runtime.fusion import Fusion
@@ -93,7 +93,7 @@ def static_step(
     cache: PagedCache,
     route: Route,
     q_len: int,
-    head: Logits | None = None,
+    ahead: Found | None = None,
     greedy: Greedy | None = None,
 ) -> StaticStep | str:
     """The cache's step of a shape over static buffers, or why transformers' layers have to run as they are."""
@@ -115,12 +115,13 @@ def static_step(
     fusion = fusion_of(state, look, route)
     if not fusion.layers and (why := uncaptured(state, cache.device)):
         return why
-    ending = None if head is None else Selection.sizes(greedy)
+    head, stand_in = (None, None) if ahead is None else (ahead.logits, ahead.stand_in)
+    ending = None if head is None else (stand_in, *Selection.sizes(greedy))
     held, key = cache.static_steps, (look.token, cache.rows, q_len, route.name, ending)
     if key not in held:
         for stale in [other for other in held if other[0] is not look.token]:
             del held[stale]
-        step = StaticStep(state.known.decoder, head, route, q_len, fusion)
+        step = StaticStep(state.known.decoder, head, route, q_len, fusion, stand_in)
         if head is not None and greedy is not None:
             step.selection = Selection(greedy, cache.rows, head.vocabulary, step.dtype, step.device)
         held[key] = step

@@ -19,7 +19,7 @@ from transformers.utils import ModelOutput
 from pkv_hf import compat, configurations, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.errors import UnsupportedModelError
-from pkv_hf.runtime.ahead.logits import Logits
+from pkv_hf.runtime.ahead.found import Found
 from pkv_hf.runtime.captured.watch import Watch
 
 
@@ -62,8 +62,8 @@ class Look:
     """Which layers are fused in the steps of a route, by its name."""
     mixes: str | None = None
     """What may mix the tokens of a prompt beside attention, empty for nothing; None until that was asked."""
-    ahead: dict[frozenset[str], tuple[Logits | None, str]] = field(default_factory=dict)
-    """What logits are of hidden states, or why steps do not run ahead, by the arguments that the decoder is given."""
+    ahead: dict[frozenset[str], Found] = field(default_factory=dict)
+    """What steps that run ahead have to do, or why they do not, by the arguments that the decoder is given."""
     not_ahead: str = ""
     """Why the last call's steps did not run ahead, by what the model was found to do."""
     token: object = field(default_factory=object)

@@ -18,8 +18,9 @@ from pkv_hf.errors import LayerNotServed, NotServed, RouteError
 from pkv_hf.replaced import STATE, original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.runtime.admission import Admitted, admit, extra_arguments, tokens_of
+from pkv_hf.runtime.ahead.found import Found
 from pkv_hf.runtime.ahead.greedy import Greedy
-from pkv_hf.runtime.ahead.logits import Logits, stub
+from pkv_hf.runtime.ahead.logits import stub
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import NOTHING, StaticStep
 from pkv_hf.runtime.captured.watch import hooks_of
@@ -129,11 +130,12 @@ def _packs(state: PatchState, decoder: Any) -> bool:
 
 
 def static_of(
-    state: PatchState, admitted: Admitted, route: Route, head: Logits | None = None, greedy: Greedy | None = None
+    state: PatchState, admitted: Admitted, route: Route, ahead: Found | None = None, greedy: Greedy | None = None
 ) -> StaticStep | str:
     """The step on static buffers that serves a decode step, or why transformers' layers have to run as they are.
 
-    With `head` it computes logits, with `greedy` it has a selection that takes the next tokens by them.
+    With what was found of steps that run `ahead` it takes tokens and computes logits, with `greedy` it has a selection
+    that takes the next tokens by them.
     """
     if admitted.asks_more:
         return admitted.asks_more
@@ -141,7 +143,7 @@ def static_of(
         return "linear attention takes padding out by a mask, which a static step has not"
     if state.known.output_type is None:
         return "its decoder returns more than hidden states"
-    return static_step(state, admitted.cache, route, admitted.q_len, head, greedy)
+    return static_step(state, admitted.cache, route, admitted.q_len, ahead, greedy)
 
 
 def _packed_prompt(

@@ -55,6 +55,7 @@ MADE = {
     "qwen3-vl": (1.0, None),
     "gemma3": (1.0, None),
     "mistral3": (1.0, None),
+    "gemma4": (1.0, None),
 }
 """Scale and cap of the logits."""
 
@@ -74,7 +75,7 @@ def test_steps_run_ahead_and_give_the_same_tokens(name, steps):
             assert left == drawn, "the random generator was left elsewhere"
             assert len(steps) in ran
             steps.clear()
-        (found,) = [found for found, _ in getattr(model, STATE).known.look().ahead.values()]
+        (found,) = [found.logits for found in getattr(model, STATE).known.look().ahead.values()]
         assert (found.scale, found.cap) == MADE.get(name, (found.scale, found.cap))
         assert deltas is None or torch.equal(model.model.rope_deltas, deltas)
         ours, _ = generate(model, inputs, eos_token_id=end, pad_token_id=7)
@@ -85,11 +86,11 @@ def test_steps_run_ahead_and_give_the_same_tokens(name, steps):
 
 
 def test_what_else_a_decoder_is_given_of_its_tokens_goes_through_buffers(steps):
-    """Gemma 4's wrapper makes an input of every layer; it does not run ahead."""
+    """Gemma 4's wrapper makes an input of every layer."""
     model = family_model("gemma4")
     inputs = media(model, "gemma4", BOTH)
     expected, _ = generate(model, inputs, output_logits=True)
-    with pkv_hf.patched(model, fuse=False):
+    with pkv_hf.patched(model, fuse=False, run_ahead=False):
         for _ in range(2):
             before = pkv_hf.report(model).steps.static
             ours, _ = generate(model, inputs, output_logits=True)
@@ -97,6 +98,25 @@ def test_what_else_a_decoder_is_given_of_its_tokens_goes_through_buffers(steps):
             torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3)
             assert pkv_hf.report(model).steps.static - before in (NEW_TOKENS - 2, NEW_TOKENS - 1)
     assert not steps
+
+
+def test_tokens_whose_place_another_takes(steps):
+    """Those of images, which a model may generate too."""
+    model = family_model("gemma4")
+    inputs = media(model, "gemma4", BOTH)
+    config = model.config
+    special = [config.image_token_id, config.audio_token_id, config.video_token_id]
+    others = [token for token in range(config.text_config.vocab_size) if token not in special]
+    settings = {"suppress_tokens": others, "output_logits": True}
+    expected, _ = generate(model, inputs, **settings)
+    with pkv_hf.patched(model, fuse=False):
+        for _ in range(2):
+            ours, _ = generate(model, inputs, **settings)
+            assert torch.equal(ours.sequences, expected.sequences)
+            torch.testing.assert_close(torch.stack(ours.logits), torch.stack(expected.logits), atol=1e-3, rtol=1e-3)
+        (found,) = getattr(model, STATE).known.look().ahead.values()
+    assert set(special) <= {*found.stand_in.tokens, found.stand_in.by}
+    assert len(steps) > NEW_TOKENS
 
 
 def own_logits(model):

@@ -20,7 +20,8 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationConfig,
 from pkv_hf import compat
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import STATE, original
-from pkv_hf.runtime.ahead.forward import Forward, updated
+from pkv_hf.runtime.ahead.asking import updated
+from pkv_hf.runtime.ahead.forward import Forward
 from pkv_hf.runtime.ahead.greedy import greedy_of
 from pkv_hf.runtime.choice import decide
 from pkv_hf.runtime.state import PatchState

@@ -14,6 +14,7 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.kernels.reference import NextStep
 from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
+from pkv_hf.runtime.ahead.found import StandIn
 from pkv_hf.runtime.ahead.greedy import Selection
 from pkv_hf.runtime.ahead.logits import Logits
 from pkv_hf.runtime.captured.graphs import CaptureError, GraphMemories, GraphMemory
@@ -51,7 +52,15 @@ class StaticStep:
     not hold, and holds no weights: caches outlive models.
     """
 
-    def __init__(self, decoder: Any, head: Logits | None, route: Route, q_len: int, fusion: Fusion) -> None:
+    def __init__(
+        self,
+        decoder: Any,
+        head: Logits | None,
+        route: Route,
+        q_len: int,
+        fusion: Fusion,
+        stand_in: StandIn | None = None,
+    ) -> None:
         self._decoder = weakref.ref(decoder)
         self.head = head
         """What makes logits of the hidden states, where the step computes them."""
@@ -62,6 +71,9 @@ class StaticStep:
         self._fusion = weakref.ref(fusion)
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self._stand_in = stand_in
+        """Tokens that another stands for in the decoder."""
+        self._others = torch.tensor([] if stand_in is None else stand_in.tokens, device=self.device)
         self.horizon = 0
         self.captures = 0
         self.lacks_memory = False
@@ -188,12 +200,19 @@ class StaticStep:
         fusion = self._fusion()
         assert fusion is not None  # it lives as long as the look that this step was made by
         with Step(cache, bounds, self.route, decoder.config, captured=captured, fusion=fusion) as step:
-            output = run_decoder(decoder, self.inputs, self.positions, step, self.head, self.along)
+            output = run_decoder(decoder, self._decoded(), self.positions, step, self.head, self.along)
         if self.selection is not None:
             return self.selection(output, NextStep(self.inputs, self.positions, self.ends))
         self.ends.add_(self.q_len)
         self.positions.add_(self.q_len)
         return output
+
+    def _decoded(self) -> torch.Tensor:
+        """The inputs as the decoder takes them."""
+        assert self.inputs is not None
+        if self._stand_in is None:
+            return self.inputs
+        return torch.where((self.inputs[..., None] == self._others).any(-1), self._stand_in.by, self.inputs)
 
     def drop(self) -> None:
         """Gives up the graph and its memory."""
