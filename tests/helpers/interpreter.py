@@ -28,12 +28,13 @@ import torch
 
 
 def tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    """The tensors with elements among a kernel's arguments, some of which are tuples."""
+    """The tensors with elements among a kernel's arguments, some of which are tuples, or name tensors by address."""
     for value in values:
         if isinstance(value, (tuple, list)):
             yield from tensors_of(value)
         elif isinstance(value, torch.Tensor) and value.numel():
             yield value
+            yield from getattr(value, "pkv_hf_named", ())
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -101,7 +102,8 @@ def use() -> None:
 
     def init_args_hst(self, args, kwargs):
         on_host = plain_init(self, args, kwargs)
-        extents[:] = sorted(map(extent, tensors_of([*on_host[0], *on_host[1].values()])))
+        given = [*on_host[0], *on_host[1].values(), *args]  # what a tensor names is known of the one that was given
+        extents[:] = sorted(map(extent, tensors_of(given)))
         return on_host
 
     def checked(pointers, mask):

@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from pkv_hf.kernels import append, elementwise, linear, rope
 from pkv_hf.kernels.attention import split, workqueue
-from pkv_hf.kernels.products import blocks, epilogue
+from pkv_hf.kernels.products import adapters, blocks, epilogue
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
 
@@ -124,13 +124,15 @@ if target == 89:  # float32 that was of 8 bits, where there is least to spare
         gpu, split._split, "fp32", constants, tile.num_warps, k_ptr="*i16", v_ptr="*i16")
 half = next(case[4] for case in cases if case[4] != "fp32")
 
-def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, **form):
+def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, **form):
     block = blocks.choose_block(rows, inputs, outputs, at_once, 132, shared, blocks.MOST_PARTS)
     block_m, tail = blocks.padded(rows)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
-                AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, **form)
-    return compiled(gpu, kernel, half, form, block.num_warps, **({"out_ptr": "*fp32"} if PARTS else {}))
+                AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, ADAPTERS=ADAPTERS, **form)
+    alike = {"out_ptr": "*fp32"} if PARTS else {}
+    return compiled(gpu, kernel, half, form, block.num_warps, **alike, **(LORA if ADAPTERS else {}))
 
+LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
 for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -143,6 +145,18 @@ parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
 used["linear in parts"] = of_rows(
     linear._linear, 80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
 used["gated in parts"] = of_rows(linear._gated, 80, 4096, 4096, 2, **parts)
+for rows, least in ((1, 4), (16, 16)) if target < 80 else ((1, 4), (16, 16), (80, 16)):
+    form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, ADAPTERS=8, **plain)
+    used[f"linear {rows} with adapters"] = of_rows(linear._linear, rows, 4096, 6144, 1, **form)
+    used[f"gated {rows} with adapters"] = of_rows(linear._gated, rows, 4096, 14336, 2, ADAPTERS=8, **silu)
+    block_m, form = min(rows, 16), dict(NORM=rows == 1, OFFSET=1.0, LORA_ALIGNED=True, BLOCK_R=least)
+    for lora in ("fp32", half) if rows < 80 else ():
+        used[f"shrink {rows} {lora}"] = compiled(
+            gpu, adapters._shrink, half, dict(**form, BLOCK_M=block_m, BLOCK_K=adapters.INPUTS[block_m]), 4,
+            **{**LORA, "lora_ptr": "*" + lora})
+        used[f"expand {rows} {lora}"] = compiled(
+            gpu, adapters._expand, half, dict(PARTS=8, BLOCK_M=block_m, BLOCK_N=adapters.OUTPUTS), 4,
+            **{**LORA, "lora_ptr": "*" + lora})
 for weights, gates, activation in ((3, False, None), (2, True, "silu")):
     form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=not gates, SCALED=not gates, ACTIVATION=activation, GATED=gates,
                 PARTS=blocks.MOST_PARTS, BLOCK=epilogue.BLOCK)
@@ -214,6 +228,6 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + (29 if target >= 80 else 21) + (4 if target < 89 else 8) + 15 * (target in (75, 90))
+    assert len(used) >= 7 * must + (43 if target >= 80 else 33) + (4 if target < 89 else 8) + 15 * (target in (75, 90))
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
