@@ -17,7 +17,9 @@ from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
 from pkv_hf.patches.probe import returned
-from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections
+from pkv_hf.patches.projections.base import Normed, Projection
+from pkv_hf.patches.projections.registry import Kinds
+from pkv_hf.patches.stream import Stream
 from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step
@@ -31,24 +33,27 @@ class FusedLayer:
         """Bound to its modules."""
         self.following = following
         """What the next layer begins with, None where that is not fused."""
+        self._kinds = Kinds()
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other
         arguments. A layer without attention needs no step.
         """
-        stream, branches = Stream(hidden), self.layer.branches
+        stream, branches = Stream(hidden, self._kinds), self.layer.branches
         for i, branch in enumerate(branches):
             if not branch.of_input:
                 stream.source = stream.hidden
             following = self.following
             if i + 1 < len(branches):
                 following = None if branches[i + 1].of_input else branches[i + 1]
-            x, body = stream.normed(branch), branch.body
+            (x, kind), body = stream.normed(branch), branch.body
             if isinstance(body, Attention):
                 assert step is not None
-                stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following)
+                assert kind is not None
+                stream.add(body.output, _attention(body, kind, x, step, stream.shape, given), branch, following)
             elif isinstance(body, MLP):
-                stream.add(body.down, _mlp(body, x), branch, following)
+                assert kind is not None
+                stream.add(body.down, _mlp(body, kind, x), branch, following)
             else:
                 stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following)
         return returned(stream.result(self.following), self.layer.returns)
@@ -56,29 +61,18 @@ class FusedLayer:
 
 def product(module: Any, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of x `[..., inputs]`."""
-    from pkv_hf.kernels.linear import linear
-
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not kernel_takes([module], rows):
-        return module(x)
-    return linear(rows, [module.weight], [module.bias]).view(*x.shape[:-1], -1)
+    return Kinds()((module,), rows).linear(Normed(rows)).view(*x.shape[:-1], -1)
 
 
-def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
+def _attention(
+    attention: Attention, kind: Projection, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]
+) -> torch.Tensor:
     """What the output projection takes, `[B * q_len, H_q * D]`."""
-    from pkv_hf.kernels.linear import linear
-
     step.bounds.on(x.x.device)  # written before the projections: attention reads them before it waits for those
-    modules = projections(attention)
     q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    if kernel_takes(modules, x.x):
-        weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-        together = linear(x.x, weights, biases, **x.settings)
-        q, k, v = together.split([q_width * (1 + attention.gated), kv_width, kv_width], dim=1)
-    elif len(modules) == 1:
-        q, k, v = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
-    else:
-        q, k, v = (module(x.x) for module in modules)
+    states = kind.each(x)
+    q, k, v = states if len(states) == 3 else states[0].split([q_width, kv_width, kv_width], dim=1)
     norms: Norms | None = None
     if attention.norms is not None:
         q_norm, k_norm = attention.norms
@@ -109,28 +103,9 @@ def _chunked(step: Step, layer_idx: int, mask: Any) -> bool:
     return seen[1]
 
 
-def _mlp(mlp: MLP, x: Normed) -> torch.Tensor:
+def _mlp(mlp: MLP, kind: Projection, x: Normed) -> torch.Tensor:
     """What the down projection takes, `[B * q_len, intermediate]`."""
-    from pkv_hf.kernels.elementwise import act, act_mul
-    from pkv_hf.kernels.linear import gated, linear
-
-    first = projections(mlp)
-    by_kernel = kernel_takes(first, x.x)
-    if mlp.gate is None:
-        if by_kernel:
-            return linear(x.x, [mlp.up.weight], [mlp.up.bias], activation=mlp.activation, **x.settings)
-        return act(mlp.up(x.x), mlp.activation)
-    if by_kernel:
-        gate, up = (first[0].weight, first[1].weight) if len(first) == 2 else first[0].weight.chunk(2)
-        biases: Any = [module.bias for module in first]
-        if len(first) == 1:
-            biases = (None, None) if biases[0] is None else biases[0].chunk(2)
-        return gated(x.x, gate, up, mlp.activation, bias_gate=biases[0], bias_up=biases[1], **x.settings)
-    if mlp.up is None:
-        gate, up = mlp.gate(x.x).chunk(2, dim=-1)
-    else:
-        gate, up = mlp.gate(x.x), mlp.up(x.x)
-    return act_mul(gate, up, mlp.activation)
+    return kind.linear(x, activation=mlp.activation) if mlp.gate is None else kind.gated(x, mlp.activation)
 
 
 def _mixed(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:
