@@ -3,8 +3,9 @@
 A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
 projection and residual. A norm after a branch, the sum with it and the next norm, across layers too, are one launch
-more. Where a product of several rows is cut in parts, that launch adds them up too. Modules that are something else
-(adapters, quantised weights, experts) are called as they are, between fused norms.
+more. Where a product of several rows is cut in parts, that launch adds them up too. Adapters add a
+launch to each group of projections that share an input. Modules that are something else (quantised weights, experts)
+are called as they are, between fused norms.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
 from pkv_hf.patches.probe import returned
 from pkv_hf.patches.projections.base import Normed, Projection
 from pkv_hf.patches.projections.registry import Kinds
-from pkv_hf.patches.stream import Stream
+from pkv_hf.patches.stream import Stream, projections
 from pkv_hf.routes.base import Norms
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step
@@ -34,6 +35,15 @@ class FusedLayer:
         self.following = following
         """What the next layer begins with, None where that is not fused."""
         self._kinds = Kinds()
+
+    def read(self) -> None:
+        """Reads the layer's projections, which its first step may be captured with."""
+        for branch in self.layer.branches:
+            body = branch.body
+            ends = [body.output] if isinstance(body, Attention) else [body.down] if isinstance(body, MLP) else []
+            for modules in (projections(body), tuple(ends)):
+                if modules:
+                    self._kinds.read(modules)
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other

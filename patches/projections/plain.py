@@ -11,16 +11,18 @@ from torch import nn
 from pkv_hf.patches.projections.base import Modules, Normed, Projection, named
 
 if TYPE_CHECKING:
+    from pkv_hf.kernels.products.adapters import Adapters
     from pkv_hf.kernels.products.epilogue import Parts
 
 
 class Plain(Projection):
-    """Plain linear layers, all with a bias or none."""
+    """Plain linear layers, all with a bias or none, and what adapters of theirs add."""
 
     fuses = True
 
     def __init__(self, modules: Modules) -> None:
         super().__init__(modules)
+        self.adapters: Adapters | None = None
         self._dtype = modules[0].weight.dtype
         self._outputs = [len(module.weight) for module in modules]
 
@@ -66,22 +68,27 @@ class Plain(Projection):
 
         weights = [module.weight for module in self.modules]
         biases = [module.bias for module in self.modules]
-        return linear(x.x, weights, biases, residual=residual, scale=scale, activation=activation, **x.settings)
+        settings = {**x.settings, "adapters": self.adapters}
+        return linear(x.x, weights, biases, residual=residual, scale=scale, activation=activation, **settings)
 
     def each(self, x: Normed) -> Sequence[torch.Tensor]:
         return self.linear(x).split(self._outputs, dim=1)
 
     def gated(self, x: Normed, activation: str) -> torch.Tensor:
+        from pkv_hf.kernels.elementwise import act_mul
         from pkv_hf.kernels.linear import gated
 
+        if len(self.modules) == 1 and self.adapters is not None:  # whose B is not cut in halves
+            return act_mul(*self.linear(x).chunk(2, dim=1), activation)
         weights, biases = [module.weight for module in self.modules], [module.bias for module in self.modules]
         if len(self.modules) == 1:
             weights = list(weights[0].chunk(2))
             biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
-        return gated(x.x, *weights, activation, bias_gate=biases[0], bias_up=biases[1], **x.settings)
+        settings = {**x.settings, "adapters": self.adapters}
+        return gated(x.x, *weights, activation, bias_gate=biases[0], bias_up=biases[1], **settings)
 
     def in_parts(self, x: torch.Tensor) -> Parts | None:
         from pkv_hf.kernels.linear import in_parts
 
         (module,) = self.modules
-        return in_parts(x, module.weight, module.bias)
+        return in_parts(x, module.weight, module.bias, self.adapters)

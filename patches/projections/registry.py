@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from pkv_hf.patches.projections.base import Modules, Projection
+from pkv_hf.patches.projections.lora import Beside, bare
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
 
@@ -32,10 +33,34 @@ class Kinds:
         found = [*reasons, *(kind.why_not(x) for kind in kinds[:-1])]
         return found if all(found) else []
 
+    def read(self, modules: Modules) -> None:
+        """Reads the modules, so that nothing is left to be read while a CUDA graph is captured."""
+        self._of(modules)
+
     def _of(self, modules: Modules) -> tuple[list[Projection], list[str]]:
         """The kinds that take the modules with some x, and why the others do not."""
         if modules not in self._read:
-            found = [kind.read(modules) for kind in KINDS]
-            kinds = [each for each in found if not isinstance(each, str)]
-            self._read[modules] = kinds, [each for each in found if isinstance(each, str)]
+            self._read[modules] = _read(modules)
         return self._read[modules]
+
+
+def _read(modules: Modules) -> tuple[list[Projection], list[str]]:
+    """The kinds that take modules, with adapters where there are such; at last the modules as they are."""
+    found = bare(modules)
+    if isinstance(found, str):
+        return [Own(modules)], [found]
+    bases, adapters = found
+    kinds: list[Projection] = []
+    reasons: list[str] = []
+    for kind in KINDS:
+        projection = kind.read(bases)
+        if isinstance(projection, str):
+            reasons.append(projection)
+        elif adapters is None:
+            kinds.append(projection)
+        elif isinstance(projection, Plain):
+            projection.adapters = adapters
+            kinds.append(projection)
+        else:
+            kinds.append(Beside(projection, adapters))
+    return (kinds if adapters is None else [*kinds, Own(modules)]), reasons

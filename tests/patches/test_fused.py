@@ -150,14 +150,6 @@ def test_a_sum_takes_no_norm_of_another_device_along():
     assert not hasattr(stream.result(elsewhere), HANDED_ON)
 
 
-def test_adapters_beside_fused_layers_are_as_exact_as_transformers():
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(0)
-    settings = peft.LoraConfig(target_modules=["o_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(tiny("llama", num_hidden_layers=1), settings).eval().to(torch.bfloat16)
-    judge(model.get_base_model(), left_padded(20))
-
-
 @pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
 def test_the_head_in_a_step_is_as_exact_as_transformers(lengths):
     """As generate() runs it, over tokens that are given."""

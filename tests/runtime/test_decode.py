@@ -300,5 +300,8 @@ class TestWatch:
         model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
         assert not watch.unchanged()
         watch = Watch(model.get_base_model(), model.config)
+        model.set_adapter("other")
+        assert not watch.unchanged()
+        watch = Watch(model.get_base_model(), model.config)
         model.merge_adapter()
         assert not watch.unchanged()
