@@ -75,7 +75,7 @@ def _forwards() -> list[Any]:
 def _unknown(module: Any, adapter: str) -> str:
     """What an adapter does that `Low` does not say; empty for nothing."""
     parts, dropout = (module.lora_A[adapter], module.lora_B[adapter]), module.lora_dropout[adapter]
-    if adapter in module.lora_variant or module.use_dora.get(adapter):
+    if adapter in getattr(module, "lora_variant", ()) or module.use_dora.get(adapter):
         return "is a variant of LoRA"
     if isinstance(dropout, _DropoutNd) and dropout.training and dropout.p:
         return "drops out in training mode"
@@ -87,6 +87,6 @@ def _unknown(module: Any, adapter: str) -> str:
         return "has a bias"
     if not isinstance(module.scaling[adapter], (int, float)):
         return f"is scaled by a {type(module.scaling[adapter]).__name__}"
-    if not module.cast_input_dtype_enabled:
+    if not getattr(module, "cast_input_dtype_enabled", True):
         return "does not cast its input"
     return ""
