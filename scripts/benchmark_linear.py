@@ -28,7 +28,7 @@ from pkv_hf.kernels.reference import adapted
 from pkv_hf.tables import table
 
 if TYPE_CHECKING:
-    from pkv_hf.kernels.products.adapters import Adapters
+    from pkv_hf.kernels.products.adapters import Adapter, Adapters
 
 BYTES = 300 << 20
 """Weights of a case are repeated to so many bytes, which no cache holds."""
@@ -59,6 +59,14 @@ def ours(
     if name == "gate-up":
         return gated(x, *weights, adapters=adapters)
     return linear(x, weights, residual=residual if name in ("output", "down") else None, adapters=adapters)
+
+
+def drawn_adapters(inputs: int, outputs: Sequence[int], rank: int) -> list[Adapter]:
+    """One for each weight, on the GPU."""
+    from pkv_hf.kernels.products.adapters import Adapter
+
+    shapes = [((rank, inputs), (count, rank)) for count in outputs]
+    return [Adapter(*(torch.randn(shape, device="cuda") * shape[1] ** -0.5 for shape in pair), 0.5) for pair in shapes]
 
 
 def products(x: torch.Tensor, weights: list[torch.Tensor], lora: Lora = ()) -> list[torch.Tensor]:
@@ -127,7 +135,7 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measures every case. Returns 1 where one is wrong."""
     needs("triton")
-    from pkv_hf.kernels.products.adapters import Adapter, Adapters
+    from pkv_hf.kernels.products.adapters import Adapters
 
     if not torch.cuda.is_available():
         raise UsageError("there is no GPU here, and it times kernels of one: run it where torch finds CUDA")
@@ -140,28 +148,20 @@ def run(arguments: argparse.Namespace) -> int:
                 [torch.randn(count, inputs, device="cuda", dtype=torch.bfloat16) * inputs**-0.5 for count in outputs]
                 for _ in range(max(2, -(-BYTES // nbytes)))
             ]
-            lora = (
-                [
-                    Adapter(
-                        torch.randn(arguments.adapters, inputs, device="cuda") * inputs**-0.5,
-                        torch.randn(each, arguments.adapters, device="cuda") * arguments.adapters**-0.5,
-                        0.5,
-                    )
-                    for each in outputs
-                ]
-                if arguments.adapters
-                else []
-            )
+            lora = drawn_adapters(inputs, outputs, arguments.adapters) if arguments.adapters else []
             adapters = Adapters([[adapter] for adapter in lora]) if lora else None
             for rows in arguments.rows:
                 x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
                 residual = torch.randn(rows, outputs[0], device="cuda", dtype=torch.bfloat16)
-                exact = expected(name, x, sets[0], residual, lora)
-                found = ours(name, x, sets[0], residual, adapters)
-                error = (found - exact).square().mean().sqrt() / exact.square().mean().sqrt()
-                if not error < 2**-8:
-                    print(f"error: {shape} {name} on {rows} rows is off by {float(error):.2g}")
-                    return 1
+                for given, read in ((), None), *([(lora, adapters)] if lora else []):
+                    exact = expected(name, x, sets[0], residual, given)
+                    off = ours(name, x, sets[0], residual, read) - exact
+                    error = off.square().mean().sqrt() / exact.square().mean().sqrt()
+                    if not error < 2**-8:
+                        print(
+                            f"error: {shape} {name} on {rows} rows, {len(given)} adapters, is off by {float(error):.2g}"
+                        )
+                        return 1
                 engines: dict[str, list[Callable[[], object]]] = {
                     "cublas": [functools.partial(products, x, weights) for weights in sets],
                     "pkv_hf": [functools.partial(ours, name, x, weights, residual) for weights in sets],
