@@ -100,7 +100,7 @@ class Draw:
         return memory[self.begin : self.begin + count].view(shape).copy_(drawn)
 
 
-def _varied(rng: np.random.Generator) -> dict[str, Any]:
+def varied(rng: np.random.Generator) -> dict[str, Any]:
     """What any case draws anew: the scale of its inputs, an epsilon, whether tensors are aligned, and a seed."""
     return {
         "scale": float(10 ** rng.uniform(-1, 1)),
@@ -164,7 +164,7 @@ class LinearCase:
             rows=1 if self.rows == 1 else int(rng.integers(2, linear.MAX_ROWS + 1)),
             inputs=_width(rng, longest),
             outputs=outputs[:1] * 2 if self.gated else outputs,
-            **_varied(rng),
+            **varied(rng),
         )
 
 
@@ -251,7 +251,7 @@ class ElementwiseCase:
             rows=log_uniform(rng, 64),
             width=_width(rng, longest),
             strided=self.operation != "add_norms" and bool(rng.random() < 0.5),
-            **_varied(rng),
+            **varied(rng),
         )
 
 
