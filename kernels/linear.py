@@ -22,7 +22,7 @@ from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
 from pkv_hf.kernels.products.adapters import Adapters, Shrunk, shrink, with_adapters
 from pkv_hf.kernels.products.blocks import MAX_ROWS, Block, choose_block, most, padded
-from pkv_hf.kernels.products.epilogue import Parts, add_parts, finish, finish_gated
+from pkv_hf.kernels.products.epilogue import Parts, add_parts, elements, finish, store_gated
 from pkv_hf.kernels.products.loops import products
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -97,22 +97,15 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
         y += bias
         if TAIL > 0:
             tail += bias
-    at, mask = _elements(0, BLOCK_M, rows, n, outputs, column, width)
+    at, mask = elements(0, BLOCK_M, rows, n, outputs, column, width)
     if RESIDUAL and BLOCK_M > 1:
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
     finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
     if TAIL > 0:
-        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
+        at, mask = elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
         if RESIDUAL:
             residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
         finish(tail, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
-
-
-@triton.jit
-def _elements(first, COUNT: tl.constexpr, rows, n, outputs, column, width):
-    """Where COUNT rows' outputs n of a weight are in out, from row `first`, and which of them there are."""
-    m = first + tl.arange(0, COUNT)
-    return m.to(tl.int64)[:, None] * width + (column + n)[None, :], (m < rows)[:, None] & (n < outputs)[None, :]
 
 
 @triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps"])
@@ -146,20 +139,11 @@ def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, 
         if TAIL > 0:
             gate_tail += bias_gate
             up_tail += bias_up
-    at, mask = _elements(0, BLOCK_M, rows, n, outputs, 0, outputs)
-    _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
+    at, mask = elements(0, BLOCK_M, rows, n, outputs, 0, outputs)
+    store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
     if TAIL > 0:
-        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, 0, outputs)
-        _store_gated(gate_tail, up_tail, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
-
-
-@triton.jit
-def _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr):
-    if PARTS:
-        tl.store(out_ptr + at, gate, mask=mask)
-        tl.store(out_ptr + at + rows.to(tl.int64) * outputs, up, mask=mask)
-    else:
-        finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
+        at, mask = elements(BLOCK_M, TAIL, rows, n, outputs, 0, outputs)
+        store_gated(gate_tail, up_tail, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
 
 
 _linear, _gated = Launcher(linear_kernel, fp_fusion=True), Launcher(gated_kernel, fp_fusion=True)

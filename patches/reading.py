@@ -17,6 +17,7 @@ from torch import nn
 
 from pkv_hf.patches.description import Branch, Layer, Norm
 from pkv_hf.patches.parts import as_is, attention_of, close, mlp_of, norm_of
+from pkv_hf.patches.projections.bnb4 import compute_in_float32
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
 
@@ -29,7 +30,10 @@ layers that share a description are not."""
 
 
 def twin_of(layer: nn.Module) -> nn.Module:
-    """A copy of a layer in float32, without what is set on its modules. Its configuration and state are shared."""
+    """A copy of a layer that computes in float32, without what is set on its modules.
+
+    Its configuration and state are shared.
+    """
     # What is set on them knows all modules of the model: none of it may be copied.
     kept = ("config", STATE, *SET_ON)
     memo = {id(value): value for inner in layer.modules() for name, value in vars(inner).items() if name in kept}
@@ -37,6 +41,7 @@ def twin_of(layer: nn.Module) -> nn.Module:
     for inner in twin.modules():
         for name in SET_ON:
             vars(inner).pop(name, None)
+        compute_in_float32(inner)
     return twin.float()
 
 

@@ -101,7 +101,7 @@ class Draw:
         return memory[self.begin : self.begin + count].view(shape).copy_(drawn)
 
 
-def _varied(rng: np.random.Generator) -> dict[str, Any]:
+def varied(rng: np.random.Generator) -> dict[str, Any]:
     """What any case draws anew: the scale of its inputs, an epsilon, whether tensors are aligned, and a seed."""
     return {
         "scale": float(10 ** rng.uniform(-1, 1)),
@@ -171,7 +171,7 @@ class LinearCase:
             inputs=_width(rng, longest),
             outputs=outputs[:1] * 2 if self.gated else outputs,
             ranks=_ranks(rng, len(outputs)) if self.lora_dtype else (),
-            **_varied(rng),
+            **varied(rng),
         )
 
 
@@ -277,7 +277,7 @@ class ElementwiseCase:
             rows=log_uniform(rng, 64),
             width=_width(rng, longest),
             strided=self.operation != "add_norms" and bool(rng.random() < 0.5),
-            **_varied(rng),
+            **varied(rng),
         )
 
 

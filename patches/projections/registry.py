@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 
 from pkv_hf.patches.projections.base import Modules, Projection
+from pkv_hf.patches.projections.bnb4 import Linear4
 from pkv_hf.patches.projections.lora import Beside, bare
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
 
-KINDS: tuple[type[Projection], ...] = (Plain, Own)
+KINDS: tuple[type[Projection], ...] = (Plain, Linear4, Own)
 """In the order in which they are asked; the last takes everything."""
 
 

@@ -17,13 +17,14 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # The interpreter's functions do not compile, so a process without it does, one a target.
 COMPILE = """
 import json, re, subprocess, sys, tempfile
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from pkv_hf.kernels import append, elementwise, linear, rope
 from pkv_hf.kernels.attention import split, workqueue
 from pkv_hf.kernels.products import adapters, blocks, epilogue
+from pkv_hf.kernels.quantized import blocks as blocks4, codes, linear4
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
 
@@ -133,6 +134,30 @@ def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, **f
     return compiled(gpu, kernel, half, form, block.num_warps, **alike, **(LORA if ADAPTERS else {}))
 
 LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
+
+def of_4_bits(kernel, rows, outputs, at_once, nested, quant_type, **form):
+    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, by_sums=target < 80)
+    block_m, tail = block.padded(rows)
+    asm = codes.ptx(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
+    form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
+                EVEN=True, NORM=rows == 1, OFFSET=0.0, PARTS=False, ASM=asm, VALUES=codes.VALUES[quant_type], QBLOCK=64,
+                NESTED=nested, FORM=block.form, **form)
+    pointers = {"x_ptr": "*i32"}
+    for name in kernel.kernel.arg_names:
+        if name in ("a_ptr", "b_ptr", "c_ptr", "gate_ptr", "up_ptr"):
+            pointers[name] = "*u16"
+        elif name.startswith(("absmax2_", "code_", "offset_")):
+            pointers[name] = "*fp32"
+        elif name.startswith("absmax_"):
+            pointers[name] = "*u8" if nested else "*fp32"
+    return compiled(gpu, kernel, half, form, block.num_warps, **pointers)
+
+for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
+    nested, quant_type = rows != 8, "nf4" if rows > 1 else "fp4"
+    residual = dict(WEIGHTS=1, BIAS=True, RESIDUAL=True, SCALED=False, ACTIVATION=None)
+    used[f"linear4 {rows}"] = of_4_bits(linear4._linear4, rows, 4096, 1, nested, quant_type, **residual)
+    used[f"gated4 {rows}"] = of_4_bits(
+        linear4._gated4, rows, 14336, 2, nested, quant_type, BIAS=False, ACTIVATION="silu")
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
 for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -229,6 +254,7 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + (33 if target >= 80 else 25) + (4 if target < 89 else 8) + 21 * (target in (75, 90))
+    bits4 = {75: 23, 90: 37}.get(target, 33)
+    assert len(used) >= 7 * must + bits4 + 4 + (4 if target < 89 else 8) + 21 * (target in (75, 90))
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
