@@ -20,7 +20,7 @@ from pkv_hf.kernels.activations import check_activation
 from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
-from pkv_hf.kernels.products.adapters import Adapters, Shrunk, shrink, with_adapters
+from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink, with_adapters
 from pkv_hf.kernels.products.blocks import MAX_ROWS, Block, choose_block, most, padded
 from pkv_hf.kernels.products.epilogue import Parts, add_parts, elements, finish, store_gated
 from pkv_hf.kernels.products.loops import products
@@ -264,7 +264,7 @@ def _launch(
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
     constants = len(weights), *epilogue, *_switches(x, norm, offset, block, shrunk)
-    lora, pointers = _read(x, shrunk)
+    lora, pointers = read(x, shrunk)
     _linear(
         (x.dtype, lora, x.device, block.num_warps, constants),
         (sum(-(-len(weight) // block.outputs) for weight in weights), parts, 1),
@@ -273,11 +273,6 @@ def _launch(
         (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
-
-
-def _read(x: torch.Tensor, shrunk: Shrunk | None) -> tuple[torch.dtype | None, tuple[torch.Tensor, ...]]:
-    """The dtype of adapters, and what a kernel reads of them."""
-    return (None, (x, x, x)) if shrunk is None else (shrunk.adapters.dtype, shrunk.pointers)
 
 
 def gated(
@@ -312,7 +307,7 @@ def gated(
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty((parts, 2, rows, len(gate)), dtype=torch.float32, device=x.device)
     shrunk = None if adapters is None else shrink(x, adapters, [len(gate)] * 2, norm, offset)
-    switches, (lora, pointers) = _switches(x, norm, offset, block, shrunk), _read(x, shrunk)
+    switches, (lora, pointers) = _switches(x, norm, offset, block, shrunk), read(x, shrunk)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = tuple(x if vector is None else vector for vector in (bias_gate, bias_up, norm))
     _gated(

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.kernels import elementwise, linear, reference
+from pkv_hf.kernels.checks.adapters import drawn_adapters, drawn_dtype, drawn_ranks, with_adapters
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
 from pkv_hf.kernels.products import adapters
 from pkv_hf.kernels.products.blocks import MOST_PARTS
@@ -160,7 +161,7 @@ class LinearCase:
             activation=str(rng.choice(ACTIVATIONS)) if active else None,
             offset=float(rng.choice(OFFSETS)),
             multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
-            lora_dtype=adapters.DTYPES[rng.integers(len(adapters.DTYPES))] if rng.random() < 0.4 else None,
+            lora_dtype=drawn_dtype(rng),
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> LinearCase:
@@ -170,16 +171,9 @@ class LinearCase:
             rows=1 if self.rows == 1 else int(rng.integers(2, linear.MAX_ROWS + 1)),
             inputs=_width(rng, longest),
             outputs=outputs[:1] * 2 if self.gated else outputs,
-            ranks=_ranks(rng, len(outputs)) if self.lora_dtype else (),
+            ranks=drawn_ranks(rng, len(outputs)) if self.lora_dtype else (),
             **varied(rng),
         )
-
-
-def _ranks(rng: np.random.Generator, weights: int) -> tuple[tuple[int, ...], ...]:
-    """Of one to three adapters for each of some weights, at least one."""
-    counts = rng.integers(0, 4, weights)
-    counts[rng.integers(weights)] += 1
-    return tuple(tuple(log_uniform(rng, 80) for _ in range(count)) for count in counts)
 
 
 def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Result]:
@@ -190,12 +184,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
-    lora: list[list[adapters.Adapter]] = [[] for _ in weights]
-    for of_weight, ranks, count in zip(lora, case.ranks, case.outputs):
-        for rank in ranks:
-            a = draw(rank, case.inputs, scale=case.inputs**-0.5, dtype=case.lora_dtype)
-            b = draw(count, rank, scale=rank**-0.5, dtype=case.lora_dtype)
-            of_weight.append(adapters.Adapter(a, b, case.multiplier * 1.5))
+    lora = drawn_adapters(draw, case.inputs, case.outputs, case.ranks, case.lora_dtype)
 
     def by_torch(dtype: torch.dtype) -> torch.Tensor:
         wide = x.to(dtype)
@@ -205,10 +194,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
             functional.linear(wide, weight.to(dtype), bias if bias is None else bias.to(dtype))
             for weight, bias in zip(weights, biases)
         ]
-        for i, of_weight in enumerate(lora):
-            exact = dtype == torch.float64
-            given = [(a.double(), b.double(), scaling) if exact else (a, b, scaling) for a, b, scaling in of_weight]
-            products[i] = reference.adapted(products[i], wide, given)
+        products = [with_adapters(y, wide, of_weight) for y, of_weight in zip(products, lora)]
         if case.activation is not None:
             products[0] = reference.activation(products[0], case.activation)
         if case.gated:

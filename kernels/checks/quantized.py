@@ -11,8 +11,10 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.kernels import reference
+from pkv_hf.kernels.checks.adapters import drawn_adapters, drawn_dtype, drawn_ranks, with_adapters
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch
 from pkv_hf.kernels.checks.layers import ACTIVATIONS, EPS, MULTIPLIERS, OFFSETS, Draw, Result, beside, varied
+from pkv_hf.kernels.products import adapters
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.quantized import linear4
 from pkv_hf.kernels.quantized.blocks import FORMS, Block4
@@ -40,6 +42,10 @@ class Linear4Case:
     activation: str | None = None
     offset: float = 0.0
     multiplier: float = 1.0
+    lora_dtype: torch.dtype | None = None
+    """Of adapters; None for none."""
+    ranks: tuple[tuple[int, ...], ...] = ()
+    """Of each weight's adapters."""
     inputs: int = 0
     scale: float = 1.0
     eps: float = EPS[0]
@@ -71,6 +77,7 @@ class Linear4Case:
             activation=str(rng.choice(ACTIVATIONS)) if active else None,
             offset=float(rng.choice(OFFSETS)),
             multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
+            lora_dtype=drawn_dtype(rng),
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> Linear4Case:
@@ -80,6 +87,7 @@ class Linear4Case:
             rows=1 if self.rows == 1 else int(rng.integers(2, MAX_ROWS + 1)),
             inputs=self.block * log_uniform(rng, max(1, longest // self.block)),
             outputs=outputs[:1] * 2 if self.gated else outputs,
+            ranks=drawn_ranks(rng, len(outputs)) if self.lora_dtype else (),
             **varied(rng),
         )
 
@@ -119,6 +127,7 @@ def check_linear4(case: Linear4Case, device: torch.device | str) -> dict[str, Re
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
+    lora = drawn_adapters(draw, case.inputs, case.outputs, case.ranks, case.lora_dtype)
 
     def by_torch(dtype: torch.dtype) -> torch.Tensor:
         """As modules compute: weights are dequantised in float32 and rounded."""
@@ -129,6 +138,7 @@ def check_linear4(case: Linear4Case, device: torch.device | str) -> dict[str, Re
             functional.linear(wide, dequantized(weight, made).to(dtype), bias if bias is None else bias.to(dtype))
             for weight, bias in zip(weights, biases)
         ]
+        products = [with_adapters(y, wide, of_weight) for y, of_weight in zip(products, lora)]
         if case.activation is not None:
             products[0] = reference.activation(products[0], case.activation)
         if case.gated:
@@ -137,6 +147,8 @@ def check_linear4(case: Linear4Case, device: torch.device | str) -> dict[str, Re
         return y if residual is None else y + residual.to(dtype)
 
     settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset, "block": case.cut}
+    if case.ranks:
+        settings["adapters"] = adapters.Adapters(lora)
     with poisoned_scratch():
         if case.gated:
             bias_gate, bias_up = biases

@@ -138,10 +138,12 @@ class Shrunk(NamedTuple):
     """Float32 `[parts, rows, 16 * blocks]`, to be summed over the parts; without an RMSNorm's factor 1 / rms(x)."""
     adapters: Adapters
 
-    @property
-    def pointers(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """table_ptr, h_ptr and lora_ptr."""
-        return self.adapters.table, self.h, self.adapters.like
+
+def read(x: torch.Tensor, shrunk: Shrunk | None) -> tuple[torch.dtype | None, tuple[torch.Tensor, ...]]:
+    """The dtype of adapters, and table_ptr, h_ptr and lora_ptr of a product's kernel; of x where there are none."""
+    if shrunk is None:
+        return None, (x, x, x)
+    return shrunk.adapters.dtype, (shrunk.adapters.table, shrunk.h, shrunk.adapters.like)
 
 
 @triton.jit
@@ -247,7 +249,10 @@ def _with_adapters(y, table_ptr, h_ptr, lora_ptr, weight, first, rows, n, output
             h = tl.load(h_ptr + at, mask=h_mask, other=0.0)
             for i in tl.static_range(1, PARTS):
                 h += tl.load(h_ptr + at + i * rows.to(tl.int64) * width, mask=h_mask, other=0.0)
-            added = tl.dot(b, tl.trans(h), added, input_precision="tf32x3")
+            if BLOCK_M < 16:  # less than the tensor cores take
+                added += tl.sum(b[:, None, :] * h[None, :, :], 2)
+            else:
+                added = tl.dot(b, tl.trans(h), added, input_precision="tf32x3")
     return y + factor * tl.trans(added)
 
 
@@ -298,10 +303,10 @@ def expand(y: torch.Tensor, shrunk: Shrunk, weight: int = 0) -> torch.Tensor:
     """y + h B^T of weight number `weight`, rounded to y's dtype; y `[rows, outputs]` is contiguous, a product's."""
     rows, outputs = y.shape
     block_m, out = 1 if rows == 1 else 16, torch.empty_like(y)
-    constants = len(shrunk.h), block_m, OUTPUTS, overlaps(y.device)
+    constants, (lora, pointers) = (len(shrunk.h), block_m, OUTPUTS, overlaps(y.device)), read(y, shrunk)
     _expand(
-        (y.dtype, shrunk.adapters.dtype, y.device, constants), (-(-outputs // OUTPUTS), -(-rows // block_m), 1),
-        (y, *shrunk.pointers, out), (weight, rows, outputs), constants,
+        (y.dtype, lora, y.device, constants), (-(-outputs // OUTPUTS), -(-rows // block_m), 1),
+        (y, *pointers, out), (weight, rows, outputs), constants,
         num_warps=4, **options(y.device),
     )  # fmt: skip
     return out

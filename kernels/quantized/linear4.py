@@ -12,6 +12,7 @@ from pkv_hf.kernels.launch import Remembered, capability, described, device_limi
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.linear import DTYPES
 from pkv_hf.kernels.pdl import options, overlaps
+from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.products.epilogue import Parts, add_parts
 from pkv_hf.kernels.quantized import codes
@@ -73,14 +74,15 @@ def _asm(x: torch.Tensor, weight: Weight4) -> tuple[str, ...] | None:
 
 
 def _constants(
-    x: torch.Tensor, weight: Weight4, norm: torch.Tensor | None, offset: float, block: Block4
+    x: torch.Tensor, weight: Weight4, norm: torch.Tensor | None, offset: float, block: Block4, shrunk: Shrunk | None
 ) -> tuple[Any, ...]:
     """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
     return (
-        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, _asm(x, weight),
-        codes.VALUES[weight.quant_type], weight.block, weight.nested is not None, block.form, *block.padded(rows),
-        block.outputs, block.inputs, block.num_stages, overlaps(x.device),
+        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1,
+        0 if shrunk is None else len(shrunk.h), _asm(x, weight), codes.VALUES[weight.quant_type], weight.block,
+        weight.nested is not None, block.form, *block.padded(rows), block.outputs, block.inputs, block.num_stages,
+        overlaps(x.device),
     )  # fmt: skip
 
 
@@ -102,6 +104,7 @@ def linear4(
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
     activation: str | None = None,
+    adapters: Adapters | None = None,
     block: Block4 | None = None,
 ) -> torch.Tensor:
     """residual + scale * (norm(x) W^T + bias) as `linear.linear`, of one weight of 4 bits or of three.
@@ -123,34 +126,40 @@ def linear4(
     outputs = [weight.outputs for weight in weights]
     width = sum(outputs)
     block = block or _block(x, width, 1, norm)
+    shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
-        add_parts(_sums(x, weights, block), out, biases[: len(weights)], outputs, residual, scale, activation)
+        add_parts(_sums(x, weights, block, shrunk), out, biases[: len(weights)], outputs, residual, scale, activation)
     else:
-        _launch(x, weights, block, out, biases, norm, eps, offset, residual, scale, activation)
+        _launch(x, weights, block, out, shrunk, biases, norm, eps, offset, residual, scale, activation)
     return out
 
 
-def in_parts4(x: torch.Tensor, weight: Weight4, bias: torch.Tensor | None) -> Parts | None:
-    """x W^T + bias as `linear4` takes it, left in the parts that its launch is cut into; None where it is not cut.
+def in_parts4(
+    x: torch.Tensor, weight: Weight4, bias: torch.Tensor | None, adapters: Adapters | None = None
+) -> Parts | None:
+    """x W^T + bias, with adapters, as `linear4` takes it, left in the parts that its launch is cut into; None for one.
 
     `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
     """
     _check(x, {"weight": weight}, {"bias": bias})
     block = _block(x, weight.outputs, 1, None)
-    return Parts(_sums(x, [weight], block), bias) if block.cut(x.shape[1])[0] > 1 else None
+    if block.cut(x.shape[1])[0] == 1:
+        return None
+    shrunk = None if adapters is None else shrink(x, adapters, [weight.outputs])
+    return Parts(_sums(x, [weight], block, shrunk), bias)
 
 
-def _sums(x: torch.Tensor, weights: Sequence[Weight4], block: Block4) -> torch.Tensor:
+def _sums(x: torch.Tensor, weights: Sequence[Weight4], block: Block4, shrunk: Shrunk | None) -> torch.Tensor:
     """Float32 `[parts, rows, sum of outputs]` of a product that a block cuts."""
     shape = block.cut(x.shape[1])[0], len(x), sum(weight.outputs for weight in weights)
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _launch(x, weights, block, sums)
+    _launch(x, weights, block, sums, shrunk)
     return sums
 
 
 def _launch(
-    x: torch.Tensor, weights: Sequence[Weight4], block: Block4, out: torch.Tensor,
+    x: torch.Tensor, weights: Sequence[Weight4], block: Block4, out: torch.Tensor, shrunk: Shrunk | None,
     biases: Sequence[torch.Tensor | None] = (None,), norm: torch.Tensor | None = None, eps: float = 0.0,
     offset: float = 0.0, residual: torch.Tensor | None = None, scale: float = 1.0, activation: str | None = None,
 ) -> None:  # fmt: skip
@@ -160,12 +169,13 @@ def _launch(
     a, b, c = weights if len(weights) == 3 else (weights[0],) * 3
     bias_a, bias_b, bias_c = (x if bias is None else bias for bias in (tuple(biases) * 3)[:3])
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
-    constants = len(weights), *epilogue, *_constants(x, a, norm, offset, block)
+    constants = len(weights), *epilogue, *_constants(x, a, norm, offset, block, shrunk)
+    lora, pointers = read(x, shrunk)
     _linear4(
-        (x.dtype, x.device, block.num_warps, constants),
+        (x.dtype, lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
         (_words(x), *a.tensors, *b.tensors, *c.tensors, bias_a, bias_b, bias_c, x if residual is None else residual,
-         x if norm is None else norm, out),
+         x if norm is None else norm, *pointers, out),
         (rows, a.outputs, b.outputs, c.outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -182,6 +192,7 @@ def gated4(
     offset: float = 0.0,
     bias_gate: torch.Tensor | None = None,
     bias_up: torch.Tensor | None = None,
+    adapters: Adapters | None = None,
     block: Block4 | None = None,
 ) -> torch.Tensor:
     """act(norm(x) G^T + bias) * (norm(x) U^T + bias) as `linear.gated`, of weights as `linear4` takes them."""
@@ -198,13 +209,14 @@ def gated4(
     sums = out
     if parts > 1:
         sums = torch.empty((parts, 2, rows, gate.outputs), dtype=torch.float32, device=x.device)
-    switches = _constants(x, gate, norm, offset, block)
+    shrunk = None if adapters is None else shrink(x, adapters, [gate.outputs] * 2, norm, offset)
+    switches, (lora, pointers) = _constants(x, gate, norm, offset, block, shrunk), read(x, shrunk)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
     _gated4(
-        (x.dtype, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *gate.tensors, *up.tensors, *vectors, sums), (rows, gate.outputs, inputs, part_blocks, eps),
-        constants, num_warps=block.num_warps, **options(x.device),
+        (x.dtype, lora, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
+        (_words(x), *gate.tensors, *up.tensors, *vectors, *pointers, sums),
+        (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:
         add_parts(sums, out, (bias_gate, bias_up), [gate.outputs] * 2, None, 1.0, activation, gated=True)

@@ -187,11 +187,12 @@ def by_dot(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
     if TAIL > 0:
         tail = _rows(tail, G, TAIL)
         tail2 = _rows(tail2, G, TAIL)
+    factor = 1.0
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
         y *= factor
         y2 *= factor
-    return y, y2, tail, tail2
+    return y, y2, tail, tail2, factor
 
 
 @triton.jit
@@ -253,11 +254,12 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             y2 += _of_groups(packed, x, TYPE, ASM, VALUES) * scale
     total = tl.sum(y, 1)[None, :]
     total2 = tl.sum(y2, 1)[None, :]
+    factor = 1.0
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
         total *= factor
         total2 *= factor
-    return total, total2
+    return total, total2, factor
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 from pkv_hf.patches.projections.base import Modules, Normed, Projection, named
 
 if TYPE_CHECKING:
+    from pkv_hf.kernels.products.adapters import Adapters
     from pkv_hf.kernels.products.epilogue import Parts
     from pkv_hf.kernels.quantized.weights import Weight4
 
@@ -35,6 +36,7 @@ class Linear4(Projection):
 
     def __init__(self, modules: Modules, weights: list[Weight4]) -> None:
         super().__init__(modules)
+        self.adapters: Adapters | None = None
         self._weights = weights
         self._outputs = [weight.outputs for weight in weights]
 
@@ -78,6 +80,7 @@ class Linear4(Projection):
 
         biases = [module.bias for module in self.modules]
         settings: dict[str, Any] = {"residual": residual, "scale": scale, "activation": activation}
+        settings["adapters"] = self.adapters
         return linear4(x.x, self._weights, biases, **settings, **x.settings)
 
     def each(self, x: Normed) -> Sequence[torch.Tensor]:
@@ -90,13 +93,14 @@ class Linear4(Projection):
         if len(self.modules) == 1:  # scales of the second half may begin inside a block of second scales
             return act_mul(*self.linear(x).chunk(2, dim=-1), activation)
         gate, up = (module.bias for module in self.modules)
-        return gated4(x.x, *self._weights, activation, bias_gate=gate, bias_up=up, **x.settings)
+        settings = {**x.settings, "adapters": self.adapters}
+        return gated4(x.x, *self._weights, activation, bias_gate=gate, bias_up=up, **settings)
 
     def in_parts(self, x: torch.Tensor) -> Parts | None:
         from pkv_hf.kernels.quantized.linear4 import in_parts4
 
         (module,) = self.modules
-        return in_parts4(x, self._weights[0], module.bias)
+        return in_parts4(x, self._weights[0], module.bias, self.adapters)
 
 
 def _weight_of(module: Any) -> Weight4 | str:

@@ -59,7 +59,7 @@ def _read(modules: Modules) -> tuple[list[Projection], list[str]]:
             reasons.append(projection)
         elif adapters is None:
             kinds.append(projection)
-        elif isinstance(projection, Plain):
+        elif isinstance(projection, (Plain, Linear4)):
             projection.adapters = adapters
             kinds.append(projection)
         else:

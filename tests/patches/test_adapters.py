@@ -21,6 +21,7 @@ from pkv_hf.kernels.products import adapters as products
 from pkv_hf.patches import check
 from pkv_hf.patches.projections import registry
 from pkv_hf.patches.projections.base import Normed
+from pkv_hf.patches.projections.bnb4 import Linear4
 from pkv_hf.patches.projections.lora import Beside
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
@@ -177,3 +178,25 @@ def test_the_base_layer_alone_is_no_adapter():
     module = nn.Linear(64, 48).bfloat16()
     kind = Kinds()((module,), torch.zeros(1, 64).bfloat16())
     assert (type(kind), kind.adapters) == (Plain, None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 3])
+def test_adapters_of_4_bit_layers_are_in_their_launch(rows):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.ModuleDict({"proj": bnb.nn.Linear4bit(64, 64, compute_dtype=torch.bfloat16, quant_type="nf4")})
+    model["proj"].bias.data = torch.randn(64).bfloat16()
+    model["proj"].to("cpu").support_avx512bf16_for_cpu = False  # where a CPU has that, weights are in another order
+    model.is_loaded_in_4bit = True
+    settings = peft.LoraConfig(target_modules=["proj"], init_lora_weights=False)
+    module = peft.get_peft_model(model, settings).eval().base_model.model["proj"]
+    x = torch.randn(rows, 64).bfloat16()
+    kind = Kinds()((module,), x)
+    assert type(kind) is Linear4
+    assert kind.adapters is not None
+    base = module.base_layer
+    weight = bnb.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
+    a, b = module.lora_A["default"].weight.double(), module.lora_B["default"].weight.double()
+    exact = functional.linear(x.double(), weight.double() + module.scaling["default"] * b @ a, base.bias.double())
+    assert rms(module(x) - exact) > 0
+    assert rms(kind.linear(Normed(x)) - exact) <= 2 * rms(module(x) - exact)
