@@ -79,7 +79,7 @@ def _constants(
     rows, inputs = x.shape
     return (
         norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, _asm(x, weight),
-        codes.VALUES[weight.quant_type], weight.block, weight.nested is not None, block.form, *block.padded(rows),
+        weight.block, weight.nested is not None, block.form, *block.padded(rows),
         block.outputs, block.inputs, block.num_stages, overlaps(x.device),
     )  # fmt: skip
 
@@ -165,7 +165,7 @@ def _launch(
         (x.dtype, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
         (_words(x), *a.tensors, *b.tensors, *c.tensors, bias_a, bias_b, bias_c, x if residual is None else residual,
-         x if norm is None else norm, out),
+         x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), out),
         (rows, a.outputs, b.outputs, c.outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -201,9 +201,10 @@ def gated4(
     switches = _constants(x, gate, norm, offset, block)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
+    values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
         (x.dtype, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *gate.tensors, *up.tensors, *vectors, sums), (rows, gate.outputs, inputs, part_blocks, eps),
+        (_words(x), *gate.tensors, *up.tensors, *vectors, values, sums), (rows, gate.outputs, inputs, part_blocks, eps),
         constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:
