@@ -81,7 +81,7 @@ class Linear4Case:
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> Linear4Case:
-        outputs = tuple(log_uniform(rng, longest) for _ in self.outputs)
+        outputs = tuple(7 + log_uniform(rng, longest) for _ in self.outputs)
         return dataclasses.replace(
             self,
             rows=1 if self.rows == 1 else int(rng.integers(2, MAX_ROWS + 1)),

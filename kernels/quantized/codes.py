@@ -40,16 +40,21 @@ ZERO = "%lanemask_lt"
 CONSTRAINTS = "=&r,=&r,r,r"  # results are written before all is read
 
 
+@functools.cache
+def values(quant_type: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 16 values rounded to a half type, on a device."""
+    return torch.tensor(VALUES[quant_type], device=device).to(dtype)
+
+
 def bits(quant_type: str, dtype: torch.dtype) -> list[int]:
     """The 16 values rounded to a half type, as their 16 bits."""
-    rounded = torch.tensor(VALUES[quant_type], device="cpu").to(dtype)
-    return [int(value) & 0xFFFF for value in rounded.view(torch.int16)]
+    return [int(value) & 0xFFFF for value in values(quant_type, dtype, torch.device("cpu")).view(torch.int16)]
 
 
 def words(quant_type: str, dtype: torch.dtype) -> list[int]:
     """The 16 values' low bytes in four words of 32 bits, then their high bytes."""
-    values = bits(quant_type, dtype)
-    held = [value & 0xFF for value in values] + [value >> 8 for value in values]
+    table = bits(quant_type, dtype)
+    held = [value & 0xFF for value in table] + [value >> 8 for value in table]
     return [int.from_bytes(bytes(held[at : at + 4]), "little") for at in range(0, 32, 4)]
 
 

@@ -15,7 +15,7 @@ from pkv_hf.kernels.quantized.loops import by_dot, by_sums
 def _products(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
               w2_ptr, absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset_2_ptr, norm_ptr,
               rows, first, outputs, inputs, part_blocks, eps, NORM: tl.constexpr, OFFSET: tl.constexpr,
-              GATED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr,
+              GATED: tl.constexpr, EVEN: tl.constexpr, PARTS: tl.constexpr, ASM: tl.constexpr, values_ptr,
               QBLOCK: tl.constexpr, NESTED: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr,
               TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
               PDL: tl.constexpr):  # fmt: skip
@@ -25,7 +25,7 @@ def _products(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         y, y2, factor = by_sums(
             x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, w2_ptr, absmax_2_ptr, code_2_ptr,
             absmax2_2_ptr, offset_2_ptr, norm_ptr, first, outputs, inputs, eps, TYPE, NORM, OFFSET, GATED, EVEN, ASM,
-            VALUES, QBLOCK, NESTED, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
+            values_ptr, QBLOCK, NESTED, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
         tail, tail2 = y, y2
     else:
         begin = 0
@@ -36,7 +36,7 @@ def _products(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         y, y2, tail, tail2, factor = by_dot(
             x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, w2_ptr, absmax_2_ptr, code_2_ptr,
             absmax2_2_ptr, offset_2_ptr, norm_ptr, rows, first, outputs, inputs, begin, end, eps, TYPE, NORM, OFFSET,
-            GATED, EVEN, ASM, VALUES, QBLOCK, NESTED, FORM == "weights", BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES,
+            GATED, EVEN, ASM, values_ptr, QBLOCK, NESTED, FORM == "weights", BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES,
             PDL)  # fmt: skip
     return y, y2, tail, tail2, factor
 
@@ -45,14 +45,14 @@ def _products(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
 def linear4_kernel(x_ptr, a_ptr, absmax_a_ptr, code_a_ptr, absmax2_a_ptr, offset_a_ptr,
                    b_ptr, absmax_b_ptr, code_b_ptr, absmax2_b_ptr, offset_b_ptr,
                    c_ptr, absmax_c_ptr, code_c_ptr, absmax2_c_ptr, offset_c_ptr,
-                   bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr,
+                   bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr, values_ptr,
                    table_ptr, h_ptr, lora_ptr, out_ptr,
                    rows, outputs_a, outputs_b, outputs_c, inputs, part_blocks, scale, eps,
                    WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
                    ACTIVATION: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr,
-                   PARTS: tl.constexpr, ADAPTERS: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr,
-                   QBLOCK: tl.constexpr, NESTED: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr,
-                   TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                   PARTS: tl.constexpr, ADAPTERS: tl.constexpr, ASM: tl.constexpr, QBLOCK: tl.constexpr,
+                   NESTED: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+                   BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
     """As `linear.linear_kernel`, of weights of 4 bits, each with its scales and what those stand for."""
     block = tl.program_id(0)
@@ -95,7 +95,7 @@ def linear4_kernel(x_ptr, a_ptr, absmax_a_ptr, code_a_ptr, absmax2_a_ptr, offset
     y, _, tail, _, factor = _products(
         x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr,
         offset_ptr, norm_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps, NORM, OFFSET, False,
-        EVEN, PARTS, ASM, VALUES, QBLOCK, NESTED, FORM, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
+        EVEN, PARTS, ASM, values_ptr, QBLOCK, NESTED, FORM, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     if ADAPTERS > 0:  # noqa: SIM102, which leaves out the rest where it is not compiled
         if tl.program_id(1) == 0:
@@ -124,11 +124,11 @@ def linear4_kernel(x_ptr, a_ptr, absmax_a_ptr, code_a_ptr, absmax2_a_ptr, offset
 @triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps"])
 def gated4_kernel(x_ptr, gate_ptr, absmax_gate_ptr, code_gate_ptr, absmax2_gate_ptr, offset_gate_ptr,
                   up_ptr, absmax_up_ptr, code_up_ptr, absmax2_up_ptr, offset_up_ptr,
-                  bias_gate_ptr, bias_up_ptr, norm_ptr, table_ptr, h_ptr, lora_ptr, out_ptr,
+                  bias_gate_ptr, bias_up_ptr, norm_ptr, values_ptr, table_ptr, h_ptr, lora_ptr, out_ptr,
                   rows, outputs, inputs, part_blocks, eps,
                   ACTIVATION: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
                   EVEN: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr, ASM: tl.constexpr,
-                  VALUES: tl.constexpr, QBLOCK: tl.constexpr, NESTED: tl.constexpr, FORM: tl.constexpr,
+                  QBLOCK: tl.constexpr, NESTED: tl.constexpr, FORM: tl.constexpr,
                   BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As `linear.gated_kernel`, of weights of 4 bits."""
@@ -136,7 +136,7 @@ def gated4_kernel(x_ptr, gate_ptr, absmax_gate_ptr, code_gate_ptr, absmax2_gate_
     gate, up, gate_tail, up_tail, factor = _products(
         x_ptr, gate_ptr, absmax_gate_ptr, code_gate_ptr, absmax2_gate_ptr, offset_gate_ptr, up_ptr, absmax_up_ptr,
         code_up_ptr, absmax2_up_ptr, offset_up_ptr, norm_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM,
-        OFFSET, True, EVEN, PARTS, ASM, VALUES, QBLOCK, NESTED, FORM, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES,
+        OFFSET, True, EVEN, PARTS, ASM, values_ptr, QBLOCK, NESTED, FORM, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES,
         PDL)  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
     if ADAPTERS > 0:  # noqa: SIM102, as above

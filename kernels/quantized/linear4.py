@@ -80,9 +80,8 @@ def _constants(
     rows, inputs = x.shape
     return (
         norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1,
-        0 if shrunk is None else len(shrunk.h), _asm(x, weight), codes.VALUES[weight.quant_type], weight.block,
-        weight.nested is not None, block.form, *block.padded(rows), block.outputs, block.inputs, block.num_stages,
-        overlaps(x.device),
+        0 if shrunk is None else len(shrunk.h), _asm(x, weight), weight.block, weight.nested is not None, block.form,
+        *block.padded(rows), block.outputs, block.inputs, block.num_stages, overlaps(x.device),
     )  # fmt: skip
 
 
@@ -175,7 +174,7 @@ def _launch(
         (x.dtype, lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
         (_words(x), *a.tensors, *b.tensors, *c.tensors, bias_a, bias_b, bias_c, x if residual is None else residual,
-         x if norm is None else norm, *pointers, out),
+         x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
         (rows, a.outputs, b.outputs, c.outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -213,9 +212,10 @@ def gated4(
     switches, (lora, pointers) = _constants(x, gate, norm, offset, block, shrunk), read(x, shrunk)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
+    values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
         (x.dtype, lora, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *gate.tensors, *up.tensors, *vectors, *pointers, sums),
+        (_words(x), *gate.tensors, *up.tensors, *vectors, values, *pointers, sums),
         (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

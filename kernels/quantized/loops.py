@@ -23,16 +23,13 @@ NESTED_BLOCK = tl.constexpr(weights.NESTED)
 
 
 @triton.jit
-def decoded(packed, PLACE: tl.constexpr, TYPE: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr):
-    """The values of elements' weights at a place of 0 to 3, in a half type: by PTX, or by comparisons."""
+def decoded(packed, PLACE: tl.constexpr, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr):
+    """The values of elements' weights at a place of 0 to 3, in a half type: by PTX, or from a table."""
     if ASM is not None:
         found = tl.inline_asm_elementwise(ASM[PLACE], CONSTRAINTS, [packed], tl.uint16, True, 4).to(TYPE, bitcast=True)
     else:
         index = (packed >> (4 * (PLACE ^ 1))) & 15
-        value = tl.full(index.shape, VALUES[0], tl.float32)
-        for i in tl.static_range(1, 16):
-            value = tl.where(index == i, VALUES[i], value)
-        found = value.to(TYPE)
+        found = tl.load(values_ptr + index.to(tl.int32))
     return found
 
 
@@ -96,17 +93,17 @@ def _spread(scale, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(y, packed, x, scale, of_group, TYPE: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr,
+def _multiplied(y, packed, x, scale, of_group, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr,
                 SCALE_WEIGHTS: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """y plus the product of a block; scale [outputs, groups]."""
     if SCALE_WEIGHTS:
         factor = _spread(scale, ELEMENTS).to(TYPE)
         for i in tl.static_range(4):
-            y = tl.dot(decoded(packed, i, TYPE, ASM, VALUES) * factor, x[i], y)
+            y = tl.dot(decoded(packed, i, TYPE, ASM, values_ptr) * factor, x[i], y)
     else:
         product = tl.zeros_like(y)
         for i in tl.static_range(4):
-            values = decoded(packed, i, TYPE, ASM, VALUES)
+            values = decoded(packed, i, TYPE, ASM, values_ptr)
             product = tl.dot(values, _in_columns(x[i], of_group, G), product)
         y += product * _spread(scale, ROWS)
     return y
@@ -116,7 +113,7 @@ def _multiplied(y, packed, x, scale, of_group, TYPE: tl.constexpr, ASM: tl.const
 def by_dot(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
            w2_ptr, absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset_2_ptr, norm_ptr,
            rows, first, outputs, inputs, begin, end, eps, TYPE: tl.constexpr, NORM: tl.constexpr,
-           OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr,
+           OFFSET: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, values_ptr,
            QBLOCK: tl.constexpr, NESTED: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr,
            TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
            PDL: tl.constexpr):  # fmt: skip
@@ -169,18 +166,20 @@ def by_dot(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             odd = odd.to(TYPE)
             squares += of_block_squares
         x = _dealt(even, odd)
-        y = _multiplied(y, packed, x, scale, of_group, TYPE, ASM, VALUES, SCALE_WEIGHTS, G, BLOCK_M)
+        y = _multiplied(y, packed, x, scale, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS, G, BLOCK_M)
         if TAIL > 0:
             there = tail_mask if EVEN else tail_mask & inside
             even_tail, odd_tail = _pairs(tl.load(x_ptr + tail_at + at // 2, mask=there, other=0), TYPE)
             x_tail = _dealt(even_tail, odd_tail)
-            tail = _multiplied(tail, packed, x_tail, scale, of_group, TYPE, ASM, VALUES, SCALE_WEIGHTS, G, TAIL)
+            tail = _multiplied(tail, packed, x_tail, scale, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS, G, TAIL)
         if GATED:
             packed = tl.load(w2_ptr + w_at + at // 4, mask=w_there, other=0)
             scale = _scales(absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset2, of_block, known, NESTED)
-            y2 = _multiplied(y2, packed, x, scale, of_group, TYPE, ASM, VALUES, SCALE_WEIGHTS, G, BLOCK_M)
+            y2 = _multiplied(y2, packed, x, scale, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS, G, BLOCK_M)
             if TAIL > 0:
-                tail2 = _multiplied(tail2, packed, x_tail, scale, of_group, TYPE, ASM, VALUES, SCALE_WEIGHTS, G, TAIL)
+                tail2 = _multiplied(
+                    tail2, packed, x_tail, scale, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS, G, TAIL
+                )
     release(PDL)
     y = _rows(y, G, BLOCK_M)
     y2 = _rows(y2, G, BLOCK_M)
@@ -207,7 +206,7 @@ def _rows(y, G: tl.constexpr, ROWS: tl.constexpr):
 def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             w2_ptr, absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset_2_ptr, norm_ptr,
             first, outputs, inputs, eps, TYPE: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-            GATED: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr, QBLOCK: tl.constexpr,
+            GATED: tl.constexpr, EVEN: tl.constexpr, ASM: tl.constexpr, values_ptr, QBLOCK: tl.constexpr,
             NESTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """As `by_dot` for one row, by multiplications and sums in float32; [1, BLOCK_N] each.
 
@@ -246,12 +245,12 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         known = w_mask & (g + at // GROUP < inputs // GROUP)[None, :]
         of_block = (s_at + at // GROUP) // (QBLOCK // GROUP)
         scale = _scales(absmax_ptr, code_ptr, absmax2_ptr, offset, of_block, known, NESTED)
-        y += _of_groups(packed, x, TYPE, ASM, VALUES) * scale
+        y += _of_groups(packed, x, TYPE, ASM, values_ptr) * scale
         if GATED:
             there = w_mask if EVEN else w_mask & (k + at // 4 < in_row)[None, :]
             packed = tl.load(w2_ptr + w_at + at // 4, mask=there, other=0, eviction_policy="evict_first")
             scale = _scales(absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset2, of_block, known, NESTED)
-            y2 += _of_groups(packed, x, TYPE, ASM, VALUES) * scale
+            y2 += _of_groups(packed, x, TYPE, ASM, values_ptr) * scale
     total = tl.sum(y, 1)[None, :]
     total2 = tl.sum(y2, 1)[None, :]
     factor = 1.0
@@ -263,9 +262,9 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
 
 
 @triton.jit
-def _of_groups(packed, x, TYPE: tl.constexpr, ASM: tl.constexpr, VALUES: tl.constexpr):
+def _of_groups(packed, x, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr):
     """The products of one row, summed over each group: [outputs, groups]."""
     product = tl.zeros(packed.shape, tl.float32)
     for i in tl.static_range(4):
-        product += decoded(packed, i, TYPE, ASM, VALUES).to(tl.float32) * tl.trans(x[i])
+        product += decoded(packed, i, TYPE, ASM, values_ptr).to(tl.float32) * tl.trans(x[i])
     return tl.sum(tl.reshape(product, (packed.shape[0], packed.shape[1] // ELEMENTS, ELEMENTS)), 2)
