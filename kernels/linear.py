@@ -20,8 +20,9 @@ from pkv_hf.kernels.activations import check_activation
 from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
+from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink, with_adapters
 from pkv_hf.kernels.products.blocks import MAX_ROWS, Block, choose_block, most, padded
-from pkv_hf.kernels.products.epilogue import Parts, add_parts, finish, finish_gated
+from pkv_hf.kernels.products.epilogue import Parts, add_parts, elements, finish, store_gated
 from pkv_hf.kernels.products.loops import products
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -42,15 +43,18 @@ RUNTIME = ["rows", "outputs_a", "outputs_b", "outputs_c", "part_blocks", "eps", 
 
 
 @triton.jit(do_not_specialize=RUNTIME)
-def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr, out_ptr,
+def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr, norm_ptr,
+                  table_ptr, h_ptr, lora_ptr, out_ptr,
                   rows, outputs_a, outputs_b, outputs_c, inputs, part_blocks, scale, eps,
                   WEIGHTS: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SCALED: tl.constexpr,
                   ACTIVATION: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr, EVEN: tl.constexpr,
-                  PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+                  PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
     """One weight, or three side by side, each in blocks of its own: out [rows, outputs_a + outputs_b + outputs_c].
 
-    With PARTS out is float32 `[parts, rows, outputs]`, of which `epilogue.add_parts` makes the rest.
+    With PARTS out is float32 `[parts, rows, outputs]`, of which `epilogue.add_parts` makes the rest. ADAPTERS counts
+    the parts of h, 0 where no weight has adapters; the first of PARTS takes what they add.
     """
     block = tl.program_id(0)
     w_ptr = a_ptr
@@ -58,26 +62,34 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
     outputs = outputs_a
     column = tl.zeros([], tl.int32)  # of out, where the weight's outputs begin
     width = outputs_a
+    number = 0  # of the weight
     if WEIGHTS > 1:
         blocks_a = tl.cdiv(outputs_a, BLOCK_N)
         blocks_b = tl.cdiv(outputs_b, BLOCK_N)
         width = outputs_a + outputs_b + outputs_c
         if block >= blocks_a + blocks_b:
+            number = 2
             w_ptr = c_ptr
             bias_ptr = bias_c_ptr
             outputs = outputs_c
             column = outputs_a + outputs_b
             block -= blocks_a + blocks_b
         elif block >= blocks_a:
+            number = 1
             w_ptr = b_ptr
             bias_ptr = bias_b_ptr
             outputs = outputs_b
             column = outputs_a
             block -= blocks_a
-    y, _, tail, _, residual = products(
+    y, _, tail, _, residual, factor = products(
         x_ptr, w_ptr, w_ptr, norm_ptr, residual_ptr, rows, block * BLOCK_N, outputs, inputs, part_blocks, eps, NORM,
         OFFSET, RESIDUAL, False, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    if ADAPTERS > 0:  # noqa: SIM102, which leaves out the rest where it is not compiled
+        if tl.program_id(1) == 0:
+            y, tail = with_adapters(
+                y, tail, table_ptr, h_ptr, lora_ptr, number, rows, n, outputs, factor, ADAPTERS, BLOCK_M, TAIL,
+                BLOCK_N)  # fmt: skip
     if PARTS:
         out_ptr += tl.program_id(1).to(tl.int64) * rows * width
     elif BIAS:
@@ -85,37 +97,38 @@ def linear_kernel(x_ptr, a_ptr, b_ptr, c_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr
         y += bias
         if TAIL > 0:
             tail += bias
-    at, mask = _elements(0, BLOCK_M, rows, n, outputs, column, width)
+    at, mask = elements(0, BLOCK_M, rows, n, outputs, column, width)
     if RESIDUAL and BLOCK_M > 1:
         residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
     finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
     if TAIL > 0:
-        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
+        at, mask = elements(BLOCK_M, TAIL, rows, n, outputs, column, width)
         if RESIDUAL:
             residual = tl.load(residual_ptr + at, mask=mask, other=0.0)
         finish(tail, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
 
 
-@triton.jit
-def _elements(first, COUNT: tl.constexpr, rows, n, outputs, column, width):
-    """Where COUNT rows' outputs n of a weight are in out, from row `first`, and which of them there are."""
-    m = first + tl.arange(0, COUNT)
-    return m.to(tl.int64)[:, None] * width + (column + n)[None, :], (m < rows)[:, None] & (n < outputs)[None, :]
-
-
 @triton.jit(do_not_specialize=["rows", "outputs", "part_blocks", "eps"])
-def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, out_ptr,
-                 rows, outputs, inputs, part_blocks, eps,
+def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, table_ptr, h_ptr, lora_ptr,
+                 out_ptr, rows, outputs, inputs, part_blocks, eps,
                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, NORM: tl.constexpr, OFFSET: tl.constexpr,
-                 EVEN: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
-                 BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
-                 PDL: tl.constexpr):  # fmt: skip
+                 EVEN: tl.constexpr, PARTS: tl.constexpr, ADAPTERS: tl.constexpr, BLOCK_M: tl.constexpr,
+                 TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+                 AHEAD: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """act(x G^T + bias) * (x U^T + bias); with PARTS as `linear_kernel`, out `[parts, 2, rows, outputs]`."""
     first = tl.program_id(0) * BLOCK_N
-    gate, up, gate_tail, up_tail, _ = products(
+    gate, up, gate_tail, up_tail, _, factor = products(
         x_ptr, gate_ptr, up_ptr, norm_ptr, x_ptr, rows, first, outputs, inputs, part_blocks, eps, NORM, OFFSET, False,
         True, EVEN, PARTS, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
     n = first + tl.arange(0, BLOCK_N)
+    if ADAPTERS > 0:  # noqa: SIM102, which leaves out the rest where it is not compiled
+        if tl.program_id(1) == 0:
+            gate, gate_tail = with_adapters(
+                gate, gate_tail, table_ptr, h_ptr, lora_ptr, 0, rows, n, outputs, factor, ADAPTERS, BLOCK_M, TAIL,
+                BLOCK_N)  # fmt: skip
+            up, up_tail = with_adapters(
+                up, up_tail, table_ptr, h_ptr, lora_ptr, 1, rows, n, outputs, factor, ADAPTERS, BLOCK_M, TAIL,
+                BLOCK_N)  # fmt: skip
     if PARTS:
         out_ptr += 2 * tl.program_id(1).to(tl.int64) * rows * outputs
     elif BIAS:
@@ -126,20 +139,11 @@ def gated_kernel(x_ptr, gate_ptr, up_ptr, bias_gate_ptr, bias_up_ptr, norm_ptr, 
         if TAIL > 0:
             gate_tail += bias_gate
             up_tail += bias_up
-    at, mask = _elements(0, BLOCK_M, rows, n, outputs, 0, outputs)
-    _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
+    at, mask = elements(0, BLOCK_M, rows, n, outputs, 0, outputs)
+    store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
     if TAIL > 0:
-        at, mask = _elements(BLOCK_M, TAIL, rows, n, outputs, 0, outputs)
-        _store_gated(gate_tail, up_tail, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
-
-
-@triton.jit
-def _store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr):
-    if PARTS:
-        tl.store(out_ptr + at, gate, mask=mask)
-        tl.store(out_ptr + at + rows.to(tl.int64) * outputs, up, mask=mask)
-    else:
-        finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
+        at, mask = elements(BLOCK_M, TAIL, rows, n, outputs, 0, outputs)
+        store_gated(gate_tail, up_tail, at, mask, rows, outputs, out_ptr, ACTIVATION, PARTS)
 
 
 _linear, _gated = Launcher(linear_kernel, fp_fusion=True), Launcher(gated_kernel, fp_fusion=True)
@@ -163,12 +167,15 @@ def _check(x: torch.Tensor, weights: dict[str, torch.Tensor], vectors: dict[str,
     _checked[key] = None
 
 
-def _switches(x: torch.Tensor, norm: torch.Tensor | None, offset: float, block: Block) -> tuple[Any, ...]:
+def _switches(
+    x: torch.Tensor, norm: torch.Tensor | None, offset: float, block: Block, shrunk: Shrunk | None
+) -> tuple[Any, ...]:
     """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
     return (
-        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1, *padded(rows),
-        block.outputs, block.inputs, block.num_stages, block.ahead, overlaps(x.device),
+        norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1,
+        0 if shrunk is None else len(shrunk.h), *padded(rows), block.outputs, block.inputs, block.num_stages,
+        block.ahead, overlaps(x.device),
     )  # fmt: skip
 
 
@@ -187,13 +194,15 @@ def linear(
     residual: torch.Tensor | None = None,
     scale: float = 1.0,
     activation: str | None = None,
+    adapters: Adapters | None = None,
 ) -> torch.Tensor:
     """residual + scale * (norm(x) W^T + bias) of one weight, or of two or three side by side in one launch.
 
     x `[rows, inputs]`, 1 to 80 rows, fp16 or bf16; weights `[outputs, inputs]`, biases `[outputs]`, all or none. `norm`
     is the weight `[inputs]`, less `offset`, of an RMSNorm (Zhang & Sennrich 2019) with `eps` before the product, of one
     row. residual is `[rows, outputs]`, with one weight. With one weight and no residual `activation`, a name in
-    `kernels.reference.ACTIVATIONS`, may be taken of the product before the scale. Returns `[rows, sum of outputs]`.
+    `kernels.reference.ACTIVATIONS`, may be taken of the product before the scale. What `adapters` of the weights add is
+    part of the products, which are rounded once, and costs a launch before. Returns `[rows, sum of outputs]`.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
@@ -209,43 +218,41 @@ def linear(
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
     block = _block(x, width, 1)
+    shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
-        sums = _sums(x, weights, block)
-        add_parts(
-            sums,
-            out,
-            biases[: len(weights)],
-            [*outputs, 0] if len(weights) == 2 else outputs,
-            residual,
-            scale,
-            activation,
-        )
+        sums, of_each = _sums(x, weights, block, shrunk), [*outputs, 0] if len(weights) == 2 else outputs
+        add_parts(sums, out, biases[: len(weights)], of_each, residual, scale, activation)
     else:
-        _launch(x, weights, block, out, biases, norm, eps, offset, residual, scale, activation)
+        _launch(x, weights, block, out, shrunk, biases, norm, eps, offset, residual, scale, activation)
     return out
 
 
-def in_parts(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> Parts | None:
-    """x W^T + bias as `linear` takes it, left in the parts that its launch is cut into; None where it is not cut.
+def in_parts(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Adapters | None = None
+) -> Parts | None:
+    """x W^T + bias, with adapters, as `linear` takes it, left in the parts that its launch is cut into; None for one.
 
     `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
     """
     _check(x, {"weight": weight}, {"norm": None, "bias": bias})
     block = _block(x, len(weight), 1)
-    return Parts(_sums(x, [weight], block), bias) if block.cut(x.shape[1])[0] > 1 else None
+    if block.cut(x.shape[1])[0] == 1:
+        return None
+    shrunk = None if adapters is None else shrink(x, adapters, [len(weight)])
+    return Parts(_sums(x, [weight], block, shrunk), bias)
 
 
-def _sums(x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block) -> torch.Tensor:
+def _sums(x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block, shrunk: Shrunk | None) -> torch.Tensor:
     """Float32 `[parts, rows, sum of outputs]` of a product that a block cuts, which is never one row's."""
     shape = block.cut(x.shape[1])[0], len(x), sum(len(weight) for weight in weights)
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _launch(x, weights, block, sums)
+    _launch(x, weights, block, sums, shrunk)
     return sums
 
 
 def _launch(
-    x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block, out: torch.Tensor,
+    x: torch.Tensor, weights: Sequence[torch.Tensor], block: Block, out: torch.Tensor, shrunk: Shrunk | None,
     biases: Sequence[torch.Tensor | None] = (None,), norm: torch.Tensor | None = None, eps: float = 0.0,
     offset: float = 0.0, residual: torch.Tensor | None = None, scale: float = 1.0, activation: str | None = None,
 ) -> None:  # fmt: skip
@@ -256,11 +263,13 @@ def _launch(
     outputs = [*(len(weight) for weight in weights), 0, 0][:3]
     bias_a, bias_b, bias_c = (a if bias is None else bias for bias in (tuple(biases) * 3)[:3])
     epilogue = biases[0] is not None, residual is not None, scale != 1.0, activation
-    constants = 1 if len(weights) == 1 else 3, *epilogue, *_switches(x, norm, offset, block)
+    constants = 1 if len(weights) == 1 else 3, *epilogue, *_switches(x, norm, offset, block, shrunk)
+    lora, pointers = read(x, shrunk)
     _linear(
-        (x.dtype, x.device, block.num_warps, constants),
+        (x.dtype, lora, x.device, block.num_warps, constants),
         (sum(-(-len(weight) // block.outputs) for weight in weights), parts, 1),
-        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm, out),
+        (x, a, b, c, bias_a, bias_b, bias_c, x if residual is None else residual, x if norm is None else norm,
+         *pointers, out),
         (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -277,8 +286,9 @@ def gated(
     offset: float = 0.0,
     bias_gate: torch.Tensor | None = None,
     bias_up: torch.Tensor | None = None,
+    adapters: Adapters | None = None,
 ) -> torch.Tensor:
-    """act(norm(x) G^T + bias) * (norm(x) U^T + bias) (Shazeer 2020) in one launch; x and norm as in `linear`.
+    """act(norm(x) G^T + bias) * (norm(x) U^T + bias) (Shazeer 2020) in one launch; x, norm and adapters as in `linear`.
 
     gate and up `[outputs, inputs]`, which may be the halves of one weight; their biases `[outputs]`, both or none.
     `activation` is a name in `kernels.reference.ACTIVATIONS`. Returns `[rows, outputs]`.
@@ -296,12 +306,13 @@ def gated(
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, len(gate)), dtype=x.dtype, device=x.device)
     sums = out if parts == 1 else torch.empty((parts, 2, rows, len(gate)), dtype=torch.float32, device=x.device)
-    switches = _switches(x, norm, offset, block)
+    shrunk = None if adapters is None else shrink(x, adapters, [len(gate)] * 2, norm, offset)
+    switches, (lora, pointers) = _switches(x, norm, offset, block, shrunk), read(x, shrunk)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
     vectors = tuple(x if vector is None else vector for vector in (bias_gate, bias_up, norm))
     _gated(
-        (x.dtype, x.device, block.num_warps, constants), (-(-len(gate) // block.outputs), parts, 1),
-        (x, gate, up, *vectors, sums), (rows, len(gate), inputs, part_blocks, eps), constants,
+        (x.dtype, lora, x.device, block.num_warps, constants), (-(-len(gate) // block.outputs), parts, 1),
+        (x, gate, up, *vectors, *pointers, sums), (rows, len(gate), inputs, part_blocks, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

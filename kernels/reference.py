@@ -9,7 +9,7 @@ last ones: query `t` is at position `ends[b] - q_len + t` and attends from `star
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,6 +117,21 @@ def add_norms(
     total = residual + (y if scale == 1.0 else scale * y)
     total = total if gain is None else gain * total
     return total, total if before is None else rms_norm(total, *before)
+
+
+Adapter = tuple[torch.Tensor, torch.Tensor, float]
+"""A `[rank, inputs]`, B `[outputs, rank]`, and the scaling."""
+
+
+def adapted(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+    """y + the sum of scaling * (x A^T) B^T (LoRA, Hu et al. 2021), rounded as PEFT rounds it.
+
+    y `[rows, outputs]` is the base layer's, x `[rows, inputs]`. Adapters compute in their own dtype.
+    """
+    total = y
+    for a, b, scaling in adapters:
+        total = total + functional.linear(functional.linear(x.to(a.dtype), a), b) * scaling
+    return total.to(y.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -73,6 +73,9 @@ class Fusing:
         if fusion.layers:
             with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
                 fusion.norms = fused_norms(decoder)
+                for fused in fusion.layers.values():
+                    assert isinstance(fused, FusedLayer)
+                    fused.read()
         fusion.seconds = time.perf_counter() - started
         return fusion
 

@@ -3,8 +3,9 @@
 A layer of plain half-precision weights with norms before its branches is seven launches: norm and q, k, v; norms of
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
 projection and residual. A norm after a branch, the sum with it and the next norm, across layers too, are one launch
-more. Where a product of several rows is cut in parts, that launch adds them up too. Modules that are something else
-(adapters, quantised weights, experts) are called as they are, between fused norms.
+more. Where a product of several rows is cut in parts, that launch adds them up too. Adapters add a
+launch to each group of projections that share an input. Modules that are something else (quantised weights, experts)
+are called as they are, between fused norms.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
 from pkv_hf.patches.probe import returned
-from pkv_hf.patches.stream import Normed, Stream, kernel_takes, projections, take_norm
+from pkv_hf.patches.projections.base import Normed, Projection
+from pkv_hf.patches.projections.registry import Kinds
+from pkv_hf.patches.stream import Stream, projections, take_norm
 from pkv_hf.routes.base import Norms, Scores
 from pkv_hf.runtime.interface import seen_by
 from pkv_hf.runtime.step import Step, handle_of, launching_on
@@ -31,24 +34,38 @@ class FusedLayer:
         """Bound to its modules."""
         self.following = following
         """What the next layer begins with, None where that is not fused."""
+        self._kinds = Kinds()
+
+    def read(self) -> None:
+        """Reads the layer's projections, which its first step may be captured with."""
+        for branch in self.layer.branches:
+            body = branch.body
+            ends = [body.output] if isinstance(body, Attention) else [body.down] if isinstance(body, MLP) else []
+            for modules in (projections(body), tuple(ends)):
+                if modules:
+                    self._kinds.read(modules)
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other
         arguments. A layer without attention needs no step.
         """
-        stream, branches = Stream(hidden), self.layer.branches
+        stream, branches = Stream(hidden, self._kinds), self.layer.branches
         for i, branch in enumerate(branches):
             if not branch.of_input:
                 stream.source = stream.hidden
             following, gain = self.following, self.layer.gain
             if i + 1 < len(branches):
                 following, gain = None if branches[i + 1].of_input else branches[i + 1], None
-            x, body = stream.normed(branch), branch.body
+            (x, kind), body = stream.normed(branch), branch.body
             if isinstance(body, Attention):
                 assert step is not None
-                stream.add(body.output, _attention(body, x, step, stream.shape, given), branch, following, gain)
+                assert kind is not None
+                attended = _attention if body.reads is None else _reading
+                out = attended(body, kind, x, step, stream.shape, given)
+                stream.add(body.output, out, branch, following, gain)
             elif isinstance(body, MLP):
-                stream.add(body.down, _mlp(body, x, stream.shape, given), branch, following, gain)
+                assert kind is not None
+                stream.add(body.down, _mlp(body, kind, x, stream.shape, given), branch, following, gain)
             else:
                 stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following, gain)
         return returned(stream.result(self.following), self.layer.returns)
@@ -56,31 +73,18 @@ class FusedLayer:
 
 def product(module: Any, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of x `[..., inputs]`."""
-    from pkv_hf.kernels.linear import linear
-
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if not kernel_takes([module], rows):
-        return module(x)
-    return linear(rows, [module.weight], [module.bias]).view(*x.shape[:-1], -1)
+    return Kinds()((module,), rows).linear(Normed(rows)).view(*x.shape[:-1], -1)
 
 
-def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
+def _attention(
+    attention: Attention, kind: Projection, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]
+) -> torch.Tensor:
     """What the output projection takes, `[B * q_len, H_q * D]`."""
-    from pkv_hf.kernels.linear import linear
-
-    if attention.reads is not None:
-        return _reading(attention, x, step, shape, given)
     step.bounds.on(x.x.device)  # written before the projections: attention reads them before it waits for those
-    modules = projections(attention)
     q_width, kv_width = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
-    if kernel_takes(modules, x.x):
-        weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-        together = linear(x.x, weights, biases, **x.settings)
-        q, k, *other = together.split([q_width * (1 + attention.gated), *(kv_width,) * len(weights[1:] or "kv")], dim=1)
-    elif len(modules) == 1:
-        q, k, *other = modules[0](x.x).split([q_width, kv_width, kv_width], dim=1)
-    else:
-        q, k, *other = (module(x.x) for module in modules)
+    states = kind.each(x)
+    q, k, *other = states if len(states) > 1 else states[0].split([q_width, kv_width, kv_width], dim=1)
     v = other[0] if other else k
     if attention.v_norm is not None:
         v = take_norm(attention.v_norm, v.reshape(-1, attention.head_dim))
@@ -109,9 +113,10 @@ def _attention(attention: Attention, x: Normed, step: Step, shape: torch.Size, g
     return out.reshape(len(x.x), -1)
 
 
-def _reading(attention: Attention, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
+def _reading(
+    attention: Attention, kind: Projection, x: Normed, step: Step, shape: torch.Size, given: dict[str, Any]
+) -> torch.Tensor:
     """`_attention` of a layer that appends nothing: over the pages of the layer whose keys and values it reads."""
-    from pkv_hf.kernels.linear import linear
     from pkv_hf.kernels.queries import rope
 
     assert attention.reads is not None
@@ -120,8 +125,7 @@ def _reading(attention: Attention, x: Normed, step: Step, shape: torch.Size, giv
     of_step, layer_idx = handle_of(k) or (None, 0)
     if of_step is not step:
         raise LayerNotServed(f"a {type(attention.module).__name__} reads other keys and values than the step's")
-    (module,) = attention.inputs
-    q = linear(x.x, [module.weight], [module.bias], **x.settings) if kernel_takes([module], x.x) else module(x.x)
+    q = kind.linear(x)
     q, gate = q.view(*shape[:2], attention.heads, -1), None
     if attention.gated:
         q, gate = q.split(attention.head_dim, dim=-1)
@@ -157,31 +161,14 @@ def _scores(attention: Attention, step: Step, layer_idx: int, mask: Any) -> Scor
     return attention.scores._replace(chunked=seen[1], sinks=attention.sinks)
 
 
-def _mlp(mlp: MLP, x: Normed, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
+def _mlp(mlp: MLP, kind: Projection, x: Normed, shape: torch.Size, given: dict[str, Any]) -> torch.Tensor:
     """What the down projection takes, `[B * q_len, intermediate]`."""
-    from pkv_hf.kernels.elementwise import act, act_mul
-    from pkv_hf.kernels.linear import gated, linear
+    from pkv_hf.kernels.elementwise import act_mul
 
-    first = projections(mlp)
-    by_kernel = kernel_takes(first, x.x)
     if mlp.by:
-        gate = linear(x.x, [mlp.up.weight], [mlp.up.bias], **x.settings) if by_kernel else mlp.up(x.x)
+        gate = kind.linear(x)
         return act_mul(gate, given[mlp.by].expand(*shape[:-1], -1).reshape(gate.shape), mlp.activation)
-    if mlp.gate is None:
-        if by_kernel:
-            return linear(x.x, [mlp.up.weight], [mlp.up.bias], activation=mlp.activation, **x.settings)
-        return act(mlp.up(x.x), mlp.activation)
-    if by_kernel:
-        gate, up = (first[0].weight, first[1].weight) if len(first) == 2 else first[0].weight.chunk(2)
-        biases: Any = [module.bias for module in first]
-        if len(first) == 1:
-            biases = (None, None) if biases[0] is None else biases[0].chunk(2)
-        return gated(x.x, gate, up, mlp.activation, bias_gate=biases[0], bias_up=biases[1], **x.settings)
-    if mlp.up is None:
-        gate, up = mlp.gate(x.x).chunk(2, dim=-1)
-    else:
-        gate, up = mlp.gate(x.x), mlp.up(x.x)
-    return act_mul(gate, up, mlp.activation)
+    return kind.linear(x, activation=mlp.activation) if mlp.gate is None else kind.gated(x, mlp.activation)
 
 
 def _mixed(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:

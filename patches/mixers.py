@@ -14,7 +14,8 @@ from torch import nn
 from transformers.activations import SiLUActivation
 
 from pkv_hf.cache.linear import LinearLayer
-from pkv_hf.patches.stream import kernel_takes
+from pkv_hf.patches.projections.base import Normed
+from pkv_hf.patches.projections.registry import Kinds
 
 SILU = (nn.SiLU, SiLUActivation)
 
@@ -24,6 +25,7 @@ class Mixer:
     """One step of a module, described; equal mixers of other modules take the same step with other weights."""
 
     module: Any = field(compare=False, repr=False)
+    kinds: Kinds = field(default_factory=Kinds, compare=False, repr=False, kw_only=True)
 
     def step(self, x: torch.Tensor, layer: LinearLayer) -> torch.Tensor:
         """What the module returns for one token after others: x and the result `[rows, 1, hidden]`.
@@ -32,6 +34,10 @@ class Mixer:
         ValueError for states or dtypes that the kernels cannot take.
         """
         raise NotImplementedError
+
+    def product(self, x: torch.Tensor, *modules: Any) -> torch.Tensor:
+        """x `[rows, inputs]` by one linear layer, or by three side by side, `[rows, sum of outputs]`."""
+        return self.kinds(modules, x).linear(Normed(x))
 
 
 class GatedNorm(NamedTuple):
@@ -74,26 +80,26 @@ class DeltaNet(Mixer):
         settings: dict[str, Any] = {"key_heads": self.key_heads, "beta": self.beta, "paired": paired}
         out = delta_rule(qkv, a, b, module.A_log, module.dt_bias, state, **settings)  # type: ignore[arg-type]
         out = self.norm(module, out, gate)
-        return _product(out, module.o_proj if self.projections == "g" else module.out_proj)[:, None]
+        return self.product(out, module.o_proj if self.projections == "g" else module.out_proj)[:, None]
 
     def _projected(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v side by side, the gate in parts, a and b, as the kernels take them."""
         module, values = self.module, self.heads * self.value_dim
         if self.projections == "z":
-            together = _product(x, module.in_proj_qkv, module.in_proj_z, module.in_proj_b)
+            together = self.product(x, module.in_proj_qkv, module.in_proj_z, module.in_proj_b)
             qkv, gate, b = together.split([together.shape[1] - values - self.heads, values, self.heads], dim=1)
-            return qkv, gate[:, None], _product(x, module.in_proj_a), b
+            return qkv, gate[:, None], self.product(x, module.in_proj_a), b
         if self.projections == "g":
-            qkv = _product(x, module.q_proj, module.k_proj, module.v_proj)
-            gate, b, a = _product(x, module.g_proj, module.b_proj, module.a_proj).split(
+            qkv = self.product(x, module.q_proj, module.k_proj, module.v_proj)
+            gate, b, a = self.product(x, module.g_proj, module.b_proj, module.a_proj).split(
                 [values, self.heads, self.heads], dim=1
             )
             return qkv, gate[:, None], a, b
         repeats = self.heads // self.key_heads
         each = [self.key_dim, self.key_dim, repeats * self.value_dim, repeats * self.value_dim]
-        heads = _product(x, module.in_proj_qkvz).view(len(x), self.key_heads, sum(each))
+        heads = self.product(x, module.in_proj_qkvz).view(len(x), self.key_heads, sum(each))
         *qkv, gate = heads.split(each, dim=2)
-        ba = _product(x, module.in_proj_ba)
+        ba = self.product(x, module.in_proj_ba)
         flat = torch.cat([part.reshape(len(x), -1) for part in qkv], dim=1)
         return flat, gate, ba[:, repeats:], ba[:, : 2 * self.heads - repeats]
 
@@ -115,15 +121,15 @@ class Mamba2(Mixer):
 
         module, flat = self.module, x.view(len(x), -1)
         if self.multiplier is not None:
-            projected = _product(flat * self.multiplier, module.in_proj) * module.mup_vector.view(1, -1)
+            projected = self.product(flat * self.multiplier, module.in_proj) * module.mup_vector.view(1, -1)
         else:
-            projected = _product(flat, module.in_proj)
+            projected = self.product(flat, module.in_proj)
         inner, shared = self.heads * self.head_dim, 2 * self.groups * self.state_size
         gate, xbc, dt = projected.split([inner, inner + shared, self.heads], dim=1)
         xbc = _convolved(xbc, module.conv1d, layer, silu=True)
         state: Any = layer.recurrent_states[0]
         out = state_space(xbc, dt, module.A_log, module.dt_bias, module.D, state, groups=self.groups)
-        return _product(self.norm(module, out, gate[:, None]).to(x.dtype), module.out_proj)[:, None]
+        return self.product(self.norm(module, out, gate[:, None]).to(x.dtype), module.out_proj)[:, None]
 
 
 @dataclass(frozen=True)
@@ -131,8 +137,8 @@ class ShortConvolution(Mixer):
     """A gated convolution (LFM2)."""
 
     def step(self, x: torch.Tensor, layer: LinearLayer) -> torch.Tensor:
-        projected = _product(x.view(len(x), -1), self.module.in_proj)
-        return _product(_convolved(projected, self.module.conv, layer, gated=True), self.module.out_proj)[:, None]
+        projected = self.product(x.view(len(x), -1), self.module.in_proj)
+        return self.product(_convolved(projected, self.module.conv, layer, gated=True), self.module.out_proj)[:, None]
 
 
 def _convolved(x: torch.Tensor, conv: nn.Conv1d, layer: LinearLayer, **kind: bool) -> torch.Tensor:
@@ -140,16 +146,6 @@ def _convolved(x: torch.Tensor, conv: nn.Conv1d, layer: LinearLayer, **kind: boo
 
     state: Any = layer.conv_states[0]
     return convolution(x, state, conv.weight[:, 0], conv.bias, **kind)
-
-
-def _product(x: torch.Tensor, *modules: Any) -> torch.Tensor:
-    """x `[rows, inputs]` by one linear layer, or by three side by side, `[rows, sum of outputs]`."""
-    if kernel_takes(list(modules), x):
-        from pkv_hf.kernels.linear import linear
-
-        return linear(x, [module.weight for module in modules], [module.bias for module in modules])
-    products = [module(x) for module in modules]
-    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def read(module: nn.Module) -> Mixer | None:

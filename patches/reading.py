@@ -20,6 +20,7 @@ from pkv_hf.patches.parts.attention import attention_of
 from pkv_hf.patches.parts.called import as_is
 from pkv_hf.patches.parts.mlps import mlp_of, spread_mlps
 from pkv_hf.patches.parts.norms import close, norm_of
+from pkv_hf.patches.projections.bnb4 import compute_in_float32
 from pkv_hf.patches.sharing import with_each
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
@@ -33,7 +34,10 @@ layers that share a description are not."""
 
 
 def twin_of(layer: nn.Module) -> nn.Module:
-    """A copy of a layer in float32, without what is set on its modules. Its configuration and state are shared."""
+    """A copy of a layer that computes in float32, without what is set on its modules.
+
+    Its configuration and state are shared.
+    """
     # What is set on them knows all modules of the model: none of it may be copied.
     kept = ("config", STATE, *SET_ON)
     memo = {id(value): value for inner in layer.modules() for name, value in vars(inner).items() if name in kept}
@@ -41,6 +45,7 @@ def twin_of(layer: nn.Module) -> nn.Module:
     for inner in twin.modules():
         for name in SET_ON:
             vars(inner).pop(name, None)
+        compute_in_float32(inner)
     return twin.float()
 
 

@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from pkv_hf.patches.description import MLP, Attention, Branch, Norm
+from pkv_hf.patches.projections.base import Modules, Normed, Projection
+from pkv_hf.patches.projections.registry import Kinds
+
+if TYPE_CHECKING:
+    from pkv_hf.kernels.products.epilogue import Parts
 
 HANDED_ON = "pkv_hf_handed_on"
 """The attribute of a layer's result that holds the norm that the next layer begins with, where it is taken already."""
 
 
-def projections(body: Any) -> list[Any]:
+def projections(body: Any) -> Modules:
     """The linear layers that a branch begins with, none where it is a module that is called."""
     if isinstance(body, Attention):
-        return list(body.inputs)
-    return [each for each in (body.gate, body.up) if each is not None] if isinstance(body, MLP) else []
-
-
-def kernel_takes(modules: list[Any], x: torch.Tensor) -> bool:
-    """Whether modules are plain linear layers, with or without biases alike, whose products with x are better ours.
-
-    A quantised or sharded weight can be a subclass of tensor in a plain layer, and give its dtype as the plain one's.
-    """
-    from pkv_hf.kernels.linear import DTYPES, MAX_ROWS, outruns_cublas
-
-    return (
-        x.dtype in DTYPES
-        and len(x) <= MAX_ROWS
-        and all(type(module) is nn.Linear and type(module.weight) is nn.Parameter for module in modules)
-        and all(module.weight.dtype == x.dtype and module.weight.is_contiguous() for module in modules)
-        and len({module.bias is None for module in modules}) == 1
-        and outruns_cublas(x, sum(len(module.weight) for module in modules))
-    )
-
-
-class Normed:
-    """x `[rows, width]`, and the norm that its product is to take before."""
-
-    def __init__(self, x: torch.Tensor, norm: Norm | None = None) -> None:
-        self.x = x
-        self.norm = norm
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Arguments of a product that takes the norm first."""
-        norm = self.norm
-        return {} if norm is None else {"norm": norm.weight, "eps": norm.eps, "offset": norm.offset}
+        return body.inputs
+    return tuple(each for each in (body.gate, body.up) if each is not None) if isinstance(body, MLP) else ()
 
 
 class Stream:
     """Hidden states `[B * q_len, width]` on their way through a layer."""
 
-    def __init__(self, hidden: torch.Tensor) -> None:
+    def __init__(self, hidden: torch.Tensor, kinds: Kinds) -> None:
+        self.kinds = kinds
         self.shape = hidden.shape
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).contiguous()
         self.source = self.hidden
@@ -64,17 +39,21 @@ class Stream:
             norm = None
         self._taken: tuple[Norm | None, torch.Tensor, torch.Tensor] = norm, self.hidden, normed
 
-    def normed(self, branch: Branch) -> Normed:
-        """The source, normed as a branch begins; an RMSNorm of one row, with a weight, is left to a product of ours."""
-        norm = branch.before
+    def normed(self, branch: Branch) -> tuple[Normed, Projection | None]:
+        """The source, normed as a branch begins, and the kind of the projections that it begins with, if any.
+
+        An RMSNorm of one row, with a weight, is left to a kind that fuses.
+        """
+        modules, norm = projections(branch.body), branch.before
+        kind = self.kinds(modules, self.source) if modules else None
         if norm is None:
-            return Normed(self.source)
+            return Normed(self.source), kind
         if self._taken[0] != norm or self._taken[1] is not self.source:
             folds = norm.kind == "rms" and norm.weight is not None and len(self.source) == 1
-            if folds and kernel_takes(projections(branch.body), self.source):
-                return Normed(self.source, norm)
+            if folds and kind is not None and kind.fuses:
+                return Normed(self.source, norm), kind
             self._taken = norm, self.source, take_norm(norm, self.source)
-        return Normed(self._taken[2])
+        return Normed(self._taken[2]), kind
 
     def add(
         self,
@@ -90,23 +69,19 @@ class Stream:
         parts of a product.
         """
         from pkv_hf.kernels.elementwise import add_norms
-        from pkv_hf.kernels.linear import in_parts, linear
-        from pkv_hf.kernels.products.epilogue import Parts
 
         after, before, scale = branch.after, self._along(following), branch.scale
-        ours: Any = module if module is not None and kernel_takes([module], x) else None
-        y: torch.Tensor | Parts | None = None
-        joined = before is not None or gain is not None if after is None else after.kind == "rms"
-        if ours is not None and joined and len(x) > 1:  # one row's product is never cut
-            y = in_parts(x, ours.weight, ours.bias)
-        if y is None and ours is not None and after is None and gain is None:
-            self.hidden = linear(x, [ours.weight], [ours.bias], residual=self.hidden, scale=scale)
-            return
-        if y is None:
-            if ours is not None:
-                y = linear(x, [ours.weight], [ours.bias])
-            else:
-                y = (x if module is None else module(x)).contiguous()
+        kind = None if module is None else self.kinds((module,), x)
+        y: torch.Tensor | Parts | None = x
+        if kind is not None:
+            joined = before is not None or gain is not None if after is None else after.kind == "rms"
+            y = kind.in_parts(x) if joined and len(x) > 1 else None  # one row's product is never cut
+            if y is None and kind.fuses and after is None and gain is None:
+                self.hidden = kind.linear(Normed(x), residual=self.hidden, scale=scale)
+                return
+            y = kind.linear(Normed(x)) if y is None else y
+        if isinstance(y, torch.Tensor):
+            y = y.contiguous()
             if after is not None and after.kind != "rms":
                 y, after = take_norm(after, y), None
         by = None if gain is None else gain.to(self.hidden.dtype)

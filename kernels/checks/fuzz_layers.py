@@ -1,4 +1,4 @@
-"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers, RMSNorm and SwiGLU."""
+"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers, also of 4 bits, and norms."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from pkv_hf.kernels.checks.append import AppendCase, check_append
 from pkv_hf.kernels.checks.fuzz import Outcome
 from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, Result, check_elementwise, check_linear, pooled
 from pkv_hf.kernels.checks.new_token import TokenCase, check_token
+from pkv_hf.kernels.checks.quantized import Linear4Case, check_linear4
 
-LayerCase: TypeAlias = AppendCase | TokenCase | LinearCase | ElementwiseCase
+LayerCase: TypeAlias = AppendCase | TokenCase | LinearCase | Linear4Case | ElementwiseCase
 CHECKS: dict[type, Callable[..., dict[str, Result]]] = {
-    AppendCase: check_append, TokenCase: check_token, LinearCase: check_linear, ElementwiseCase: check_elementwise,
+    AppendCase: check_append, TokenCase: check_token, LinearCase: check_linear, Linear4Case: check_linear4,
+    ElementwiseCase: check_elementwise,
 }  # fmt: skip
 DTYPES: dict[type[LayerCase], tuple[torch.dtype, ...]] = {
-    AppendCase: check.DTYPES, TokenCase: check.DTYPES, LinearCase: linear.DTYPES, ElementwiseCase: check.DTYPES,
+    AppendCase: check.DTYPES, TokenCase: check.DTYPES, LinearCase: linear.DTYPES, Linear4Case: linear.DTYPES,
+    ElementwiseCase: check.DTYPES,
 }  # fmt: skip
 
 

@@ -14,7 +14,9 @@ import torch
 from torch.nn import functional
 
 from pkv_hf.kernels import elementwise, linear, reference
+from pkv_hf.kernels.checks.adapters import drawn_adapters, drawn_dtype, drawn_ranks, with_adapters
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
+from pkv_hf.kernels.products import adapters
 from pkv_hf.kernels.products.blocks import MOST_PARTS
 from pkv_hf.kernels.products.epilogue import Parts
 
@@ -100,7 +102,7 @@ class Draw:
         return memory[self.begin : self.begin + count].view(shape).copy_(drawn)
 
 
-def _varied(rng: np.random.Generator) -> dict[str, Any]:
+def varied(rng: np.random.Generator) -> dict[str, Any]:
     """What any case draws anew: the scale of its inputs, an epsilon, whether tensors are aligned, and a seed."""
     return {
         "scale": float(10 ** rng.uniform(-1, 1)),
@@ -131,6 +133,10 @@ class LinearCase:
     activation: str | None = None
     offset: float = 0.0
     multiplier: float = 1.0
+    lora_dtype: torch.dtype | None = None
+    """Of adapters; None for none."""
+    ranks: tuple[tuple[int, ...], ...] = ()
+    """Of each weight's adapters."""
     inputs: int = 0
     scale: float = 1.0
     eps: float = EPS[0]
@@ -155,6 +161,7 @@ class LinearCase:
             activation=str(rng.choice(ACTIVATIONS)) if active else None,
             offset=float(rng.choice(OFFSETS)),
             multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
+            lora_dtype=drawn_dtype(rng),
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> LinearCase:
@@ -164,7 +171,8 @@ class LinearCase:
             rows=1 if self.rows == 1 else int(rng.integers(2, linear.MAX_ROWS + 1)),
             inputs=_width(rng, longest),
             outputs=outputs[:1] * 2 if self.gated else outputs,
-            **_varied(rng),
+            ranks=drawn_ranks(rng, len(outputs)) if self.lora_dtype else (),
+            **varied(rng),
         )
 
 
@@ -176,6 +184,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
+    lora = drawn_adapters(draw, case.inputs, case.outputs, case.ranks, case.lora_dtype)
 
     def by_torch(dtype: torch.dtype) -> torch.Tensor:
         wide = x.to(dtype)
@@ -185,6 +194,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
             functional.linear(wide, weight.to(dtype), bias if bias is None else bias.to(dtype))
             for weight, bias in zip(weights, biases)
         ]
+        products = [with_adapters(y, wide, of_weight) for y, of_weight in zip(products, lora)]
         if case.activation is not None:
             products[0] = reference.activation(products[0], case.activation)
         if case.gated:
@@ -193,6 +203,8 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
         return y if residual is None else y + residual.to(dtype)
 
     settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset}
+    if case.ranks:
+        settings["adapters"] = adapters.Adapters(lora)
     with poisoned_scratch():
         if case.gated:
             bias_gate, bias_up = biases
@@ -252,7 +264,7 @@ class ElementwiseCase:
             rows=log_uniform(rng, 64),
             width=_width(rng, longest),
             strided=self.operation != "add_norms" and bool(rng.random() < 0.5),
-            **_varied(rng),
+            **varied(rng),
         )
 
 

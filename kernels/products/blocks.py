@@ -50,13 +50,18 @@ class Block:
 
     def cut(self, inputs: int) -> tuple[int, int]:
         """Parts of so many inputs, none of them empty, and the blocks that each but the last goes over."""
-        blocks = -(-inputs // self.inputs)
-        of_part = -(-blocks // min(self.parts, blocks))
-        return -(-blocks // of_part), of_part
+        return cut_in_parts(inputs, self.inputs, self.parts)
 
     def shared_memory(self, rows: int, weights: int) -> int:
         """Bytes that several rows' loop over `weights` weights at a time keeps; half types."""
         return self.num_stages * (weights * self.outputs + sum(padded(rows))) * self.inputs * 2 + 4096
+
+
+def cut_in_parts(inputs: int, of_block: int, most: int) -> tuple[int, int]:
+    """Parts of inputs in blocks of so many, at most so many and none empty, and the blocks of each but the last."""
+    blocks = -(-inputs // of_block)
+    of_part = -(-blocks // min(most, blocks))
+    return -(-blocks // of_part), of_part
 
 
 def padded(rows: int) -> tuple[int, int]:

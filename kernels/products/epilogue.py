@@ -33,6 +33,13 @@ def _round(y, out_ptr):
 
 
 @triton.jit
+def elements(first, COUNT: tl.constexpr, rows, n, outputs, column, width):
+    """Where COUNT rows' outputs n of a weight are in out, from row `first`, and which of them there are."""
+    m = first + tl.arange(0, COUNT)
+    return m.to(tl.int64)[:, None] * width + (column + n)[None, :], (m < rows)[:, None] & (n < outputs)[None, :]
+
+
+@triton.jit
 def finish(y, residual, at, mask, out_ptr, scale,
            RESIDUAL: tl.constexpr, SCALED: tl.constexpr, ACTIVATION: tl.constexpr):  # fmt: skip
     """Stores residual + scale * act(y) at the elements `at`."""
@@ -50,6 +57,16 @@ def finish_gated(gate, up, at, mask, out_ptr, ACTIVATION: tl.constexpr):
     """Stores act(gate) * up at the elements `at`."""
     y = _round(activated(_round(gate, out_ptr), ACTIVATION), out_ptr) * _round(up, out_ptr)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_gated(gate, up, at, mask, rows, outputs, out_ptr, ACTIVATION: tl.constexpr, PARTS: tl.constexpr):
+    """Stores both sums of a part, in planes of their own, or else what `finish_gated` does."""
+    if PARTS:
+        tl.store(out_ptr + at, gate, mask=mask)
+        tl.store(out_ptr + at + rows.to(tl.int64) * outputs, up, mask=mask)
+    else:
+        finish_gated(gate, up, at, mask, out_ptr, ACTIVATION)
 
 
 @triton.jit

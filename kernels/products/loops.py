@@ -19,7 +19,7 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, input
              NORM: tl.constexpr, OFFSET: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, AHEAD: tl.constexpr,
              PDL: tl.constexpr):  # fmt: skip
-    """As `products`, of norm(x) for one row; [1, BLOCK_N] each, and the residual's outputs.
+    """As `products`, of norm(x) for one row; [1, BLOCK_N] each, the residual's outputs, and 1 / rms(x) where NORM.
 
     The loop adds up products input by input, [BLOCK_N, BLOCK_K] in registers. They are summed across threads once, at
     the end, and there 1 / rms(x), which all share, multiplies the sums. AHEAD is for the first weight alone.
@@ -59,11 +59,12 @@ def _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, input
             products2 += _read_once(w2_ptr + w_at + at, mask).to(tl.float32) * x[None, :]
     y = tl.sum(products, 1)[None, :]
     y2 = tl.sum(products2, 1)[None, :] if GATED else y
+    scale = 1.0
     if NORM:
         scale = tl.rsqrt(tl.sum(squares, 0) / inputs + eps)
         y *= scale
         y2 *= scale
-    return y, y2, residual
+    return y, y2, residual, scale
 
 
 @triton.jit
@@ -116,15 +117,17 @@ def products(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, rows, first, outputs,
     Returns both for the first BLOCK_M rows, then both for the TAIL after them. EVEN: inputs are a multiple of BLOCK_K,
     so that loads of weights need no mask for the last block.
 
-    One row, BLOCK_M 1, may be normed, and its RESIDUAL is loaded early and returned last. Of more rows with PARTS of
-    inputs, program 1 of the grid takes `part_blocks` blocks of them.
+    One row, BLOCK_M 1, may be normed, and its RESIDUAL is loaded early and returned, before the norm's 1 / rms(x). Of
+    more rows with PARTS of inputs, program 1 of the grid takes `part_blocks` blocks of them.
     """
     if BLOCK_M == 1:
-        y, y2, residual = _one_row(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps, NORM,
-                                   OFFSET, RESIDUAL, GATED, EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
+        y, y2, residual, scale = _one_row(
+            x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, first, outputs, inputs, eps, NORM, OFFSET, RESIDUAL, GATED,
+            EVEN, BLOCK_N, BLOCK_K, STAGES, AHEAD, PDL)  # fmt: skip
         tail, tail2 = y, y2
     else:
         residual = 0.0
+        scale = 1.0
         begin = 0
         end = inputs
         if PARTS:
@@ -132,4 +135,4 @@ def products(x_ptr, w_ptr, w2_ptr, norm_ptr, residual_ptr, rows, first, outputs,
             end = tl.minimum(begin + part_blocks * BLOCK_K, inputs)
         y, y2, tail, tail2 = _rows(x_ptr, w_ptr, w2_ptr, rows, first, outputs, inputs, begin, end,
                                    GATED, EVEN, BLOCK_M, TAIL, BLOCK_N, BLOCK_K, STAGES, PDL)  # fmt: skip
-    return y, y2, tail, tail2, residual
+    return y, y2, tail, tail2, residual, scale

@@ -296,6 +296,24 @@ def test_adapters_are_switched_under_graphs():
                 assert torch.equal(generate(model, inputs), bare)
 
 
+@pytest.mark.parametrize("lengths", [(20,), (20, 9)], ids=str)
+def test_products_with_adapters_are_captured(lengths):
+    """What a graph reads of adapters is there as long as the graph: a table of addresses on the device."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(target_modules="all-linear", init_lora_weights=False)
+    model = peft.get_peft_model(tiny("llama").to("cuda", torch.bfloat16), settings).eval()
+    inputs, logits = on_gpu(*lengths), []
+    for graphs in (False, True):
+        with pkv_hf.patched(model, route="split", cuda_graphs=graphs):
+            for _ in range(2):
+                output = generate(model, inputs, output_logits=True, return_dict_in_generate=True)
+            assert pkv_hf.report(model).not_fused == ""
+            assert all(step.captured == graphs for step in output[CACHE].static_steps.values())
+        logits.append(torch.stack(output.logits))
+    assert torch.equal(*logits)
+
+
 def test_adapters_are_switched_in_the_middle_of_a_chat():
     peft = pytest.importorskip("peft")
     turns = []

@@ -1,9 +1,9 @@
 """Triton's interpreter for the kernels under test, with its bfloat16 and float8 mended.
 
-The interpreter holds bfloat16 as uint16. Its `tl.dot` multiplies those bits, its casts of integers to bfloat16 are bits
-too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32 values, which are exact,
-and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does. What
-compares scalars gives numbers of their type, which loads of Triton 3.9 refuse as a mask; here masks are booleans.
+The interpreter holds bfloat16 as uint16. Its `tl.dot` and its products multiply those bits, its casts of integers to
+bfloat16 are bits too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32
+values, which are exact, and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does.
+What compares scalars gives numbers of their type, which loads of Triton 3.9 refuse as a mask; here masks are booleans.
 
 Most of its time goes where kernels do not need it: at every call of one function by another it goes through all of
 triton.language (here a kernel does so once), every sum of integers is done again in 64 bits to find overflow (an option
@@ -28,12 +28,13 @@ import torch
 
 
 def tensors_of(values: Iterable[object]) -> Iterator[torch.Tensor]:
-    """The tensors with elements among a kernel's arguments, some of which are tuples."""
+    """The tensors with elements among a kernel's arguments, some of which are tuples, or name tensors by address."""
     for value in values:
         if isinstance(value, (tuple, list)):
             yield from tensors_of(value)
         elif isinstance(value, torch.Tensor) and value.numel():
             yield value
+            yield from getattr(value, "pkv_hf_named", ())
 
 
 def extent(tensor: torch.Tensor) -> tuple[int, int]:
@@ -53,11 +54,18 @@ def use() -> None:
 
     plain_np_dtype = interpreter._get_np_dtype
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    plain_mul = InterpreterBuilder.create_fmul
 
     def create_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
             a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
         return plain_dot(self, a, b, *rest)
+
+    def create_fmul(self, a, b):
+        if a.dtype.scalar != tl.bfloat16:
+            return plain_mul(self, a, b)
+        product = plain_mul(self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32))
+        return self.cast_impl(product, tl.bfloat16)
 
     def cast_impl(self, src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
@@ -101,7 +109,8 @@ def use() -> None:
 
     def init_args_hst(self, args, kwargs):
         on_host = plain_init(self, args, kwargs)
-        extents[:] = sorted(map(extent, tensors_of([*on_host[0], *on_host[1].values()])))
+        given = [*on_host[0], *on_host[1].values(), *args]  # what a tensor names is known of the one that was given
+        extents[:] = sorted(map(extent, tensors_of(given)))
         return on_host
 
     def checked(pointers, mask):
@@ -147,7 +156,7 @@ def use() -> None:
     )
     InterpretedFunction.__call__ = call_from_a_kernel
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_fmul = create_fp_to_fp, create_fmul
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     interpreter._get_np_dtype = np_dtype

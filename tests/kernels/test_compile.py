@@ -17,13 +17,14 @@ SHARED_KIB = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 # The interpreter's functions do not compile, so a process without it does, one a target.
 COMPILE = """
 import json, re, subprocess, sys, tempfile
-import triton
+import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from pkv_hf.kernels import append, elementwise, linear, queries, rope, select
 from pkv_hf.kernels.attention import split, workqueue
-from pkv_hf.kernels.products import blocks, epilogue
+from pkv_hf.kernels.products import adapters, blocks, epilogue
+from pkv_hf.kernels.quantized import blocks as blocks4, codes, linear4
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
 from pkv_hf.kernels.states import convolution, delta, norm, ssm
 
@@ -131,13 +132,43 @@ if target == 89:  # float32 that was of 8 bits, where there is least to spare
         gpu, split._split, "fp32", constants, tile.num_warps, k_ptr="*i16", v_ptr="*i16")
 half = next(case[4] for case in cases if case[4] != "fp32")
 
-def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, **form):
+def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, **form):
     block = blocks.choose_block(rows, inputs, outputs, at_once, 132, shared, blocks.MOST_PARTS)
     block_m, tail = blocks.padded(rows)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
-                AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, **form)
-    return compiled(gpu, kernel, half, form, block.num_warps, **({"out_ptr": "*fp32"} if PARTS else {}))
+                AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, ADAPTERS=ADAPTERS, **form)
+    alike = {"out_ptr": "*fp32"} if PARTS else {}
+    return compiled(gpu, kernel, half, form, block.num_warps, **alike, **(LORA if ADAPTERS else {}))
 
+LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
+
+def of_4_bits(kernel, rows, outputs, at_once, nested, quant_type, ADAPTERS=0, **form):
+    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, by_sums=target < 80)
+    block_m, tail = block.padded(rows)
+    asm = codes.ptx(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
+    form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
+                EVEN=True, NORM=rows == 1, OFFSET=0.0, PARTS=False, ADAPTERS=ADAPTERS, ASM=asm, QBLOCK=64,
+                NESTED=nested, FORM=block.form, **form)
+    pointers = {"x_ptr": "*i32"}
+    for name in kernel.kernel.arg_names:
+        if name in ("a_ptr", "b_ptr", "c_ptr", "gate_ptr", "up_ptr"):
+            pointers[name] = "*u16"
+        elif name.startswith(("absmax2_", "code_", "offset_")):
+            pointers[name] = "*fp32"
+        elif name.startswith("absmax_"):
+            pointers[name] = "*u8" if nested else "*fp32"
+    pointers.update(LORA if ADAPTERS else {})
+    return compiled(gpu, kernel, half, form, block.num_warps, **pointers)
+
+for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
+    nested, quant_type = rows != 8, "nf4" if rows > 1 else "fp4"
+    residual = dict(WEIGHTS=1, BIAS=True, RESIDUAL=True, SCALED=False, ACTIVATION=None)
+    used[f"linear4 {rows}"] = of_4_bits(linear4._linear4, rows, 4096, 1, nested, quant_type, **residual)
+    used[f"gated4 {rows}"] = of_4_bits(
+        linear4._gated4, rows, 14336, 2, nested, quant_type, BIAS=False, ACTIVATION="silu")
+    if target in (75, 90):
+        used[f"linear4 {rows} with adapters"] = of_4_bits(
+            linear4._linear4, rows, 4096, 1, nested, quant_type, ADAPTERS=8, **residual)
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
 for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
@@ -150,6 +181,19 @@ parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
 used["linear in parts"] = of_rows(
     linear._linear, 80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
 used["gated in parts"] = of_rows(linear._gated, 80, 4096, 4096, 2, **parts)
+for rows, least in ((1, 4), (16 if target < 80 else 80, 16)):
+    used[f"gated {rows} with adapters"] = of_rows(linear._gated, rows, 4096, 14336, 2, ADAPTERS=8, **silu)
+    block_m, more = min(rows, 16), target in (75, 90)
+    shrink = dict(NORM=rows == 1, OFFSET=1.0, LORA_ALIGNED=True, BLOCK_M=block_m, BLOCK_R=least,
+                  BLOCK_K=adapters.INPUTS[block_m])
+    expand = dict(PARTS=8, BLOCK_M=block_m, BLOCK_N=adapters.OUTPUTS)
+    for lora in ("fp32", half) if more else ("fp32",):
+        used[f"shrink {rows} {lora}"] = compiled(
+            gpu, adapters._shrink, half, shrink, 4, **{**LORA, "lora_ptr": "*" + lora})
+    if more:
+        form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, ADAPTERS=8, **plain)
+        used[f"linear {rows} with adapters"] = of_rows(linear._linear, rows, 4096, 6144, 1, **form)
+        used[f"expand {rows}"] = compiled(gpu, adapters._expand, half, expand, 4, **{**LORA, "lora_ptr": "*" + half})
 for weights, gates, activation in ((3, False, None), (2, True, "silu")):
     form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=not gates, SCALED=not gates, ACTIVATION=activation, GATED=gates,
                 PARTS=blocks.MOST_PARTS, BLOCK=epilogue.BLOCK)
@@ -227,6 +271,7 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    assert len(used) >= 7 * must + (31 if target >= 80 else 23) + (4 if target < 89 else 8) + 15 * (target in (75, 90))
+    of_layers = {75: 24 + 21, 90: 41 + 21}.get(target, 33)
+    assert len(used) >= 7 * must + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

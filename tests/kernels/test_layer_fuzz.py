@@ -19,6 +19,8 @@ from pkv_hf.kernels.checks.fuzz import BOUND
 from pkv_hf.kernels.checks.fuzz_layers import DTYPES, batches, judge
 from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, beside
 from pkv_hf.kernels.checks.new_token import TokenCase
+from pkv_hf.kernels.checks.quantized import Linear4Case
+from pkv_hf.kernels.quantized import linear4
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = [(kind, dtype) for kind, dtypes in DTYPES.items() for dtype in dtypes]
@@ -42,7 +44,8 @@ def test_batches_share_what_is_compiled_and_go_through_all_kernels():
     for cases in made:
         fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual", "offset"}
         fixed |= {"rotary", "interleaved", "paired_angles", "wide_angles", "operation", "activation", "multiplier"}
-        fixed |= {"whole"} | ({"parts"} if not isinstance(cases[0], TokenCase) else set())
+        fixed |= {"quant_type", "nested", "block", "form"}
+        fixed |= {"whole", "lora_dtype"} | ({"parts"} if not isinstance(cases[0], TokenCase) else set())
         assert len({tuple(getattr(case, name, None) for name in fixed) for case in cases}) == 1
         assert len({case.seed for case in cases}) == len(cases)
 
@@ -84,6 +87,19 @@ GATED = LinearCase(
     offset=1.0,
     inputs=50,
 )
+LINEAR4 = Linear4Case(
+    torch.bfloat16,
+    rows=1,
+    outputs=(90,),
+    gated=False,
+    bias=True,
+    norm=True,
+    residual=True,
+    quant_type="nf4",
+    nested=True,
+    block=64,
+    inputs=192,
+)
 NORM = ElementwiseCase(torch.float32, "rms_norm", residual=True, rows=9, width=300)
 CENTERED = ElementwiseCase(torch.bfloat16, "layer_norm", bias=True, rows=9, width=300)
 BOTH = ElementwiseCase(torch.bfloat16, "add_norms", offset=1.0, after=True, before=True, rows=9, width=300)
@@ -101,6 +117,7 @@ SILU = ElementwiseCase(torch.bfloat16, "act_mul", strided=True, rows=3, width=50
         (dataclasses.replace(ROPED, norm=True), append, "rope_append", "last", "q"),
         *[(TOKEN, split, "decode_split", place, "out") for place in ("last", "unwritten")],
         *[(LINEAR, linear, "linear", place, "out") for place in ("last", "unwritten")],
+        *[(LINEAR4, linear4, "linear4", place, "out") for place in ("last", "unwritten")],
         (dataclasses.replace(ROPED, rotary=32, interleaved=True, offset=1.0), append, "rope_append", "last", "q"),
         (GATED, linear, "gated", "last", "out"),
         (dataclasses.replace(ROPED, norm=True, whole=True), append, "rope_append", "last", "q"),

@@ -216,7 +216,8 @@ class HalvedWeight(torch.Tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
-    from pkv_hf.patches.stream import kernel_takes
+    from pkv_hf.patches.projections.module import Own
+    from pkv_hf.patches.projections.registry import Kinds
 
     model, inputs = tiny("llama").to(dtype), left_padded(9)
     for module in model.modules():
@@ -225,7 +226,9 @@ def test_weights_that_only_look_plain_go_through_their_own_forward(dtype):
             module.weight = torch.nn.Parameter(HalvedWeight(stored, dtype), requires_grad=False)
     linear = model.model.layers[0].mlp.gate_proj
     assert type(linear) is torch.nn.Linear
-    assert not kernel_takes([linear], torch.zeros(1, 64, dtype=dtype))
+    kinds, x = Kinds(), torch.zeros(1, 64, dtype=dtype)
+    assert type(kinds((linear,), x)) is Own
+    assert "a Linear keeps its weight as a HalvedWeight" in kinds.why_own((linear,), x)
     expected = decode_logits(model, inputs)
     with pkv_hf.patched(model, route="split"):
         torch.testing.assert_close(
@@ -295,6 +298,9 @@ class TestWatch:
         assert not watch.unchanged()
         watch = Watch(model.get_base_model(), model.config)
         model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+        assert not watch.unchanged()
+        watch = Watch(model.get_base_model(), model.config)
+        model.set_adapter("other")
         assert not watch.unchanged()
         watch = Watch(model.get_base_model(), model.config)
         model.merge_adapter()

@@ -15,7 +15,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from pkv_hf import compat
 from pkv_hf.origins import LOOPS_OWN
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None), torch.dtype)
 NO_SETTINGS = nn.Module().__dict__.keys() - {"training"} | {"_experts_implementation_internal"}
 """What every module has that is no setting, its children, tensors and hooks; and what transformers sets in the
 configuration for the steps of each generate(), and back."""
@@ -138,10 +138,21 @@ class _Settings:
 
 
 def _address(tensor: Any) -> Any:
-    """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are."""
+    """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are.
+
+    bitsandbytes keeps what its weights are scaled by in an object beside them.
+    """
+    if type(tensor) is nn.Parameter or type(tensor) is torch.Tensor:
+        return tensor.data_ptr()
     if hasattr(tensor, "__tensor_flatten__"):
         return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
-    return tensor.data_ptr() if isinstance(tensor, torch.Tensor) else id(tensor)  # no tensor, or a wrapper's mesh
+    if not isinstance(tensor, torch.Tensor):  # none, or a wrapper's mesh
+        return id(tensor)
+    addresses, state = [tensor.data_ptr()], getattr(tensor, "quant_state", None)
+    while state is not None:  # scales can be quantised themselves
+        addresses += [held.data_ptr() for held in vars(state).values() if isinstance(held, torch.Tensor)]
+        state = getattr(state, "state2", None)
+    return addresses
 
 
 def hooks_of(model: nn.Module) -> list[Callable[..., Any]]:

@@ -1,0 +1,107 @@
+"""The 16 values of NF4 and FP4, and how a GPU looks them up in registers.
+
+NF4 is of Dettmers et al. 2023 (QLoRA), FP4 has a sign, two bits of exponent and one of mantissa; both are scaled to a
+largest value of 1. bitsandbytes packs two weights a byte, the first one in the high four bits.
+
+`prmt` picks four bytes out of eight by four selectors of 4 bits. Tables of the values' low and of their high bytes take
+four registers each, two for values 0 to 7 and two for 8 to 15. Both halves are asked, bit 3 of the weights picks one,
+and low and high bytes are put together. Four elements of 16 bits, of four weights each, are taken at a time: two
+registers, as are the values of a place in them. Weights of a place are first laced into each other, so that they lie as
+their values have to.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TypeAlias
+
+import torch
+
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+_MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
+FP4 = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
+VALUES = {"nf4": NF4, "fp4": FP4}
+
+Instruction: TypeAlias = "tuple[str, str, tuple[str | int, ...]]"
+"""An operation, the register that it writes, and what it reads: registers, or numbers of 32 bits. `lop3`'s last number
+is its table of truth: 0xE4 takes bits of the first where the third has ones, of the second elsewhere."""
+
+PLACES = 4
+"""Weights of an element."""
+RESULTS, PACKED = ("$0", "$1"), ("$2", "$3")
+TABLE = tuple(f"table{i}" for i in range(8))
+ZERO = "%lanemask_lt"
+"""Its highest bit is never set, which compilers do not know: they would make constants anew for every `prmt`."""
+CONSTRAINTS = "=&r,=&r,r,r"  # results are written before all is read
+
+
+@functools.cache
+def values(quant_type: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The 16 values rounded to a half type, on a device."""
+    return torch.tensor(VALUES[quant_type], device=device).to(dtype)
+
+
+def bits(quant_type: str, dtype: torch.dtype) -> list[int]:
+    """The 16 values rounded to a half type, as their 16 bits."""
+    return [int(value) & 0xFFFF for value in values(quant_type, dtype, torch.device("cpu")).view(torch.int16)]
+
+
+def words(quant_type: str, dtype: torch.dtype) -> list[int]:
+    """The 16 values' low bytes in four words of 32 bits, then their high bytes."""
+    table = bits(quant_type, dtype)
+    held = [value & 0xFF for value in table] + [value >> 8 for value in table]
+    return [int.from_bytes(bytes(held[at : at + 4]), "little") for at in range(0, 32, 4)]
+
+
+def instructions(table: list[int], place: int) -> list[Instruction]:
+    """How elements `PACKED` become the values of their weights at a place of 0 to 3, `RESULTS`, in the same order.
+
+    `table` is as `words` gives it. Compilers find what is the same for other places, and do it once.
+    """
+    low = place % 2  # in the low four bits of a byte
+    made: list[Instruction] = [
+        ("mov", "zero", (ZERO,)),
+        ("and", "zero", ("zero", 0x80000000)),
+        ("xor", "unmoved", ("zero", 0x32103210)),
+        *(("xor", name, ("zero", word)) for name, word in zip(TABLE, table)),
+        ("prmt", "a", (*PACKED, 0x5410)),
+        ("prmt", "b", (*PACKED, 0x7632)),
+        ("shl", "b", ("b", 4)) if low else ("shr", "a", ("a", 4)),
+        ("lop3", "a", ("a", "b", 0x0F0F0F0F, 0xE4)),
+        ("and", "index", ("a", 0x77777777)),
+        ("shr", "upper", ("a", 1)),
+        ("and", "upper", ("upper", 0x44444444)),
+        ("or", "upper", ("upper", "unmoved")),
+    ]
+    for result in RESULTS:
+        for half, of_half in zip(("lows", "highs"), (TABLE[:4], TABLE[4:])):
+            made += [
+                ("prmt", half, (*of_half[:2], "index")),
+                ("prmt", "other", (*of_half[2:], "index")),
+                ("prmt", half, (half, "other", "upper")),
+            ]
+        made.append(("prmt", result, ("lows", "highs", 0x7362 if place > 1 else 0x5140)))
+        if result is not RESULTS[-1]:
+            made += [("shr", "index", ("index", 16)), ("shr", "upper", ("upper", 16))]
+    return made
+
+
+@functools.cache
+def ptx(quant_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """`instructions` for every place, with `CONSTRAINTS`."""
+    return tuple(_ptx(instructions(words(quant_type, dtype), place)) for place in range(PLACES))
+
+
+def _ptx(made: list[Instruction]) -> str:
+    lines = []
+    for operation, target, sources in made:
+        kind = "u32" if operation in ("mov", "shr") else "b32"
+        operands = (source if isinstance(source, str) else f"0x{source:08x}" for source in sources)
+        lines.append(f"{operation}.{kind} {target}, {', '.join(operands)};")
+    registers = sorted({target for _, target, _ in made} - {*RESULTS})
+    return f"{{ .reg .b32 {', '.join(registers)}; {' '.join(lines)} }}"

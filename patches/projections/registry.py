@@ -1,0 +1,67 @@
+"""Which kind multiplies: the first that takes the modules and the rows at hand."""
+
+from __future__ import annotations
+
+import torch
+
+from pkv_hf.patches.projections.base import Modules, Projection
+from pkv_hf.patches.projections.bnb4 import Linear4
+from pkv_hf.patches.projections.lora import Beside, bare
+from pkv_hf.patches.projections.module import Own
+from pkv_hf.patches.projections.plain import Plain
+
+KINDS: tuple[type[Projection], ...] = (Plain, Linear4, Own)
+"""In the order in which they are asked; the last takes everything."""
+
+
+class Kinds:
+    """Chooses kinds. It remembers what it has read of modules, so it may live no longer than they stay as they are."""
+
+    def __init__(self) -> None:
+        self._read: dict[Modules, tuple[list[Projection], list[str]]] = {}
+
+    def __call__(self, modules: Modules, x: torch.Tensor) -> Projection:
+        """The first kind that takes the modules' products with x `[rows, inputs]`."""
+        kinds, _ = self._of(modules)
+        for kind in kinds[:-1]:
+            if not kind.why_not(x):
+                return kind
+        return kinds[-1]
+
+    def why_own(self, modules: Modules, x: torch.Tensor) -> list[str]:
+        """Why the modules' own forwards run for x, a reason for each kind before; empty where another kind runs."""
+        kinds, reasons = self._of(modules)
+        found = [*reasons, *(kind.why_not(x) for kind in kinds[:-1])]
+        return found if all(found) else []
+
+    def read(self, modules: Modules) -> None:
+        """Reads the modules, so that nothing is left to be read while a CUDA graph is captured."""
+        self._of(modules)
+
+    def _of(self, modules: Modules) -> tuple[list[Projection], list[str]]:
+        """The kinds that take the modules with some x, and why the others do not."""
+        if modules not in self._read:
+            self._read[modules] = _read(modules)
+        return self._read[modules]
+
+
+def _read(modules: Modules) -> tuple[list[Projection], list[str]]:
+    """The kinds that take modules, with adapters where there are such; at last the modules as they are."""
+    found = bare(modules)
+    if isinstance(found, str):
+        return [Own(modules)], [found]
+    bases, adapters = found
+    kinds: list[Projection] = []
+    reasons: list[str] = []
+    for kind in KINDS:
+        projection = kind.read(bases)
+        if isinstance(projection, str):
+            reasons.append(projection)
+        elif adapters is None:
+            kinds.append(projection)
+        elif isinstance(projection, (Plain, Linear4)):
+            projection.adapters = adapters
+            kinds.append(projection)
+        else:
+            kinds.append(Beside(projection, adapters))
+    return (kinds if adapters is None else [*kinds, Own(modules)]), reasons
