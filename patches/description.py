@@ -116,6 +116,8 @@ class Layer:
     branches: tuple[Branch, ...]
     returns: int = 0
     """Elements of the tuple that it returns, hidden states and nothing else; 0 where it returns those alone."""
+    given: frozenset[str] = frozenset()
+    """The arguments beside hidden states that it was given when it was read."""
     gain: Any = None
     """`Held`: what multiplies all that it returns, one element; None for nothing."""
 

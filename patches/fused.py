@@ -22,7 +22,7 @@ from pkv_hf.patches.projections.base import Normed, Projection
 from pkv_hf.patches.projections.registry import Kinds
 from pkv_hf.patches.stream import Stream, projections, take_norm
 from pkv_hf.routes.base import Norms, Scores
-from pkv_hf.runtime.interface import seen_by
+from pkv_hf.runtime.interface import HARMLESS, seen_by
 from pkv_hf.runtime.step import Step, handle_of, launching_on
 
 
@@ -35,6 +35,7 @@ class FusedLayer:
         self.following = following
         """What the next layer begins with, None where that is not fused."""
         self._kinds = Kinds()
+        self._known = layer.given | HARMLESS | {CACHE, "attention_mask"}
 
     def read(self) -> None:
         """Reads the layer's projections, which its first step may be captured with."""
@@ -47,8 +48,12 @@ class FusedLayer:
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other
-        arguments. A layer without attention needs no step.
+        arguments. A layer without attention needs no step. Raises LayerNotServed for arguments that its description
+        does not know.
         """
+        more = [name for name, value in given.items() if value is not None and name not in self._known]
+        if more:
+            raise LayerNotServed(f"layers are given {', '.join(more)}, which their description does not know")
         stream, branches = Stream(hidden, self._kinds), self.layer.branches
         for i, branch in enumerate(branches):
             if not branch.of_input:

@@ -155,7 +155,8 @@ def _added_up(trace: Trace, found: list[tuple[Branch, torch.Tensor, torch.Tensor
         for i, (branch, *_) in enumerate(abreast):
             branches.append(Branch(branch.body, branch.before, branch.after, scale, i > 0))
         x = after
-    return Layer(tuple(branches), trace.returns, gain)
+    given = frozenset(name for name, value in trace.given.items() if value is not None)
+    return Layer(tuple(branches), trace.returns, given, gain)
 
 
 def _scale(difference: torch.Tensor, result: torch.Tensor, trace: Trace) -> float | None:

@@ -73,6 +73,8 @@ class Trace:
     """By which attention modules look up their function."""
     returns: int
     """Elements of the tuple that it returned, of which the others are None; 0 where it returned the output alone."""
+    given: dict[str, Any]
+    """Its arguments beside the input."""
     singles: dict[str, torch.Tensor]
     """The module's own parameters and buffers of one element."""
 
@@ -144,7 +146,7 @@ def traced(module: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any], conf
     settings = [float(value) for value in vars(module).values() if isinstance(value, float)]
     held = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
     singles = {name: tensor for name, tensor in held if tensor.numel() == 1}
-    return Trace(hidden, output, calls, settings, listener.asked, config, returns, singles)
+    return Trace(hidden, output, calls, settings, listener.asked, config, returns, kwargs, singles)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ raised out of it as LayerNotServed, by `interface` and `step`.
 
 from __future__ import annotations
 
+import inspect
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,7 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
             raise NotServed("attention_mask is more than causal, in a decode step")
         mask = expanded.real
     starts = _row_starts(mask, cache, rows, q_len, state)
-    asks, along = _asks_more(config, call), along_tokens(call)
+    asks, along = _asks_more(decoder, call), along_tokens(decoder, call)
     return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, along, expanded)
 
 
@@ -149,14 +150,17 @@ def extra_arguments(call: dict[str, Any]) -> list[str]:
     return [name for name in given if name != "logits_to_keep" or not _of_one_token(call)]
 
 
-def along_tokens(call: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The arguments of a call that say something of each of its tokens, floating `[B, q_len, ...]`."""
-    tokens = tokens_of(call)
-    found = {name: call[name] for name in extra_arguments(call) if isinstance(call[name], torch.Tensor)}
+def along_tokens(decoder: Any, call: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The arguments that a decoder has by name and that say something of each token, floating `[B, q_len, ...]`."""
+    extra, tokens = extra_arguments(call), tokens_of(call)
+    if not extra or tokens is None:
+        return {}
+    named = inspect.signature(type(decoder).forward).parameters
+    found = {name: call[name] for name in extra if name in named and isinstance(call[name], torch.Tensor)}
     return {
         name: value
         for name, value in found.items()
-        if tokens is not None and value.ndim > 2 and value.shape[:2] == tokens.shape[:2] and value.is_floating_point()
+        if value.ndim > 2 and value.shape[:2] == tokens.shape[:2] and value.is_floating_point()
     }
 
 
@@ -175,11 +179,12 @@ def tokens_of(call: dict[str, Any]) -> torch.Tensor | None:
     return call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
 
 
-def _asks_more(config: Any, call: dict[str, Any]) -> str:
+def _asks_more(decoder: Any, call: dict[str, Any]) -> str:
     """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
+    config = decoder.config
     if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
         return "output_hidden_states=True asks for those of all layers"
-    along = along_tokens(call)
+    along = along_tokens(decoder, call)
     if extra := [name for name in extra_arguments(call) if name not in along]:
         return f"its decoder is given {', '.join(extra)}"
     if call.get("return_dict", getattr(config, "return_dict", True)) is False:

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.bench.alterations import ALTERATIONS, altered
+from pkv_hf.errors import LayerNotServed
 from pkv_hf.kernels import elementwise
 from pkv_hf.patches import check
 from pkv_hf.patches.description import Layer
@@ -89,7 +90,7 @@ def changed(layer: Layer, i: int, **fields: object) -> Layer:
     body = replace(branch.body, **{name: value for name, value in fields.items() if name not in of_branch})
     branches = [*layer.branches]
     branches[i] = replace(branch, **{"body": body, **of_branch})
-    return Layer(tuple(branches))
+    return replace(layer, branches=tuple(branches))
 
 
 def scores(layer: Layer, factor: float) -> Layer:
@@ -108,7 +109,7 @@ FALSE = {
     "gate": lambda layer: changed(layer, 1, gate=layer.branches[1].body.up, up=layer.branches[1].body.gate),
     "multiplier": lambda layer: changed(layer, 1, scale=1.01),
     "side by side": lambda layer: changed(layer, 1, of_input=True),
-    "fewer": lambda layer: Layer(layer.branches[:1]),
+    "fewer": lambda layer: replace(layer, branches=layer.branches[:1]),
 }
 """Descriptions of a Llama's layer that are wrong."""
 
@@ -209,3 +210,13 @@ def test_functions_that_modules_hold_tell_layers_apart():
     assert [layer.branches[1].body.activation for layer in described] == ["silu", "relu"]
     assert fusing._described
     assert not copy.deepcopy(fusing)._described
+
+
+@torch.no_grad()
+def test_an_argument_that_no_description_knows_is_not_passed_over():
+    """Such as one that the layers' own code hands on to attention."""
+    fusion = fusion_of(tiny("llama", num_hidden_layers=1))
+    (fused,) = fusion.layers.values()
+    given = {"position_embeddings": None, "output_attentions": False, "position_bias": torch.zeros(1)}
+    with pytest.raises(LayerNotServed, match="layers are given position_bias, which their description does not know"):
+        fused(None, torch.zeros(1, 1, 64), given)
