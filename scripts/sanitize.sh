@@ -12,14 +12,14 @@ out=${1:-benchmarks/results/sanitizers.jsonl}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 attention="tests/kernels/test_kernels.py tests/kernels/test_append.py"
-layers=tests/kernels/test_linear.py
+layers="tests/kernels/test_linear.py tests/kernels/test_linear4.py tests/kernels/test_adapters.py tests/ahead/test_select.py"
 small=tests/kernels/test_unwritten_memory.py
 ours=(--kernel-name 'regex=^[a-z_]+_kernel$')
 out_of_bounds='
 import torch
-from pkv_hf.kernels.elementwise import silu_mul_kernel
-x = torch.zeros(8, device="cuda")
-silu_mul_kernel[(64,)](x, x, x, 65536, BLOCK=1024, PDL=False)
+from pkv_hf.kernels.elementwise import act_kernel
+x, width = torch.zeros(8, device="cuda"), 65536
+act_kernel[(64, 1)](x, x, x, width, width, width, ACTIVATION="silu", GATED=True, BLOCK=1024, PDL=False)
 torch.cuda.synchronize()'
 
 command -v compute-sanitizer > /dev/null || {
@@ -30,7 +30,7 @@ export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$logs/triton}
 python3 -m pytest -q -n 8 $small $layers $attention  # compiles, which a sanitizer would make slow
 export PYTORCH_NO_CUDA_MEMORY_CACHING=1  # every tensor is an allocation of its own, so that its bounds are known
 compute-sanitizer "${ours[@]}" python3 -c "$out_of_bounds" > "$logs/ours.log" 2>&1 || true
-grep -q " at silu_mul_kernel" "$logs/ours.log" || {
+grep -q " at act_kernel" "$logs/ours.log" || {
   tail -n 5 "$logs/ours.log" >&2
   echo "sanitize: a kernel of ours that reads out of bounds was not reported: see how \$ours selects them" >&2
   exit 1
