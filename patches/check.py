@@ -30,7 +30,7 @@ from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
-from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers
+from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, positions_are_places
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.patches.sharing import Kept, kept_by, read_by, with_each, with_pairs
 from pkv_hf.patches.trace import states_in
@@ -65,6 +65,9 @@ class Fusing:
             if any(isinstance(branch.body, AsIs) for branch in described.branches):
                 return "modules of its layers are not understood"
         return ""
+
+    def positions_are_places(self, decoder: Any) -> bool:
+        return positions_are_places(decoder)
 
     def __call__(self, decoder: Any, kinds: tuple[LayerKind, ...], route: Route) -> Fusion:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""

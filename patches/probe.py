@@ -50,21 +50,45 @@ def decoder_layers(decoder: Any) -> list[nn.Module]:
     return list(lists[0][:count]) if len(lists) == 1 else []
 
 
-def given_to_layers(decoder: Any) -> dict[nn.Module, Given] | str:
+def given_to_layers(decoder: Any, **others: Any) -> dict[nn.Module, Given] | str:
     """The calls of all layers for `TOKENS` tokens without a cache, or why they are not known.
 
     They are the last that the decoder has positions for: what scales with the position may begin far behind the first.
+    `others` are given to the decoder in the place of these positions, and of no mask.
     """
     whys = []
     for returns in range(MOST_RETURNED + 1):
-        calls = _given(decoder, returns)
+        calls = _given(decoder, returns, others)
         if not isinstance(calls, str):
             return calls
         whys.append(calls)
     return whys[0]
 
 
-def _given(decoder: Any, returns: int) -> dict[nn.Module, Given] | str:
+def positions_are_places(decoder: Any) -> bool:
+    """Whether a decoder that is given no positions takes every token's place in its row: some count from the first real
+    one (OPT)."""
+    device = next(decoder.parameters()).device
+    mask, places = torch.ones(1, TOKENS, dtype=torch.long, device=device), torch.arange(TOKENS, device=device)[None]
+    mask[:, :2] = 0
+    seen = []
+    for positions in (None, places):
+        calls = given_to_layers(decoder, attention_mask=mask, position_ids=positions)
+        if isinstance(calls, str):
+            return False
+        seen.append(_floating(tuple((call.hidden, call.kwargs) for call in calls.values())))
+    return len(seen[0]) == len(seen[1]) and all(map(torch.equal, *seen))
+
+
+def _floating(value: Any) -> list[torch.Tensor]:
+    """The floating tensors in a layer's arguments."""
+    if isinstance(value, torch.Tensor):
+        return [value] if value.is_floating_point() else []
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [tensor for each in inner for tensor in _floating(each)]
+
+
+def _given(decoder: Any, returns: int, others: dict[str, Any]) -> dict[nn.Module, Given] | str:
     device = next(decoder.parameters()).device
     ids = torch.arange(1, TOKENS + 1, device=device)[None]
     positions = torch.arange(TOKENS, device=device)[None] + _far(decoder)
@@ -72,9 +96,8 @@ def _given(decoder: Any, returns: int) -> dict[nn.Module, Given] | str:
     token = probing.set(Probe(calls, returns))
     try:
         with outside_of_steps(), torch.no_grad():
-            output = original(decoder, "forward")(
-                input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False, **{CACHE: None}
-            )
+            call = {"position_ids": positions, "attention_mask": None, **others, CACHE: None}
+            output = original(decoder, "forward")(input_ids=ids, use_cache=False, **call)
             states = [output[0], *(call.hidden for call in calls.values())]
     except Exception as error:  # of a decoder that layers have to compute for
         return f"{type(decoder).__name__} does not run on tokens alone: {type(error).__name__}: {error}"

@@ -62,6 +62,8 @@ class Look:
     """Which layers are fused in the steps of a route, by its name."""
     mixes: str | None = None
     """What may mix the tokens of a prompt beside attention, empty for nothing; None until that was asked."""
+    places: bool | None = None
+    """Whether the decoder, given no positions, takes every token's place in its row; None until that was asked."""
     ahead: dict[frozenset[str], Found] = field(default_factory=dict)
     """What steps that run ahead have to do, or why they do not, by the arguments that the decoder is given."""
     not_ahead: str = ""

@@ -29,6 +29,8 @@ from pkv_hf.runtime.interface import attention, mask
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 
+NOT_PLACES = "its decoder counts positions of padded rows by itself"
+
 compat.register(compat.NAME, attention, mask)  # where a patched model that is unpickled finds its forward
 
 
@@ -89,12 +91,13 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     cache, starts, q_len = admitted.cache, admitted.starts, admitted.q_len
     route = choose_route(state, cache, starts, q_len, admitted.device, admitted.dtype)
     bounds = Bounds(starts, admitted.begin, q_len)
-    static = static_of(state, admitted, route) if bounds.decodes else ""
+    places = not starts.any() or _places(state, decoder, call)
+    static = "" if not bounds.decodes else static_of(state, admitted, route) if places else NOT_PLACES
     if isinstance(static, StaticStep):
         return _by_static_step(state, static, admitted, call)
     known = state.known.look()
-    packable = admitted.hidden_alone and causal and not admitted.along and not admitted.begin and starts.any()
-    if packable and _packs(state, decoder):
+    packable = admitted.hidden_alone and causal and places and not admitted.along
+    if packable and not admitted.begin and starts.any() and _packs(state, decoder):
         output = _packed_prompt(decoder, cache, bounds, route, call)
         state.known.learn_output(output)
         return output
@@ -112,6 +115,16 @@ def _on_pages(decoder: Any, state: PatchState, admitted: Admitted, call: dict[st
     if admitted.hidden_alone:
         state.known.learn_output(output)
     return output
+
+
+def _places(state: PatchState, decoder: Any, call: dict[str, Any]) -> bool:
+    """Whether the tokens of a call are at their places in their rows, or where it says."""
+    if call.get("position_ids") is not None:
+        return True
+    look = state.known.look()
+    if look.places is None:
+        look.places = state.fusing.positions_are_places(decoder)
+    return look.places
 
 
 def _packs(state: PatchState, decoder: Any) -> bool:

@@ -28,6 +28,10 @@ class Fuses(Protocol):
         """What of a decoder's layers may mix the tokens of a prompt beside attention; empty for nothing."""
         ...
 
+    def positions_are_places(self, decoder: Any) -> bool:
+        """Whether a decoder that is given no positions takes every token's place in its row."""
+        ...
+
     def __call__(self, decoder: Any, kinds: tuple[Any, ...], route: Any) -> Fusion:
         """Which layers of a decoder, that keep what `kinds` say, are fused in the steps of a route."""
         ...

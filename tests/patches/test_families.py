@@ -208,6 +208,26 @@ def test_a_bias_in_a_fused_decode_step_is_not_ignored():
         torch.testing.assert_close(last(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "packs"), [("opt", False), ("olmo2", True)])
+def test_padded_rows_whose_positions_the_decoder_counts_itself(name, packs, monkeypatch):
+    """OPT counts from the first real token where it is given no positions, most count from the padding on."""
+    packed, original = [], forward._packed_prompt
+    monkeypatch.setattr(forward, "_packed_prompt", lambda *args: packed.append(args) or original(*args))
+    model, inputs = build(*SERVED[name]), left_padded(12, 5)
+    token = torch.full((2, 1), 7)
+
+    def logits(cache):
+        prompt = model(**inputs, **{CACHE: cache}).logits[:, -1]
+        mask = torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], dim=1)
+        return torch.stack([prompt, model(token, attention_mask=mask, **{CACHE: cache}).logits[:, -1]])
+
+    expected = logits(transformers.DynamicCache(config=model.config))
+    with pkv_hf.patched(model, route="split"):
+        torch.testing.assert_close(logits(PagedCache(model.config)), expected, atol=1e-4, rtol=1e-4)
+    assert bool(packed) == packs
+
+
 REFUSED: dict[str, tuple[str, str, dict, str]] = {
     "mamba": ("MambaConfig", "MambaForCausalLM", {}, "LinearAttentionLayer"),
     "latent attention": (
