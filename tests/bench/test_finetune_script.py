@@ -62,14 +62,14 @@ def test_adapters_over_4_bit_weights(installed, folder, monkeypatch, capsys):
     sizes = ("--steps", 2, "--block", 32, "--prompts", 2, "--new-tokens", 4, "--learning-rate", 0.02)
     if not installed:
         monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
-    assert run(monkeypatch, "--model", folder, *sizes, "--load-in-4bit") == (0 if installed else 2)
+    assert run(monkeypatch, "--model", folder, *sizes, "--weights", "nf4") == (0 if installed else 2)
     printed = capsys.readouterr()
     if not installed:
-        assert "--load-in-4bit cannot be loaded: " in printed.err
+        assert "--weights nf4 cannot be loaded: " in printed.err
         assert "bitsandbytes" in printed.err
         return
     result = json.loads(printed.out.splitlines()[-1])
-    assert result["weight_bits"] == 4
+    assert result["weights"] == "nf4"
     assert result["tokens_identical"] is True  # after loading they need not be: on a CPU bitsandbytes' layers change
 
 
