@@ -34,7 +34,7 @@ class Kinds:
         if not self(modules, x).called:
             return []
         kinds, reasons = self._of(modules)
-        found = [*reasons, *filter(None, (kind.why_not(x) for kind in kinds[:-1]))]
+        found = [*reasons, *(kind.why_not(x) for kind in kinds if not kind.called)]
         return [reason for reason in found if not isinstance(reason, Foreign)] or found
 
     def count(self, found: Multiplied, rows: int, dtype: torch.dtype, device: torch.device) -> None:
