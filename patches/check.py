@@ -12,6 +12,7 @@ import time
 from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from pkv_hf.errors import first_line
 from pkv_hf.patches import mixers
 from pkv_hf.patches.description import AsIs, Layer, bind
 from pkv_hf.patches.final import fused_norms
-from pkv_hf.patches.fused import FusedLayer, product
+from pkv_hf.patches.fused import FusedLayer, multiplied, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, positions_are_places
@@ -76,9 +77,10 @@ class Fusing:
         if fusion.layers:
             with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
                 fusion.norms = fused_norms(decoder)
-                for fused in fusion.layers.values():
-                    assert isinstance(fused, FusedLayer)
+                layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
+                for fused in layers:
                     fused.read()
+                fusion.multiplied = partial(multiplied, layers)
         fusion.seconds = time.perf_counter() - started
         return fusion
 

@@ -10,6 +10,7 @@ are called as they are, between fused norms.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from pkv_hf.patches.projections.base import Normed, Projection
 from pkv_hf.patches.projections.registry import Kinds
 from pkv_hf.patches.stream import Stream, projections, take_norm
 from pkv_hf.routes.base import Norms, Scores
+from pkv_hf.runtime.fusion import Multiplied
 from pkv_hf.runtime.interface import HARMLESS, seen_by
 from pkv_hf.runtime.step import Step, handle_of, launching_on
 
@@ -45,6 +47,12 @@ class FusedLayer:
             for modules in (projections(body), tuple(ends)):
                 if modules:
                     self._kinds.read(modules)
+
+    def count(self, found: Multiplied, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Adds to `found` how the layer's linear layers multiply rows, those of mixers from their first step on."""
+        mixers = [branch.body.mixer for branch in self.layer.branches if isinstance(branch.body, AsIs)]
+        for kinds in (self._kinds, *(mixer.kinds for mixer in mixers if mixer is not None)):
+            kinds.count(found, rows, dtype, device)
 
     def __call__(self, step: Step | None, hidden: torch.Tensor, given: dict[str, Any]) -> Any:
         """What the layer returns for hidden states `[B, q_len, width]` of the step's tokens; `given` are its other
@@ -74,6 +82,13 @@ class FusedLayer:
             else:
                 stream.add(None, _mixed(body, x.x.view(stream.shape), given), branch, following, gain)
         return returned(stream.result(self.following), self.layer.returns)
+
+
+def multiplied(layers: Iterable[FusedLayer], rows: int, dtype: torch.dtype, device: torch.device) -> Multiplied:
+    found = Multiplied()
+    for layer in layers:
+        layer.count(found, rows, dtype, device)
+    return found
 
 
 def product(module: Any, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import StepShape
 from pkv_hf.runtime.choice import uncaptured
 from pkv_hf.runtime.counts import Calls, Steps
-from pkv_hf.runtime.fusion import Fusion
+from pkv_hf.runtime.fusion import Fusion, Multiplied
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.tables import mebibytes
 
@@ -55,6 +55,11 @@ class Report:
     """Decode steps on pages, by how they ran."""
     last_step: str | None
     """How the last of them ran, "captured", "static" or "eager"; None before the first."""
+    multiplied: dict[str, int]
+    """How many linear layers of the last step's fused layers our kernels multiplied by, by how weights are stored, such
+    as "bfloat16" or "NF4 with adapters". Empty where no layer was fused; output embeddings do not count."""
+    not_multiplied: dict[str, int]
+    """How many of them ran their own forward, by why."""
     not_fused: str
     """Why it ran layers of transformers' own, empty where our kernels ran all; before it, what forbids that."""
     not_captured: str
@@ -80,6 +85,12 @@ class Report:
         layers = f"our kernels run {self.fused} layers" if self.fused else "transformers' own layers run"
         return f"{self.last_step}, {layers}"
 
+    def _weights(self) -> list[str]:
+        """A line on the linear layers of fused layers; none where there are none."""
+        ours = [f"{count} linear layers: {stored}" for stored, count in self.multiplied.items()]
+        own = [f"{count} by their own forward: {why}" for why, count in self.not_multiplied.items()]
+        return [f"weights   {'; '.join([*ours, *own])}"] * bool(ours or own)
+
     def _not_better(self) -> list[str]:
         if self.not_fused == self.not_captured:
             return [f"not fused or captured: {self.not_fused}"] * bool(self.not_fused)
@@ -104,6 +115,7 @@ class Report:
             + (f", {self.calls.masked} prompts under the model's own masks" if self.calls.masked else ""),
             f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
             f"last step {self.runs}",
+            *self._weights(),
             *self._not_better(),
             *(f"not run ahead: {why}" for why in [self.not_run_ahead] if why),
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
@@ -119,10 +131,12 @@ def report(model: nn.Module) -> Report:
         graphs = sum(step.captured for step in state.static_steps)
     steps = state.decision.shapes if state.decision else ()
     last = state.counts.last_step
+    fusion = _fusion(state) if last and last.how != "eager" else None
+    of_weights = Multiplied() if fusion is None else _multiplied(state, fusion)
     return Report(
         family=state.family,
         layers=len(state.known.attentions),
-        fused=len(fusion.layers) if last and last.how != "eager" and (fusion := _fusion(state)) else 0,
+        fused=len(fusion.layers) if fusion else 0,
         page_size=state.page_size,
         kv_dtype=str(KV_DTYPES[state.kv_dtype] if state.kv_dtype else state.known.model.dtype).removeprefix("torch."),
         asked=state.route,
@@ -135,6 +149,8 @@ def report(model: nn.Module) -> Report:
         calls=state.counts.calls,
         steps=state.counts.steps,
         last_step=last.how if last else None,
+        multiplied=dict(of_weights.ours),
+        not_multiplied=dict(of_weights.own),
         not_fused=_not_fused(state),
         not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
         not_run_ahead=_not_run_ahead(state),
@@ -159,6 +175,13 @@ def _fusion(state: PatchState) -> Fusion | None:
     """Which layers steps of the last step's route fuse, None where none was to."""
     route = state.decision.route.name if state.decision else ""
     return state.known.look().fusions.get(route)
+
+
+def _multiplied(state: PatchState, fusion: Fusion) -> Multiplied:
+    """How the last step's linear layers multiplied: by its rows, so that no step has to note it."""
+    assert state.decision is not None
+    step = state.decision.shapes[0]
+    return fusion.multiplied(step.rows * step.q_len, step.dtype, step.device)
 
 
 def _not_run_ahead(state: PatchState) -> str:

@@ -11,6 +11,9 @@ float32 model float64): the root mean square of the difference, relative. It say
 precision a patched engine's may be twice that of transformers' default cache in the same run: more is an error.
 An engine of transformers that raises is recorded with its error.
 
+`--weights` and `--lora` are measured beside transformers' and bitsandbytes' own kernels: `dynamic`, and in our graphs
+`patched-no-fuse`.
+
 `--mode beams` times the steps of beam search; the floor reads the prompt, which the beams share, once.
 `--mode assisted` times rounds: `--assistant` drafts `--draft-tokens` tokens one by one, then the model verifies them in
 one step. The time of a round hardly depends on how many of them were right; "tokens a step" says how many came of it.
@@ -38,6 +41,7 @@ from pkv_hf.bench.compare import check_patchable
 from pkv_hf.bench.floor import Floor
 from pkv_hf.bench.inputs.models import DTYPES, quieten
 from pkv_hf.bench.inputs.shapes import SHAPES
+from pkv_hf.bench.inputs.weights import WEIGHTS
 from pkv_hf.bench.measure import run_generate
 from pkv_hf.bench.results.records import OUT_FOLDER, append_record, environment, output
 from pkv_hf.errors import first_line, status
@@ -85,7 +89,10 @@ def main() -> int:
     parser.add_argument("--assistant", help="the model that drafts in --mode assisted, named as --model is")
     parser.add_argument("--draft-tokens", type=count, default=5, metavar="N", help="of a round of --mode assisted")
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
-    parser.add_argument("--load-in-4bit", action="store_true", help="NF4 weights by bitsandbytes, but for the head")
+    parser.add_argument("--weights", choices=WEIGHTS, help="quantised by bitsandbytes, but for the head")
+    parser.add_argument(
+        "--lora", type=count, metavar="RANK", help="random adapters of this rank around all linear layers but the head"
+    )
     parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/generate.jsonl")
     arguments = parser.parse_args()
@@ -112,7 +119,7 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
     quieten()
     triton_cache = "warm" if kernels_are_cached() else "empty"
     dtype = DTYPES[arguments.dtype]
-    model = benchmark.load(arguments.model, dtype, arguments.device, arguments.load_in_4bit)
+    model = benchmark.load(arguments.model, dtype, arguments.device, arguments.weights, arguments.lora)
     used = [model]
     mode: dict[str, Any] = {"num_beams": beams} if beams > 1 else {}
     if drafted:
@@ -131,7 +138,8 @@ def run(arguments: argparse.Namespace, engines: list[str], beams: int, drafted: 
         "draft_tokens": drafted,
         "model": arguments.model,
         "dtype": arguments.dtype,
-        "weight_bits": 4 if arguments.load_in_4bit else None,
+        "weights": arguments.weights,
+        "adapter": f"lora-r{arguments.lora}" if arguments.lora else None,
         "new_tokens": arguments.new_tokens,
         "triton_cache": triton_cache,
         "read_gb_s": bandwidth / 1e9,

@@ -26,6 +26,7 @@ for _ in 1 2; do
 done
 scripts/record_shapes.sh "$out"
 python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"
-generate --model llama-3.1-8b --dtype bfloat16 --lengths 16384 --new-tokens 48 --load-in-4bit
-python3 scripts/finetune_then_serve.py --steps 60 --batch 8 --block 512 --new-tokens 64 --out "$out/finetune.jsonl"
+for weights in "" "--weights nf4"; do
+  python3 scripts/finetune_then_serve.py --steps 60 --batch 8 --block 512 --new-tokens 64 --out "$out/finetune.jsonl" $weights
+done
 [ "$(nvidia-smi --list-gpus | wc -l)" -lt 2 ] || python3 scripts/benchmark_devices.py --out "$out/devices.jsonl"

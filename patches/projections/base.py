@@ -10,10 +10,15 @@ import torch
 from pkv_hf.patches.description import Norm
 
 if TYPE_CHECKING:
+    from pkv_hf.kernels.products.adapters import Adapters
     from pkv_hf.kernels.products.epilogue import Parts
 
 Modules: TypeAlias = tuple[Any, ...]
 """Linear layers that share an input: one, or q, k and v, or gate and up."""
+
+
+class Foreign(str):
+    """Why modules are not of a kind at all. Where another kind says more of them, nobody wants to read it."""
 
 
 class Normed:
@@ -35,14 +40,26 @@ class Projection:
 
     fuses = False
     """Whether the launch of a product also takes the norm of one row before, and the scale and the sum after."""
+    adapters: Adapters | None = None
+    """What the products add of PEFT's."""
+    called = False
+    """Whether the modules' own forwards multiply."""
 
     def __init__(self, modules: Modules) -> None:
         self.modules = modules
 
     @classmethod
     def read(cls, modules: Modules) -> Projection | str:
-        """The modules as this kind, or why they are not of it, in words for people; the words name the module."""
+        """The modules as this kind, or why they are not of it, in words for people, which name the module.
+
+        The words are `Foreign` where they only say that another kind may know it.
+        """
         raise NotImplementedError
+
+    @property
+    def stored(self) -> str:
+        """How the weights are stored, in words for people."""
+        return named(self.modules[0])
 
     def why_not(self, x: torch.Tensor) -> str:
         """Why products with x `[rows, inputs]` are not this kind's; empty where they are."""

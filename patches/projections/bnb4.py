@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pkv_hf.patches.projections.base import Modules, Normed, Projection, named
+from pkv_hf.patches.projections.base import Foreign, Modules, Normed, Projection, named
 
 if TYPE_CHECKING:
-    from pkv_hf.kernels.products.adapters import Adapters
     from pkv_hf.kernels.products.epilogue import Parts
     from pkv_hf.kernels.quantized.weights import Weight4
 
@@ -36,7 +35,6 @@ class Linear4(Projection):
 
     def __init__(self, modules: Modules, weights: list[Weight4]) -> None:
         super().__init__(modules)
-        self.adapters: Adapters | None = None
         self._weights = weights
         self._outputs = [weight.outputs for weight in weights]
 
@@ -52,6 +50,10 @@ class Linear4(Projection):
         if len(kinds) > 1 or len({module.bias is None for module in modules}) > 1:
             return f"a {named(modules[0])} and others beside it differ in how they are quantised, or in biases"
         return cls(modules, weights)
+
+    @property
+    def stored(self) -> str:
+        return self._weights[0].quant_type.upper()
 
     def why_not(self, x: torch.Tensor) -> str:
         from pkv_hf.kernels.launch import capability
@@ -109,7 +111,7 @@ def _weight_of(module: Any) -> Weight4 | str:
 
     name = named(module)
     if not is_linear4(module):
-        return f"a {name} is no 4-bit layer of bitsandbytes"
+        return Foreign(f"a {name} is no 4-bit layer of bitsandbytes")
     packed: Any = module.weight
     state: Any = getattr(packed, "quant_state", None) or module.quant_state
     if state is None:

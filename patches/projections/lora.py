@@ -41,7 +41,11 @@ class Beside(Own):
 
     def __init__(self, kind: Projection, adapters: Adapters) -> None:
         super().__init__(kind.modules)
-        self._kind, self._adapters = kind, adapters
+        self._kind, self.adapters, self.called = kind, adapters, kind.called
+
+    @property
+    def stored(self) -> str:
+        return self._kind.stored
 
     def why_not(self, x: torch.Tensor) -> str:
         from pkv_hf.kernels.linear import DTYPES, MAX_ROWS
@@ -56,8 +60,8 @@ class Beside(Own):
         from pkv_hf.kernels.products.adapters import expand, shrink
 
         products = self._kind.each(x)
-        shrunk = shrink(x.x, self._adapters, [product.shape[1] for product in products])
+        shrunk = shrink(x.x, self.adapters, [product.shape[1] for product in products])
         return [
             product if outputs is None else expand(product.contiguous(), shrunk, i)
-            for i, (product, outputs) in enumerate(zip(products, self._adapters.outputs))
+            for i, (product, outputs) in enumerate(zip(products, self.adapters.outputs))
         ]

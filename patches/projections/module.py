@@ -12,6 +12,8 @@ from pkv_hf.patches.projections.base import Modules, Normed, Projection
 class Own(Projection):
     """Modules that are called as they are; the kind that takes everything."""
 
+    called = True
+
     @classmethod
     def read(cls, modules: Modules) -> Own:
         return cls(modules)

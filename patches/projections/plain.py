@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from pkv_hf.patches.projections.base import Modules, Normed, Projection, named
+from pkv_hf.patches.projections.base import Foreign, Modules, Normed, Projection, named
 
 if TYPE_CHECKING:
-    from pkv_hf.kernels.products.adapters import Adapters
     from pkv_hf.kernels.products.epilogue import Parts
 
 
@@ -22,7 +21,6 @@ class Plain(Projection):
 
     def __init__(self, modules: Modules) -> None:
         super().__init__(modules)
-        self.adapters: Adapters | None = None
         self._dtype = modules[0].weight.dtype
         self._outputs = [len(module.weight) for module in modules]
 
@@ -34,7 +32,7 @@ class Plain(Projection):
 
         for module in modules:
             if type(module) is not nn.Linear:
-                return f"a {named(module)} is no plain linear layer"
+                return Foreign(f"a {named(module)} is no plain linear layer")
             if type(module.weight) is not nn.Parameter:
                 return f"a {named(module)} keeps its weight as a {named(module.weight)}"
             if module.weight.dtype not in DTYPES or module.weight.dtype != modules[0].weight.dtype:
@@ -44,6 +42,10 @@ class Plain(Projection):
             if (module.bias is None) != (modules[0].bias is None):
                 return f"a {named(module)} has a bias where others beside it have none"
         return cls(modules)
+
+    @property
+    def stored(self) -> str:
+        return str(self._dtype).removeprefix("torch.")
 
     def why_not(self, x: torch.Tensor) -> str:
         from pkv_hf.kernels.linear import MAX_ROWS, outruns_cublas

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from pkv_hf.patches.projections.base import Modules, Projection
+from pkv_hf.patches.projections.base import Foreign, Modules, Projection
 from pkv_hf.patches.projections.bnb4 import Linear4
 from pkv_hf.patches.projections.lora import Beside, bare
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
+from pkv_hf.runtime.fusion import Multiplied
 
 KINDS: tuple[type[Projection], ...] = (Plain, Linear4, Own)
 """In the order in which they are asked; the last takes everything."""
@@ -29,10 +30,22 @@ class Kinds:
         return kinds[-1]
 
     def why_own(self, modules: Modules, x: torch.Tensor) -> list[str]:
-        """Why the modules' own forwards run for x, a reason for each kind before; empty where another kind runs."""
+        """Why the modules' own forwards run for x, by the kinds that know them; empty where products are ours."""
+        if not self(modules, x).called:
+            return []
         kinds, reasons = self._of(modules)
-        found = [*reasons, *(kind.why_not(x) for kind in kinds[:-1])]
-        return found if all(found) else []
+        found = [*reasons, *(kind.why_not(x) for kind in kinds if not kind.called)]
+        return [reason for reason in found if not isinstance(reason, Foreign)] or found
+
+    def count(self, found: Multiplied, rows: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Adds to `found` how the modules that were read multiply that many rows of hidden states."""
+        for modules in self._read:
+            x = torch.empty(rows, getattr(modules[0], "in_features", 1), dtype=dtype, device=device)
+            if why := self.why_own(modules, x):
+                found.own[" and ".join(why)] += len(modules)
+            else:
+                kind = self(modules, x)
+                found.ours[kind.stored + " with adapters" * (kind.adapters is not None)] += len(modules)
 
     def read(self, modules: Modules) -> None:
         """Reads the modules, so that nothing is left to be read while a CUDA graph is captured."""

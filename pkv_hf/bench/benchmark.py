@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from pkv_hf.arguments import needs
 from pkv_hf.bench import logits
-from pkv_hf.bench.inputs.models import check_positions, in_4bit, loading
+from pkv_hf.bench.inputs.models import check_positions, loading
 from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
+from pkv_hf.bench.inputs.weights import quantised, with_lora
 from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.patching import patched
@@ -52,21 +53,32 @@ class Summary:
         }
 
 
-def load(name: str, dtype: torch.dtype, device: str, four_bits: bool = False, option: str = "--model") -> Any:
+def load(
+    name: str,
+    dtype: torch.dtype,
+    device: str,
+    weights: str | None = None,
+    lora: int | None = None,
+    option: str = "--model",
+) -> Any:
     """A model by a name in `SHAPES`, `smollm2`, a hub id or a folder; in eval mode on the device.
 
+    `weights` names how they are quantised, and `lora` is the rank of random adapters that are not merged.
     Raises UsageError, naming the command's option, for what cannot be loaded.
     """
-    if four_bits:
-        needs("bitsandbytes")
-    with loading(f"{option} {name}{' --load-in-4bit' * four_bits}", name):
+    needs(*["bitsandbytes"] * bool(weights), *["peft"] * bool(lora))
+    with loading(f"{option} {name}{f' --weights {weights}' if weights else ''}", name):
+        state = None
         if name == "smollm2":
             model: Any = load_smollm2(dtype=dtype)
-        elif name in SHAPES:
-            model = SHAPES[name].build(dtype, device)
-        else:
+        elif name not in SHAPES:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-        return in_4bit(model, device) if four_bits else model.eval().to(device)
+        elif weights:
+            model, state = SHAPES[name].drawn(dtype, device)
+        else:
+            model = SHAPES[name].build(dtype, device)
+        model = quantised(model, weights, device, state) if weights else model.eval().to(device)
+        return with_lora(model, lora) if lora else model
 
 
 def prompts(name: str, model: Any, lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -37,6 +38,20 @@ class Fuses(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Multiplied:
+    """How many linear layers of fused layers multiply by our kernels and by their own forwards."""
+
+    ours: Counter[str] = field(default_factory=Counter)
+    """By how their weights are stored."""
+    own: Counter[str] = field(default_factory=Counter)
+    """By why."""
+
+
+def nothing(rows: int, dtype: torch.dtype, device: torch.device) -> Multiplied:
+    return Multiplied()
+
+
 @dataclass
 class Fusion:
     """The fused forwards of layers, and why other layers have none."""
@@ -50,3 +65,5 @@ class Fusion:
     """That it took to find out."""
     product: Product = call
     """What a linear layer makes of hidden states, for the head."""
+    multiplied: Callable[[int, torch.dtype, torch.device], Multiplied] = nothing
+    """How the fused layers' linear layers multiply rows of hidden states of a dtype on a device."""

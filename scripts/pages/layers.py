@@ -34,7 +34,7 @@ def shapes_table(records: list[Record]) -> str:
         r
         for r in records
         if r["model"] in SHAPES and r["model"] not in ELSEWHERE
-        and r["dtype"] == "bfloat16" and not r.get("weight_bits")
+        and r["dtype"] == "bfloat16" and not r.get("weights") and not r.get("adapter")
         and len(r["lengths"]) == 1 and r["lengths"][0] <= 8192
     ]  # fmt: skip
     longest = {run["patched"]["model"]: run for run in performance.compared(fitting)}  # which are in their order

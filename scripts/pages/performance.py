@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import pages
+from pkv_hf.bench.inputs.weights import WORDS
 from pkv_hf.bench.results.published import Record, is_cpu, of_every_gpu, of_one_run, table
 
 PAGE = pages.ROOT / "docs" / "performance.md"
@@ -14,11 +15,11 @@ PAGE = pages.ROOT / "docs" / "performance.md"
 PEERS = ("dynamic", "static-compile")
 """transformers' own caches that ours is compared with."""
 
-GREEDY_CASE = ("model", "dtype", "weight_bits", "lengths")
+GREEDY_CASE = ("model", "dtype", "weights", "adapter", "lengths")
 MODE = {"mode": "greedy", "num_beams": 1, "assistant": None, "draft_tokens": 0, "tokens_per_step": 1.0}
 """What records of before there were modes count as."""
 
-ABLATED = {"model": "llama-3.1-8b", "dtype": "bfloat16", "lengths": [8192], "weight_bits": None}
+ABLATED = {"model": "llama-3.1-8b", "dtype": "bfloat16", "lengths": [8192], "weights": None, "adapter": None}
 ABLATION = {
     "dynamic-cold": "transformers, first call",
     "dynamic": "transformers, second call",
@@ -53,13 +54,20 @@ def compared(records: list[Record]) -> list[dict[str, Record]]:
 
 
 def size(r: Record) -> tuple:
-    return r["model"], r["dtype"], bool(r.get("weight_bits")), len(r["lengths"]), sum(r["lengths"])
+    return r["model"], r["dtype"], words(r), len(r["lengths"]), sum(r["lengths"])
+
+
+def words(r: Record) -> str:
+    """How a record's weights are stored, and adapters around them; empty for those of its dtype alone."""
+    weights, adapter = r.get("weights"), r.get("adapter")
+    stored = f", {WORDS[weights]}" if weights else ""
+    return stored + (f", LoRA of rank {adapter.removeprefix('lora-r')}" if adapter else "")
 
 
 def case(r: Record) -> str:
     lengths = r["lengths"]
     rows = f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} rows, {sum(lengths):,}"
-    return f"{r['model']} {r['dtype']}{', NF4 weights' if r.get('weight_bits') else ''}, {rows}"
+    return f"{r['model']} {r['dtype']}{words(r)}, {rows}"
 
 
 def engine(r: Record) -> str:
@@ -101,8 +109,13 @@ GREEDY: dict[str, Callable[[Row], str]] = {
 }
 
 
+def shown(run: dict[str, Record]) -> tuple[str, ...]:
+    """The engines of a case. Where weights are quantised or have adapters, other kernels in our graphs are one."""
+    return (*PEERS, *(["patched-no-fuse"] if words(run["patched"]) else []), "patched")
+
+
 def generate_table(records: list[Record]) -> str:
-    rows = [Row(run[name], run) for run in compared(records) for name in (*PEERS, "patched") if name in run]
+    rows = [Row(run[name], run) for run in compared(records) for name in shown(run) if name in run]
     return table(GREEDY, rows, [row.record for row in rows])
 
 
@@ -156,13 +169,12 @@ def devices_table(records: list[Record]) -> str:
 
 
 def finetune_records() -> list[Record]:
-    case = ("model", "dtype", "weight_bits", "batch", "block", "rank", "prompts", "gpu")
+    case = ("model", "dtype", "weights", "batch", "block", "rank", "prompts", "gpu")
     return pages.newest("finetune.jsonl", case)
 
 
 def training(r: Record) -> str:
-    weights = ", NF4 weights" if r["weight_bits"] else ""
-    return f"{r['model']} {r['dtype']}{weights}, rank {r['rank']}, {r['steps']} steps of {r['batch']} x {r['block']}"
+    return f"{r['model']} {r['dtype']}{words(r)}, rank {r['rank']}, {r['steps']} steps of {r['batch']} x {r['block']}"
 
 
 FINETUNE: dict[str, Callable[[Record], str]] = {

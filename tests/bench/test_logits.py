@@ -9,7 +9,7 @@ import torch
 
 import pkv_hf
 from pkv_hf.bench import logits
-from pkv_hf.bench.inputs.models import in_4bit
+from pkv_hf.bench.inputs.weights import quantised
 from tiny import left_padded, tiny
 
 
@@ -67,4 +67,4 @@ def test_what_cannot_be_judged_is_known(monkeypatch):
     assert not logits.can_be_judged(model, mask)
     monkeypatch.undo()
     pytest.importorskip("bitsandbytes")
-    assert not logits.can_be_judged(in_4bit(model, "cpu"), mask)
+    assert not logits.can_be_judged(quantised(model, "nf4", "cpu"), mask)

@@ -206,10 +206,30 @@ def test_the_table_of_fine_tuning_shows_what_serving_gained(tables):
     times = {"step_ms_p20": 4.0, "step_ms_p50": 5.0, "step_ms_p80": 6.0}
     times |= {f"{name}_unpatched": 10 * ms for name, ms in times.items()}
     case |= {"tokens_identical": False, **times}
-    tables.write("finetune.jsonl", [{**case, "weight_bits": bits} for bits in (None, 4)])
-    plain, four_bits, *_ = tables("finetune").splitlines()[2:]
+    stored = ({"weight_bits": None}, {"weight_bits": 4}, {"weights": None}, {"weights": "nf4"}, {"weights": "int8"})
+    tables.write("finetune.jsonl", [{**case, **fields} for fields in stored])
+    plain, four_bits, int8, *rest = tables("finetune").splitlines()[2:]  # fields of before name the same weights
+    assert (len(rest), "m bfloat16, int8 weights, rank 8" in int8) == (2, True)
     assert "| 9.50 to 7.25 | 4 x 64 | 50.00 (40.00 to 60.00) | 5.00 (4.00 to 6.00) | 10.00x | no |" in plain
     assert "m bfloat16, NF4 weights, rank 8, 60 steps of 8 x 512" in four_bits
+
+
+def test_weights_and_adapters_are_cases_of_their_own(tables):
+    case = {"model": "m", "dtype": "bfloat16", "lengths": [8], "tokens_match": True, "kv_bytes": 0, "peak_gib": 1.0}
+    case |= {"percent_of_floor": 50, "read_gb_s": 1000, "floor_ms": 1, "first_token_ms": 1, "route": None}
+    stored = ({"weight_bits": None}, {"weight_bits": 4}, {"weights": None, "adapter": "lora-r4"}, {"weights": "nf4"})
+    engines = {"dynamic": 4.0, "patched-no-fuse": 2.0, "patched": 1.0}
+    made = [
+        {**case, **fields, "engine": engine, **{f"step_ms_{name}": ms + i for name in ("p20", "p50", "p80")}}
+        for i, fields in enumerate(stored) for engine, ms in engines.items()
+    ]  # fmt: skip
+    tables.write("generate.jsonl", made)
+    found = [row.split(" | ")[:3] for row in tables("generate-gpu").splitlines()[2:-2]]
+    assert [(name.strip("| "), engine, ms[:4]) for name, engine, ms in found] == [
+        ("m bfloat16, 1 x 8", "dynamic", "4.00"), ("m bfloat16, 1 x 8", "patched", "1.00"),
+        *[("m bfloat16, LoRA of rank 4, 1 x 8", engine, f"{ms + 2:.2f}") for engine, ms in engines.items()],
+        *[("m bfloat16, NF4 weights, 1 x 8", engine, f"{ms + 3:.2f}") for engine, ms in engines.items()],
+    ]  # fmt: skip
 
 
 def test_perplexity_says_whether_its_target_is_met(run):

@@ -77,19 +77,25 @@ def test_benchmark_generate_refuses_bad_input(run, capsys, arguments, says):
     assert says in capsys.readouterr().err
 
 
-def test_benchmark_generate_counts_4_bit_weights_as_what_they_take(run, tmp_path):
+def test_benchmark_generate_counts_4_bit_weights_and_adapters_as_what_they_take(run, tmp_path):
     pytest.importorskip("bitsandbytes")
     tiny("llama", intermediate_size=128).save_pretrained(tmp_path / "model")
+    pytest.importorskip("peft")
     out, floors = tmp_path / "generate.jsonl", []
-    for option in ((), ("--load-in-4bit",)):
-        arguments = ("--model", tmp_path / "model", "--lengths", "40", "--new-tokens", 8, "--out", out, *option)
+    for weights, rank in ((None, None), ("nf4", None), ("nf4-nested", 4)):
+        options = [*(["--weights", weights] if weights else []), *(["--lora", rank] if rank else [])]
+        arguments = ("--model", tmp_path / "model", "--lengths", "40", "--new-tokens", 8, "--out", out, *options)
         assert run("benchmark_generate", *arguments)[0] == 0
         record = records(out)[-1]
         floors.append(record["floor_ms"] * record["read_gb_s"] * 1e6)
-        assert record["weight_bits"] == (4 if option else None)
+        assert (record["weights"], record["adapter"]) == (weights, "lora-r4" if rank else None)
         assert floors[-1] == pytest.approx(record["weight_bytes"] + 2 * 3 * 2 * 16 * 4 * (40 + 4))
     linears = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert floors[0] - floors[1] == pytest.approx(linears * (4 - 0.5 - 4 / 64))
+    plain, four_bits, nested_adapted = floors
+    assert plain - four_bits == pytest.approx(linears * (4 - 0.5 - 4 / 64))
+    adapters = 4 * 4 * 3 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    blocks = sum(3 * times * -(-size // 64 // 256) for times, size in ((2, 64 * 64), (2, 64 * 32), (3, 64 * 128)))
+    assert nested_adapted - four_bits == pytest.approx(adapters + linears * (1 - 4) / 64 + 4 * blocks)
 
 
 def test_benchmark_devices_compares_one_device_with_two_processes(run, tmp_path, monkeypatch):

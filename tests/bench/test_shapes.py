@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ import torch
 from jsonl import records
 from pkv_hf.bench import benchmark
 from pkv_hf.bench.floor import Floor
-from pkv_hf.bench.inputs.shapes import SHAPES
+from pkv_hf.bench.inputs.shapes import SHAPES, Drawn
+from pkv_hf.bench.inputs.weights import quantised
 from tiny import tiny
 
 BILLIONS = {
@@ -37,6 +39,34 @@ def test_small_shapes_run_on_texts_of_random_tokens(name):
     first = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert first.shape == (2, 303)
     assert len({tuple(p.flatten()[:4].tolist()) for p in model.parameters() if p.ndim == 1 and p.numel() > 3}) > 8
+
+
+@torch.no_grad()
+def test_a_shape_is_quantised_without_ever_being_whole(monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    draw = Drawn.__getitem__
+
+    def noted(self, key):
+        assert len(alive) <= 1, "what was drawn before is still there"
+        tensor = draw(self, key)
+        if "proj" in self.name:
+            alive.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(Drawn, "__getitem__", noted)
+    model, state = SHAPES["llama-3.1-8b"].drawn(torch.bfloat16, "cpu", small=True)
+    made = quantised(model, "nf4", "cpu", state)
+    assert all(tensor.is_meta for tensor in model.state_dict().values())
+    assert {type(module).__name__ for name, module in made.named_modules() if "proj" in name} == {"Linear4bit"}
+    alike = SHAPES["llama-3.1-8b"].build(torch.bfloat16, "cpu", small=True).state_dict()
+    for name, tensor in made.state_dict().items():
+        if name in alike and tensor.is_floating_point():
+            assert tensor.dtype == torch.bfloat16
+            for part in (torch.mean, torch.std):
+                assert float(part(tensor.float())) == pytest.approx(float(part(alike[name].float())), abs=0.05), name
+    logits = made(torch.arange(1, 10)[None]).logits  # 0 is padding
+    assert float(logits.std(dim=-1).min()) > 0
 
 
 def test_a_step_reads_its_weights_and_the_live_kv():

@@ -66,12 +66,15 @@ def test_a_reason_on_the_page_of_symptoms_is_one_that_is_given(reason):
 
 
 def test_every_reason_why_layers_are_not_fused_or_steps_not_run_ahead_is_on_the_page_of_symptoms():
-    files = [*(ROOT / "patches" / f"{name}.py" for name in ("reading", "check", "probe")),
+    kinds = [f"projections/{name}" for name in ("plain", "bnb4", "lora", "registry")]
+    files = [*(ROOT / "patches" / f"{name}.py" for name in ("reading", "check", "probe", "adapters", *kinds)),
              *(ROOT / "pkv_hf" / "runtime" / "ahead").glob("*.py")]  # fmt: skip
     given = {
         max(re.split(r"\{[^}]*\}", reason), key=len).strip(" :")
         for path in files
-        for reason in re.findall(r"(?:return|else|not_ahead =|None,) f?\"([^\"]+ [^\"]+)\"", path.read_text())
+        for reason in re.findall(
+            r"(?:return|Foreign\(|else|not_ahead =|None,) ?f?\"([^\"]+ [^\"]+)\"", path.read_text()
+        )
     }
     assert len(given) > 15
     page = (DOCS / "troubleshooting.md").read_text()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -13,6 +11,7 @@ from transformers import BloomConfig, LlamaConfig
 import pkv_hf
 from families.models import family_model
 from pkv_hf.bench.inputs.shapes import SHAPES
+from pkv_hf.bench.results.records import read_records
 from pkv_hf.compat import CACHE
 from places import ROOT
 from tiny import FAMILIES, left_padded, tiny
@@ -23,13 +22,16 @@ SMOLLM2 = {
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
 }  # fmt: skip
 EIGHT_B = SHAPES["llama-3.1-8b"].config()
+BITS = {None: None, "nf4": 4, "int8": 8}
+"""What the planner is asked for, by the names of weights that it knows."""
 LLAMAS = {name: shape.text for name, shape in SHAPES.items() if shape.model_class == "LlamaForCausalLM"}
 
 
 def measured() -> list[dict]:
     """Every committed record of a patched model's greedy decoding on a GPU, on pages of the model's own dtype."""
-    records = [json.loads(line) for line in GENERATE.read_text().splitlines()]
+    records = read_records(GENERATE, GENERATE.name)
     return [r for r in records if r["engine"].startswith("patched") and not r["gpu"].startswith("none")
+            and r.get("weights") in BITS and not r.get("adapter")
             and r["model"] in {*LLAMAS, "smollm2"} and r.get("mode", "greedy") == "greedy"]  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def test_peaks_and_pages_of_every_committed_gpu_record():
             max_new_tokens=r["new_tokens"],
             gpu_memory="80GiB",
             dtype=getattr(torch, r["dtype"]),
-            weight_bits=r.get("weight_bits"),
+            weight_bits=BITS[r.get("weights")],
         )
         assert plan.pages == r["kv_bytes"]
         assert plan.allocated / 2**30 == pytest.approx(r["peak_gib"], rel=0.1), r

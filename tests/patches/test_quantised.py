@@ -16,6 +16,7 @@ import bitsandbytes as bnb
 import pkv_hf
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.kernels.quantized import linear4
+from pkv_hf.patches import check
 from pkv_hf.patches.projections.base import Normed
 from pkv_hf.patches.projections.bnb4 import Linear4
 from pkv_hf.patches.projections.module import Own
@@ -125,6 +126,30 @@ def test_what_is_not_taken_runs_its_own_forward(made, reason):
     modules, kinds, x = (made(),), Kinds(), torch.zeros(1, 128, dtype=torch.bfloat16)
     assert type(kinds(modules, x)) is Own
     assert any(reason in why for why in kinds.why_own(modules, x)), kinds.why_own(modules, x)
+
+
+@torch.no_grad()
+def test_a_report_says_what_multiplied_and_why_modules_did(monkeypatch):
+    monkeypatch.setattr(check, "_disagrees", lambda *_: "")  # which takes long
+    peft = pytest.importorskip("peft")
+    model = in_4bit(tiny("llama", num_hidden_layers=2, intermediate_size=128).bfloat16(), "nf4", False)
+    model.model.layers[0].self_attn.q_proj.compute_dtype = torch.float32  # with k and v beside it
+    model.model.layers[1].mlp.down_proj = torch.nn.Linear(128, 64, bias=False).bfloat16()
+    model.model.layers[1].self_attn.o_proj = type("Odd", (torch.nn.Linear,), {})(64, 64, bias=False).bfloat16()
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"])).eval().get_base_model()
+    with pkv_hf.patched(model, route="split"):
+        before = pkv_hf.report(model)
+        assert (before.multiplied, before.not_multiplied, "weights   " in str(before)) == ({}, {}, False)
+        decode_logits(model, left_padded(7), 1)
+        report = pkv_hf.report(model)
+        assert report.multiplied == {"NF4": 3 + 2, "NF4 with adapters": 2 * 2, "bfloat16": 1}
+        mixed, other = report.not_multiplied
+        assert report.not_multiplied == {mixed: 3, other: 1}
+        assert mixed == "a Linear4bit computes in torch.float32, hidden states are torch.bfloat16"
+        assert other.startswith("a Odd is no ")
+        (line,) = [line for line in str(report).splitlines() if line.startswith("weights   ")]
+        assert "5 linear layers: NF4; " in line
+        assert f"; 3 by their own forward: {mixed}; " in line
 
 
 def test_which_kind_takes_a_layer():

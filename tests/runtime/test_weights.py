@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import pkv_hf
 from pkv_hf import PagedCache
-from pkv_hf.bench.inputs.models import in_4bit
+from pkv_hf.bench.inputs.weights import quantised
 from pkv_hf.compat import CACHE
 from pkv_hf.memory.weights import step_weight_bytes, weight_bytes
 from tiny import COMMON, assert_on_pages, left_padded, tiny
@@ -39,11 +39,6 @@ def eight_bits(model):
     return reloaded(model, BitsAndBytesConfig(load_in_8bit=True))
 
 
-def nested(model):
-    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    return reloaded(model, BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=model.dtype, **settings))
-
-
 def torchao_int8(model):
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -51,8 +46,13 @@ def torchao_int8(model):
 
 
 QUANTISED = {
-    "bitsandbytes NF4": (lambda model: in_4bit(model, "cpu"), "Linear4bit", 0.5 + 4 / 64, 0),
-    "bitsandbytes NF4, nested": (nested, "Linear4bit", 0.5 + 1 / 64 + 4 / 64 / 256, 0),
+    "bitsandbytes NF4": (lambda model: quantised(model, "nf4", "cpu"), "Linear4bit", 0.5 + 4 / 64, 0),
+    "bitsandbytes NF4, nested": (
+        lambda model: quantised(model, "nf4-nested", "cpu"),
+        "Linear4bit",
+        0.5 + 1 / 64 + 4 / 64 / 256,
+        0,
+    ),
     "bitsandbytes int8": (eight_bits, "Linear8bitLt", 1, 0),
     "torchao int8": (torchao_int8, "Linear", 1, 4),
 }
@@ -89,7 +89,7 @@ def test_the_planner_knows_the_bytes_of_4_bits_before_they_are_loaded():
     pytest.importorskip("bitsandbytes")
     model = plain(torch.bfloat16)
     planned = pkv_hf.plan(model.config, prompt_tokens=20, gpu_memory="1GiB", dtype=torch.bfloat16, weight_bits=4)
-    assert planned.weights == weight_bytes(in_4bit(model, "cpu")) == LINEARS * 9 // 16 + 2 * REST
+    assert planned.weights == weight_bytes(quantised(model, "nf4", "cpu")) == LINEARS * 9 // 16 + 2 * REST
 
 
 def write_gguf(path) -> None:

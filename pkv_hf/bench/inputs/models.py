@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pkv_hf import compat
 from pkv_hf.arguments import needs
 from pkv_hf.bench.inputs import smollm2
+from pkv_hf.bench.inputs.weights import WEIGHTS, quantised
 from pkv_hf.errors import UsageError, first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -71,14 +72,14 @@ def load(name: str, dtype: torch.dtype, device: Any, rope_scaling: str | None = 
         return model.eval().to(device), tokenizer
 
 
-def load_in_4bit(name: str, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
-    """As `load`, with linear layers but the head in NF4 by bitsandbytes. Raises UsageError where that cannot be."""
+def load_quantised(name: str, weights: str, dtype: torch.dtype, device: Any) -> tuple[Any, Any]:
+    """As `load`, with weights by their name in `WEIGHTS`. Raises UsageError where that cannot be."""
     needs("bitsandbytes")
-    with loading(f"--model {name} --load-in-4bit", name):
+    with loading(f"--model {name} --weights {weights}", name):
         if name == "smollm2":
-            return in_4bit(smollm2.load_smollm2(dtype=dtype), device), smollm2.load_tokenizer()
+            return quantised(smollm2.load_smollm2(dtype=dtype), weights, device), smollm2.load_tokenizer()
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device, quantization_config=_nf4(dtype)
+            name, dtype=dtype, device_map=device, quantization_config=WEIGHTS[weights](dtype)
         )
         return model.eval(), AutoTokenizer.from_pretrained(name)
 
@@ -95,24 +96,6 @@ def loading(asked: str, name: str) -> Iterator[None]:
         if os.environ.get("HF_HUB_OFFLINE") == "1" and not os.path.exists(name):
             reason += " (nothing is fetched while HF_HUB_OFFLINE=1: set it to 0 for models of the hub)"
         raise UsageError(f"{asked} cannot be loaded: {reason}") from error
-
-
-def in_4bit(model: Any, device: Any) -> Any:
-    """A model's weights as `load_in_4bit` has them, in a model of the same class on the device."""
-    quantised = type(model).from_pretrained(
-        None,
-        config=model.config,
-        state_dict=model.state_dict(),
-        dtype=model.dtype,
-        device_map=device,
-        quantization_config=_nf4(model.dtype),
-    )
-    quantised.generation_config = model.generation_config
-    return quantised.eval()
-
-
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
 def positions_of(model: Any) -> int | None:

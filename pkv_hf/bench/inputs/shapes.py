@@ -6,6 +6,7 @@ transformers' configuration. Special tokens are left out: no token ends a row.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +70,30 @@ class Shape:
         model.generation_config.update(eos_token_id=None, pad_token_id=0)
         _vary(model, SMALL_SPREAD if small else None)
         return model
+
+    def drawn(self, dtype: torch.dtype, device: Any, small: bool = False) -> tuple[Any, dict[str, Drawn]]:
+        """A model without weights, on the meta device, and its state dict, of tensors that are drawn when asked for."""
+        model = self.build(dtype, "meta", small)
+        return model, {name: Drawn(model, name, device, SMALL_SPREAD if small else None) for name in model.state_dict()}
+
+
+class Drawn:
+    """A parameter or buffer of a model without weights, by its name; what transformers' loader knows as slices."""
+
+    def __init__(self, model: Any, name: str, device: Any, matrices: float | None) -> None:
+        self.name = name
+        place, _, self._own_name = name.rpartition(".")
+        self._model, self._module = model, model.get_submodule(place)
+        self._device, self._matrices = device, matrices
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        """The tensor on the device: its module alone is made there, as transformers initialises it, and varied."""
+        module = copy.copy(self._module)
+        module.__dict__.update(_parameters=dict(module._parameters), _buffers=dict(module._buffers))
+        module.to_empty(device=self._device, recurse=False)
+        self._model._init_weights(module)
+        _vary(module, self._matrices)
+        return getattr(module, self._own_name).data
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ OUT_FOLDER = "results"
 Their defaults are texts, since argparse checks those as it checks what is given.
 """
 
+OF_BITS = {None: None, 4: "nf4"}
+"""Names of weights, by the `weight_bits` that records once had."""
+
 
 def environment() -> dict[str, Any]:
     """GPU (or processor), library versions, commit and UTC date, for a record."""
@@ -92,6 +95,8 @@ def read_records(path: Path, named: str, fields: Iterable[str] = ()) -> list[dic
             raise UsageError(f"{named}, line {number} is not JSON: take it out ({error})") from error
         if not isinstance(record, dict):
             raise UsageError(f"{named}, line {number} is {line[:40]}, not a record: pass a file of records")
+        if "weight_bits" in record:
+            record["weights"] = OF_BITS[record.pop("weight_bits")]
         missing = [field for field in fields if field not in record]
         if missing:
             raise UsageError(f"{named}, line {number} has no {', '.join(missing)}: pass what a benchmark has recorded")
