@@ -187,12 +187,14 @@ for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
             linear._linear, rows, inputs, 6144 if weights == 3 else 4096, 1, **form)
     for outputs in (1536, 9728):
         used[f"gated {rows} {outputs}"] = of_rows(linear._gated, rows, 4096, outputs, 2, **silu)
-for weights in ("i8", "fp8e4nv") if target >= 89 else ("i8",):
-    form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, weights=weights, **plain)
-    for rows in {75: (1,), 90: (1, 16)}.get(target, ()):
+of_8_bits = {75: [(1, "i8")], 89: [(80, "i8")], 90: [(1, "fp8e4nv"), (16, "i8"), (80, "fp8e4nv")]}
+of_8_bits[100] = [(80, "fp8e4nv")]
+for rows, weights in of_8_bits.get(target, []):
+    if rows == 80:
+        used[f"gated {rows} {weights}"] = of_rows(linear._gated, rows, 4096, 14336, 2, weights=weights, **silu)
+    else:
+        form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, weights=weights, **plain)
         used[f"linear {rows} {weights}"] = of_rows(linear._linear, rows, 4096, 6144, 1, **form)
-    if target >= 80:
-        used[f"gated 80 {weights}"] = of_rows(linear._gated, 80, 4096, 14336, 2, weights=weights, **silu)
 parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
 used["linear in parts"] = of_rows(
     linear._linear, 80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
@@ -287,8 +289,7 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    of_layers = {75: 24 + 21, 90: 41 + 21}.get(target, 33)
-    of_layers += {75: 1, 90: 6}.get(target, 1 + (target >= 89))
+    of_layers = {75: 25 + 21, 89: 34, 90: 44 + 21, 100: 34}.get(target, 33)
     assert len(used) >= 7 * must + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
