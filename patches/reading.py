@@ -20,7 +20,7 @@ from pkv_hf.patches.parts.attention import attention_of
 from pkv_hf.patches.parts.called import as_is
 from pkv_hf.patches.parts.mlps import mlp_of, spread_mlps
 from pkv_hf.patches.parts.norms import close, norm_of
-from pkv_hf.patches.projections.bnb4 import compute_in_float32
+from pkv_hf.patches.projections.registry import in_float32
 from pkv_hf.patches.sharing import with_each
 from pkv_hf.patches.trace import Call, Trace, same, traced
 from pkv_hf.replaced import REPLACED, REPLICATE, STATE
@@ -45,7 +45,7 @@ def twin_of(layer: nn.Module) -> nn.Module:
     for inner in twin.modules():
         for name in SET_ON:
             vars(inner).pop(name, None)
-        compute_in_float32(inner)
+    in_float32(twin)
     return twin.float()
 
 

@@ -16,9 +16,11 @@ from torch.nn import functional
 from pkv_hf.kernels import elementwise, linear, reference
 from pkv_hf.kernels.checks.adapters import drawn_adapters, drawn_dtype, drawn_ranks, with_adapters
 from pkv_hf.kernels.checks.attention import log_uniform, poisoned_scratch, rms
+from pkv_hf.kernels.checks.scaled import HELD, UNITS, drawn_scaled, in_dtype
 from pkv_hf.kernels.products import adapters
 from pkv_hf.kernels.products.blocks import MOST_PARTS
 from pkv_hf.kernels.products.epilogue import Parts
+from pkv_hf.kernels.products.scales import OF_BLOCKS, OF_ROWS
 
 MARGIN = 64
 """Elements of NaN before and after every tensor that a kernel reads."""
@@ -96,10 +98,14 @@ class Draw:
     def __call__(
         self, *shape: int, scale: float | torch.Tensor = 1.0, dtype: torch.dtype | None = None
     ) -> torch.Tensor:
-        device, count = self.generator.device, math.prod(shape)
-        memory = torch.full((2 * MARGIN + 1 + count,), float("nan"), dtype=dtype or self.dtype, device=device)
-        drawn = torch.randn(shape, generator=self.generator, device=device) * scale
-        return memory[self.begin : self.begin + count].view(shape).copy_(drawn)
+        drawn = torch.randn(shape, generator=self.generator, device=self.generator.device) * scale
+        return self.copy(drawn, dtype or self.dtype)
+
+    def copy(self, drawn: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """A copy in such memory; before and after int8 is its largest value."""
+        count, poison = drawn.numel(), float("nan") if dtype.is_floating_point else 127
+        memory = torch.full((2 * MARGIN + 1 + count,), poison, dtype=dtype, device=drawn.device)
+        return memory[self.begin : self.begin + count].view(drawn.shape).copy_(drawn)
 
 
 def varied(rng: np.random.Generator) -> dict[str, Any]:
@@ -137,6 +143,10 @@ class LinearCase:
     """Of adapters; None for none."""
     ranks: tuple[tuple[int, ...], ...] = ()
     """Of each weight's adapters."""
+    held: torch.dtype | None = None
+    """Of weights of 8 bits, with scales of rows in a unit or of blocks; None for weights in `dtype`."""
+    scales_of: int = OF_ROWS
+    unit: float = 1.0
     inputs: int = 0
     scale: float = 1.0
     eps: float = EPS[0]
@@ -162,6 +172,9 @@ class LinearCase:
             offset=float(rng.choice(OFFSETS)),
             multiplier=float(rng.choice(MULTIPLIERS)) if residual else 1.0,
             lora_dtype=drawn_dtype(rng),
+            held=HELD[int(rng.integers(len(HELD)))],
+            scales_of=int(rng.choice([OF_ROWS, OF_BLOCKS])),
+            unit=float(rng.choice(UNITS)),
         )
 
     def vary(self, rng: np.random.Generator, longest: int) -> LinearCase:
@@ -180,7 +193,11 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
     """The result of `linear.linear`, or of `linear.gated` where the case is: `out`."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     x = draw(case.rows, case.inputs, scale=case.scale)
-    weights = [draw(count, case.inputs, scale=case.inputs**-0.5) for count in case.outputs]
+    scales = None
+    if case.held is None:
+        weights = [draw(count, case.inputs, scale=case.inputs**-0.5) for count in case.outputs]
+    else:
+        weights, scales = drawn_scaled(draw, case.outputs, case.inputs, case.held, case.scales_of, case.unit)
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None
@@ -191,8 +208,8 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
         if norm is not None:
             wide = reference.rms_norm(wide, norm.to(dtype), case.eps, case.offset)
         products = [
-            functional.linear(wide, weight.to(dtype), bias if bias is None else bias.to(dtype))
-            for weight, bias in zip(weights, biases)
+            functional.linear(wide, weight, bias if bias is None else bias.to(dtype))
+            for weight, bias in zip(in_dtype(weights, scales, dtype), biases)
         ]
         products = [with_adapters(y, wide, of_weight) for y, of_weight in zip(products, lora)]
         if case.activation is not None:
@@ -202,7 +219,7 @@ def check_linear(case: LinearCase, device: torch.device | str) -> dict[str, Resu
         y = torch.cat(products, dim=1) * case.multiplier
         return y if residual is None else y + residual.to(dtype)
 
-    settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset}
+    settings: dict[str, Any] = {"norm": norm, "eps": case.eps, "offset": case.offset, "scales": scales}
     if case.ranks:
         settings["adapters"] = adapters.Adapters(lora)
     with poisoned_scratch():

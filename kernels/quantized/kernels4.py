@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.linear import RUNTIME
 from pkv_hf.kernels.products.adapters import with_adapters
 from pkv_hf.kernels.products.epilogue import elements, finish, store_gated
+from pkv_hf.kernels.products.kernels import RUNTIME
 from pkv_hf.kernels.quantized.loops import by_dot, by_sums
 
 
@@ -54,7 +54,7 @@ def linear4_kernel(x_ptr, a_ptr, absmax_a_ptr, code_a_ptr, absmax2_a_ptr, offset
                    NESTED: tl.constexpr, FORM: tl.constexpr, BLOCK_M: tl.constexpr, TAIL: tl.constexpr,
                    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
                    PDL: tl.constexpr):  # fmt: skip
-    """As `linear.linear_kernel`, of weights of 4 bits, each with its scales and what those stand for."""
+    """As `products.kernels.linear_kernel`, of weights of 4 bits, each with its scales and what those stand for."""
     block = tl.program_id(0)
     w_ptr = a_ptr
     absmax_ptr = absmax_a_ptr
@@ -131,7 +131,7 @@ def gated4_kernel(x_ptr, gate_ptr, absmax_gate_ptr, code_gate_ptr, absmax2_gate_
                   QBLOCK: tl.constexpr, NESTED: tl.constexpr, FORM: tl.constexpr,
                   BLOCK_M: tl.constexpr, TAIL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
                   STAGES: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
-    """As `linear.gated_kernel`, of weights of 4 bits."""
+    """As `products.kernels.gated_kernel`, of weights of 4 bits."""
     first = tl.program_id(0) * BLOCK_N
     gate, up, gate_tail, up_tail, factor = _products(
         x_ptr, gate_ptr, absmax_gate_ptr, code_gate_ptr, absmax2_gate_ptr, offset_gate_ptr, up_ptr, absmax_up_ptr,

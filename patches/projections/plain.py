@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from pkv_hf.patches.projections.base import Foreign, Modules, Normed, Projection
 
 if TYPE_CHECKING:
     from pkv_hf.kernels.products.epilogue import Parts
+    from pkv_hf.kernels.products.scales import Scales
 
 
 class Plain(Projection):
@@ -21,8 +22,10 @@ class Plain(Projection):
 
     def __init__(self, modules: Modules) -> None:
         super().__init__(modules)
-        self._dtype = modules[0].weight.dtype
-        self._outputs = [len(module.weight) for module in modules]
+        self.scales: Scales | None = None
+        """Of weights of 8 bits."""
+        self.weights: Sequence[torch.Tensor] = [module.weight for module in modules]
+        self._outputs = [len(weight) for weight in self.weights]
 
     @classmethod
     def read(cls, modules: Modules) -> Plain | str:
@@ -45,13 +48,13 @@ class Plain(Projection):
 
     @property
     def stored(self) -> str:
-        return str(self._dtype).removeprefix("torch.")
+        return str(self.weights[0].dtype).removeprefix("torch.")
 
     def why_not(self, x: torch.Tensor) -> str:
         from pkv_hf.kernels.linear import MAX_ROWS, outruns_cublas
 
-        if x.dtype != self._dtype:
-            return f"hidden states are {x.dtype}, weights {self._dtype}"
+        if x.dtype != self.weights[0].dtype:
+            return f"hidden states are {x.dtype}, weights {self.weights[0].dtype}"
         if len(x) > MAX_ROWS:
             return f"{len(x)} rows are more than {MAX_ROWS}"
         if not outruns_cublas(x, sum(self._outputs)):
@@ -68,10 +71,9 @@ class Plain(Projection):
     ) -> torch.Tensor:
         from pkv_hf.kernels.linear import linear
 
-        weights = [module.weight for module in self.modules]
         biases = [module.bias for module in self.modules]
-        settings = {**x.settings, "adapters": self.adapters}
-        return linear(x.x, weights, biases, residual=residual, scale=scale, activation=activation, **settings)
+        settings: dict[str, Any] = {**x.settings, "adapters": self.adapters, "scales": self.scales}
+        return linear(x.x, self.weights, biases, residual=residual, scale=scale, activation=activation, **settings)
 
     def each(self, x: Normed) -> Sequence[torch.Tensor]:
         return self.linear(x).split(self._outputs, dim=1)
@@ -80,17 +82,17 @@ class Plain(Projection):
         from pkv_hf.kernels.elementwise import act_mul
         from pkv_hf.kernels.linear import gated
 
-        if len(self.modules) == 1 and self.adapters is not None:  # whose B is not cut in halves
+        if len(self.modules) == 1 and (self.adapters or self.scales):  # which are not cut in halves
             return act_mul(*self.linear(x).chunk(2, dim=1), activation)
-        weights, biases = [module.weight for module in self.modules], [module.bias for module in self.modules]
+        weights, biases = self.weights, [module.bias for module in self.modules]
         if len(self.modules) == 1:
-            weights = list(weights[0].chunk(2))
+            weights = weights[0].chunk(2)
             biases = [None, None] if biases[0] is None else list(biases[0].chunk(2))
-        settings = {**x.settings, "adapters": self.adapters}
+        settings: dict[str, Any] = {**x.settings, "adapters": self.adapters, "scales": self.scales}
         return gated(x.x, *weights, activation, bias_gate=biases[0], bias_up=biases[1], **settings)
 
     def in_parts(self, x: torch.Tensor) -> Parts | None:
         from pkv_hf.kernels.linear import in_parts
 
         (module,) = self.modules
-        return in_parts(x, module.weight, module.bias, self.adapters)
+        return in_parts(x, self.weights[0], module.bias, self.adapters, self.scales)

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from pkv_hf.patches.projections.base import Foreign, Modules, Projection
-from pkv_hf.patches.projections.bnb4 import Linear4
+from pkv_hf.patches.projections.bnb4 import Linear4, compute_in_float32
+from pkv_hf.patches.projections.bnb8 import Linear8
+from pkv_hf.patches.projections.fp8 import FP8
 from pkv_hf.patches.projections.lora import Beside, bare
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
+from pkv_hf.patches.projections.scaled import Scaled, expanded
+from pkv_hf.patches.projections.torchao8 import TorchAO8
 from pkv_hf.runtime.fusion import Multiplied
 
-KINDS: tuple[type[Projection], ...] = (Plain, Linear4, Own)
+SCALED: tuple[type[Scaled], ...] = (Linear8, TorchAO8, FP8)
+KINDS: tuple[type[Projection], ...] = (Plain, Linear4, *SCALED, Own)
 """In the order in which they are asked; the last takes everything."""
+
+
+def in_float32(root: nn.Module) -> None:
+    """Has quantised layers inside a module multiply float32 by what their weights stand for, where a kind reads them.
+
+    Layers of 4 bits are told to; those of 8, which may round their inputs too, are replaced.
+    """
+    for name, module in [*root.named_modules()]:
+        compute_in_float32(module)
+        for kind in SCALED:
+            weight = kind.weight_of(module)
+            if name and not isinstance(weight, str):
+                root.set_submodule(name, expanded(module, weight))
 
 
 class Kinds:

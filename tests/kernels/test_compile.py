@@ -42,6 +42,9 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
     constants, signature = {**constants, "PDL": target.arch >= 90}, {}
     if "sinks_ptr" in kernel.arg_names and "sinks_ptr" not in alike:
         constants["sinks_ptr"] = None
+    if "SCALES" in kernel.arg_names and "SCALES" not in constants:
+        scales = [name for name in kernel.arg_names if name.startswith("scale_") and name.endswith("_ptr")]
+        constants.update(SCALES=0, UNIT=1.0, **dict.fromkeys(scales))
     if "new_k_ptr" in kernel.arg_names and "ROTARY" not in constants:
         constants.update(NOT_TURNED, **dict.fromkeys(NEW))
     if "counters_ptr" in kernel.arg_names and "ROWS" not in constants:
@@ -132,12 +135,19 @@ if target == 89:  # float32 that was of 8 bits, where there is least to spare
         gpu, split._split, "fp32", constants, tile.num_warps, k_ptr="*i16", v_ptr="*i16")
 half = next(case[4] for case in cases if case[4] != "fp32")
 
-def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, **form):
+def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, weights=None, **form):
     block = blocks.choose_block(rows, inputs, outputs, at_once, 132, shared, blocks.MOST_PARTS)
     block_m, tail = blocks.padded(rows)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
                 AHEAD=block.ahead, EVEN=True, NORM=rows == 1, PARTS=PARTS, ADAPTERS=ADAPTERS, **form)
     alike = {"out_ptr": "*fp32"} if PARTS else {}
+    if weights:  # of 8 bits: those of bitsandbytes with scales of rows, fp8 with scales of blocks
+        form.update(SCALES=1, UNIT=1 / 127) if weights == "i8" else form.update(SCALES=2, UNIT=1.0)
+        for name in kernel.kernel.arg_names:
+            if name in ("a_ptr", "b_ptr", "c_ptr", "gate_ptr", "up_ptr"):
+                alike[name] = "*" + weights
+            elif name.startswith("scale_"):
+                alike[name] = "*fp32"
     return compiled(gpu, kernel, half, form, block.num_warps, **alike, **(LORA if ADAPTERS else {}))
 
 LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
@@ -177,6 +187,14 @@ for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
             linear._linear, rows, inputs, 6144 if weights == 3 else 4096, 1, **form)
     for outputs in (1536, 9728):
         used[f"gated {rows} {outputs}"] = of_rows(linear._gated, rows, 4096, outputs, 2, **silu)
+of_8_bits = {75: [(1, "i8")], 89: [(80, "i8")], 90: [(1, "fp8e4nv"), (16, "i8"), (80, "fp8e4nv")]}
+of_8_bits[100] = [(80, "fp8e4nv")]
+for rows, weights in of_8_bits.get(target, []):
+    if rows == 80:
+        used[f"gated {rows} {weights}"] = of_rows(linear._gated, rows, 4096, 14336, 2, weights=weights, **silu)
+    else:
+        form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, weights=weights, **plain)
+        used[f"linear {rows} {weights}"] = of_rows(linear._linear, rows, 4096, 6144, 1, **form)
 parts = dict(PARTS=True, BIAS=False, ACTIVATION=None, OFFSET=0.0)
 used["linear in parts"] = of_rows(
     linear._linear, 80, 4096, 4096, 1, **parts, WEIGHTS=1, RESIDUAL=False, SCALED=False)
@@ -271,7 +289,7 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    of_layers = {75: 24 + 21, 90: 41 + 21}.get(target, 33)
+    of_layers = {75: 25 + 21, 89: 34, 90: 44 + 21, 100: 34}.get(target, 33)
     assert len(used) >= 7 * must + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"

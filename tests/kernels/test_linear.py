@@ -13,6 +13,7 @@ from pkv_hf.kernels import reference
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.linear import gated, linear
 from pkv_hf.kernels.products.blocks import Block, choose_block, padded, scratch
+from pkv_hf.kernels.products.scales import Scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -129,6 +130,9 @@ def test_gated(rows, inputs, outputs, activation, offset, dtype):
     judge(ours, by_torch(x, norm, weight, bias), by_torch(*double([x, norm, weight, bias])))
 
 
+EIGHT = [torch.zeros(8, 64, dtype=torch.int8)]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -136,7 +140,12 @@ def test_gated(rows, inputs, outputs, activation, offset, dtype):
         ({"x": torch.zeros(81, 64, dtype=torch.float16)}, "1 to 80"),
         ({"x": torch.zeros(2, 32, dtype=torch.float16)}, r"weights\[0\]"),
         ({"weights": [torch.zeros(8, 64)]}, r"weights\[0\] is torch.float32"),
-        ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 2}, "2 weights"),
+        ({"weights": [torch.zeros(8, 64, dtype=torch.float16)] * 4}, "4 weights"),
+        ({"weights": [torch.zeros(8, 64, dtype=torch.int8)]}, r"weights\[0\] is torch.int8"),
+        ({"scales": Scales((torch.ones(8),))}, r"weights\[0\] is torch.float16 .* in torch.int8"),
+        ({"weights": EIGHT, "scales": Scales((torch.ones(8),) * 2)}, "scales are of 2 weights: want 1"),
+        ({"weights": EIGHT, "scales": Scales((torch.ones(8).half(),))}, r"scales.tensors\[0\] is torch.float16 \[8\]"),
+        ({"weights": EIGHT, "scales": Scales((torch.ones(1, 2),))}, r"contiguous float32 \[1, 1\]"),
         ({"norm": torch.zeros(64, dtype=torch.float16)}, "norm with 2 rows"),
         ({"residual": torch.zeros(2, 8)}, "residual is torch.float32"),
         ({"activation": "mish"}, "activation='mish' is not one of silu"),

@@ -115,6 +115,7 @@ class _Tensors:
         named = [(store, name, tensor) for store in self._stores for name, tensor in store.items()]
         self._addresses = [(store, name, _address(tensor)) for store, name, tensor in named if tensor is not None]
         self._absent = [(store, name) for store, name, tensor in named if tensor is None]
+        self._states = [(m, _state(m)) for m in modules if hasattr(vars(m).get("state"), "SCB")]
         self.devices = {tensor.device for _, _, tensor in named if tensor is not None}
 
     def unchanged(self) -> bool:
@@ -122,6 +123,7 @@ class _Tensors:
             sum(map(len, self._stores)) == self._held
             and all(store.get(name) is None for store, name in self._absent)
             and all(_address(store.get(name)) == address for store, name, address in self._addresses)
+            and all(_state(m) == state for m, state in self._states)
         )
 
 
@@ -153,6 +155,14 @@ def _address(tensor: Any) -> Any:
         addresses += [held.data_ptr() for held in vars(state).values() if isinstance(held, torch.Tensor)]
         state = getattr(state, "state2", None)
     return addresses
+
+
+def _state(module: Any) -> Any:
+    """Of an 8-bit layer of bitsandbytes: where its scales are, which the first call moves from its weight to its state,
+    and from which size on it multiplies inputs apart."""
+    scales = getattr(module.weight, "SCB", None)
+    scales = module.state.SCB if scales is None else scales
+    return module.state.threshold, None if scales is None else scales.data_ptr()
 
 
 def hooks_of(model: nn.Module) -> list[Callable[..., Any]]:
