@@ -1,4 +1,4 @@
-"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers of 4, 8 and 16 bits, and norms."""
+"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers of any weights, and norms."""
 
 from __future__ import annotations
 

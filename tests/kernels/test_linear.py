@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import pytest
 import torch
 from torch.nn import functional
@@ -11,9 +13,12 @@ pytest.importorskip("triton")
 from pkv_hf.kernels import linear as linear_module
 from pkv_hf.kernels import reference
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
+from pkv_hf.kernels.checks.layers import Draw
+from pkv_hf.kernels.checks.scaled import drawn_scaled, in_dtype
+from pkv_hf.kernels.launch import has_dtypes
 from pkv_hf.kernels.linear import gated, linear
 from pkv_hf.kernels.products.blocks import Block, choose_block, padded, scratch
-from pkv_hf.kernels.products.scales import Scales
+from pkv_hf.kernels.products.scales import OF_BLOCKS, OF_ROWS, Scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -242,3 +247,29 @@ def test_parts_of_inputs_are_whole_blocks_and_none_is_empty():
             parts, of_part = Block(64, 64, 3, parts=most).cut(64 * blocks - 5)
             assert parts <= most
             assert (parts - 1) * of_part < blocks <= parts * of_part
+
+
+@pytest.mark.parametrize("rows", [1, 66])
+@pytest.mark.parametrize(
+    ("held", "of", "unit"), [(torch.int8, OF_ROWS, 1 / 127), (torch.float8_e4m3fn, OF_BLOCKS, 1.0)]
+)
+def test_scales_of_more_than_one_block_of_outputs_and_of_inputs(held, of, unit, rows):
+    if not has_dtypes(torch.device(DEVICE), held):
+        pytest.skip("this GPU does not convert fp8")
+    draw = Draw(secrets.randbits(31), torch.bfloat16, True, DEVICE)
+    weights, scales = drawn_scaled(draw, (136, 136), 144, held, of, 1 / 127)
+    x = draw(rows, 144)
+    with poisoned_scratch():
+        ours = gated(x, *weights, "gelu", scales=scales), linear(x, [*weights, weights[0]], scales=third(scales))
+
+    def by_torch(dtype):
+        gate, up = (functional.linear(x.to(dtype), weight) for weight in in_dtype(weights, scales, dtype))
+        return functional.gelu(gate) * up, torch.cat([gate, up, 3 * gate], dim=1)
+
+    for each in zip(ours, by_torch(x.dtype), by_torch(torch.float64)):
+        judge(*each)
+
+
+def third(scales):
+    """The scales, and those of the first weight three times as large for a third."""
+    return scales._replace(tensors=(*scales.tensors, 3 * scales.tensors[0]))
