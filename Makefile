@@ -30,18 +30,20 @@ test: test-pinned test-oldest test-newest
 # What CI adds: it takes a third longer.
 COVER ?=
 
-# torchao is apart: whatever imports transformers or PEFT beside it is greeted with its warnings. What test-newest compiles
-# is left to it.
+# torchao is apart: whatever imports transformers or PEFT beside it is greeted with its warnings. What test-oldest and
+# test-newest compile is left to them.
 FITS = tests/kernels/test_compile.py::test_every_kernel_fits
 test-pinned: $(VENV)/.installed .torchao/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" \
-		--deselect='$(FITS)[75]' --deselect='$(FITS)[120]' $(COVER) $(ARGS)
+		--deselect='$(FITS)[75]' --deselect='$(FITS)[90]' --deselect='$(FITS)[120]' $(COVER) $(ARGS)
 	PYTHONPATH=.torchao $(BIN)/python -m pytest -q tests/runtime/test_weights.py tests/patches/test_quantised8.py -k torchao
 
+# The one target takes minutes of one core, so it is compiled beside the rest.
 test-oldest: .oldest/.installed
-	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS)
+	PYTHONPATH=.oldest/with_triton $(BIN)/python -m pytest -q '$(FITS)[90]' & compiled=$$!; \
+	PYTHONPATH=.oldest $(BIN)/python -m pytest -n 2 --dist worksteal -m "contract and not gpu" $(ARGS); ran=$$?; \
+	wait $$compiled && exit $$ran
 	PYTHONPATH=.oldest:.oldest/with_kernels $(BIN)/python -m pytest -q tests/face/test_packaging.py -k hugging_faces_kernels
-	PYTHONPATH=.oldest/with_triton $(BIN)/python -m pytest -q tests/kernels/test_compile.py -k 90
 
 # First in that environment alone, from elsewhere and from here; then its packages before those of the other tests, for
 # the oldest GPUs and the newest: a target takes its Triton half a minute. Where its transformers is the pinned one,

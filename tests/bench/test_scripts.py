@@ -123,13 +123,29 @@ def test_benchmark_devices_records_nothing_where_tokens_differ(run, tmp_path, mo
     assert not out.exists()
 
 
-def test_check_kernels_passes_and_appends_a_record_for_every_route_and_dtype(run, tmp_path):
+def test_check_kernels_passes_and_appends_a_record_for_every_route_and_dtype(run, tmp_path, monkeypatch):
+    """Of errors that are given: tests/kernels has those of the kernels."""
     pytest.importorskip("triton")
-    out = tmp_path / "kernels.jsonl"
-    status, lines = run("check_kernels", "--cases", 1, "--longest", 60, "--out", out)
+    from pkv_hf.kernels.checks import attention as check
+    from pkv_hf.kernels.checks import fuzz
+
+    def right(case, routes, device):
+        judged.append(case.dtype)
+        errors = {"split": check.DTYPES.index(case.dtype) + judged.count(case.dtype), "workqueue": 1}
+        return {name: check.Result(errors[name] / 2, sdpa_error=1.0, rms=1.0, written=True) for name in routes}
+
+    judged, out = [], tmp_path / "kernels.jsonl"
+    monkeypatch.setattr(fuzz, "measure_routes", right)
+    status, lines = run("check_kernels", "--cases", 2, "--longest", 60, "--out", out)
     assert status == 0
-    assert json.loads(lines[-1])["passed"] is True
-    assert len(records(out)) == 6
+    summary = json.loads(lines[-1])
+    assert (summary["passed"], summary["worst"]) == (True, 2.0)
+    names = "route", "dtype", "cases", "error_over_sdpa_p50", "error_over_sdpa_max"
+    found = [tuple(record[name] for name in names) for record in records(out)]
+    assert found == [
+        ("split", "float32", 2, 0.75, 1.0), ("split", "float16", 2, 1.25, 1.5), ("split", "bfloat16", 2, 1.75, 2.0),
+        *[("workqueue", dtype, 2, 0.5, 0.5) for dtype in ("float32", "float16", "bfloat16")],
+    ]  # fmt: skip
 
 
 def test_check_kernels_fails_where_a_kernel_is_wrong(run, tmp_path, monkeypatch):

@@ -64,10 +64,14 @@ def test_rope_append_rounds_as_transformers_does(rows_of_cos, head_dim, dtype):
         assert int(torch.isfinite(pages).sum()) == states.numel()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kv_dtype", [None, torch.int8], ids=str)
+KINDS = [("glm4", 40), ("glm4", 80), ("phi3", 20), ("cohere", 80), ("olmo2", 80), ("smollm3", 0)]
+PAGES = None, torch.int8
+
+
 @pytest.mark.parametrize(
-    ("model", "rotary"), [("glm4", 40), ("glm4", 80), ("phi3", 20), ("cohere", 80), ("olmo2", 80), ("smollm3", 0)]
+    ("model", "rotary", "kv_dtype", "dtype"),  # each kind with both pages, each dtype with both
+    [(*kind, PAGES[(i + j) % 2], dtype) for i, kind in enumerate(KINDS) for j, dtype in enumerate(DTYPES)],
+    ids=str,
 )
 def test_rope_is_that_of(model, rotary, kv_dtype, dtype):
     """Partial, interleaved, with angles in pairs, in float32, and none: by transformers' own functions."""

@@ -79,7 +79,8 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
 
 target, shared, cases = json.loads(sys.argv[1])
 gpu, used = GPUTarget("cuda", target, 32), {}
-for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
+every_form = target in (75, 90)  # elsewhere no second form of a kernel that needs no more of a GPU than the first
+for at, (head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked) in enumerate(cases):
     query_rows, wider = q_len * group, max(head_dim, value_dim)
     if choose_tile(wider, ELEMENT[dtype], query_rows, shared) is None:
         continue
@@ -98,18 +99,19 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
     turned = dict(ROTARY=head_dim, INTERLEAVED=False, PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0)
     new = q_len == 1 and head_dim == value_dim  # with a new token, which adds to what the kernel does without
     rows, in_launch = next_power_of_2(query_rows), {}
-    if new and target in (75, 90):  # and with the merge, which adds to the end of the kernel alone
+    if new and every_form:  # and with the merge, which adds to the end of the kernel alone
         in_launch = dict(ROWS=rows, PARTS=32, AT_ONCE=max(1, min(8192 // (rows * block_dv), 32)))
-    for direct in (False, True):
+    for direct in (False, True) if every_form or at == 0 else (False,):
         state = {"state_ptr": "*" + dtype} if direct else {}
         form = {} if direct else dict(**in_launch, **(dict(**turned, LARGEST=0.0) if new else {}))
         used[f"split {case} {direct}"] = compiled(
             gpu, split._split, dtype, dict(**constants, **form, DIRECT=direct), warps, **state, **of_sinks)
     used[f"workqueue {case}"] = compiled(
         gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **of_sinks)
-    used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, merged, 4)
-    used[f"merge_items {case}"] = compiled(
-        gpu, workqueue._merge, dtype, dict(**merged, TOKENS=constants["TOKENS"], CHUNKED=chunked, ROWS=64), 4)
+    if every_form or at == 0:
+        used[f"merge_splits {case}"] = compiled(gpu, split._merge, dtype, merged, 4)
+        used[f"merge_items {case}"] = compiled(
+            gpu, workqueue._merge, dtype, dict(**merged, TOKENS=constants["TOKENS"], CHUNKED=chunked, ROWS=64), 4)
     quantized = [("i8", 127.0), *([("fp8e4nv", 448.0)] if target >= 89 else [])] if head_dim == 128 else []
     for pages, largest in ((dtype, 0.0), *quantized):
         held = {"k_ptr": "*i16", "v_ptr": "*i16"}
@@ -120,6 +122,8 @@ for head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked in cases:
                 gpu, split._split, dtype, dict(**constants, **form, DIRECT=False), warps, **held, **of_sinks)
             used[f"workqueue {case} {pages}"] = compiled(
                 gpu, workqueue._workqueue, dtype, dict(**constants, ROWS=64), warps, **held, **of_sinks)
+        if not every_form and at:
+            continue
         held = {"k_pages_ptr": "*" + pages, "v_pages_ptr": "*" + pages}
         used[f"append {case} {pages}"] = compiled(
             gpu, append._append, dtype,
@@ -176,11 +180,11 @@ for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
     used[f"linear4 {rows}"] = of_4_bits(linear4._linear4, rows, 4096, 1, nested, quant_type, **residual)
     used[f"gated4 {rows}"] = of_4_bits(
         linear4._gated4, rows, 14336, 2, nested, quant_type, BIAS=False, ACTIVATION="silu")
-    if target in (75, 90):
+    if every_form:
         used[f"linear4 {rows} with adapters"] = of_4_bits(
             linear4._linear4, rows, 4096, 1, nested, quant_type, ADAPTERS=8, **residual)
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
-for rows in (1, 16, 64, 80) if target >= 80 else (1, 16):
+for rows in {75: (1, 16), 86: (1, 80), 120: (1, 80)}.get(target, (1, 16, 64, 80)):  # 86 and 120 have 89's memory
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):
         form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=residual, **plain)
         used[f"linear {rows} {weights}"] = of_rows(
@@ -201,14 +205,14 @@ used["linear in parts"] = of_rows(
 used["gated in parts"] = of_rows(linear._gated, 80, 4096, 4096, 2, **parts)
 for rows, least in ((1, 4), (16 if target < 80 else 80, 16)):
     used[f"gated {rows} with adapters"] = of_rows(linear._gated, rows, 4096, 14336, 2, ADAPTERS=8, **silu)
-    block_m, more = min(rows, 16), target in (75, 90)
+    block_m = min(rows, 16)
     shrink = dict(NORM=rows == 1, OFFSET=1.0, LORA_ALIGNED=True, BLOCK_M=block_m, BLOCK_R=least,
                   BLOCK_K=adapters.INPUTS[block_m])
     expand = dict(PARTS=8, BLOCK_M=block_m, BLOCK_N=adapters.OUTPUTS)
-    for lora in ("fp32", half) if more else ("fp32",):
+    for lora in ("fp32", half) if every_form else ("fp32",):
         used[f"shrink {rows} {lora}"] = compiled(
             gpu, adapters._shrink, half, shrink, 4, **{**LORA, "lora_ptr": "*" + lora})
-    if more:
+    if every_form:
         form = dict(WEIGHTS=3, BIAS=True, RESIDUAL=False, ADAPTERS=8, **plain)
         used[f"linear {rows} with adapters"] = of_rows(linear._linear, rows, 4096, 6144, 1, **form)
         used[f"expand {rows}"] = compiled(gpu, adapters._expand, half, expand, 4, **{**LORA, "lora_ptr": "*" + half})
@@ -235,7 +239,7 @@ for size, first, warps in ((128, False, 1), (8192, True, 8)):
     used[f"gated_norm {size}"] = compiled(
         gpu, norm._gated_norm, half, dict(GROUPS=32, PARTS=1, SIZE=size, SHARED=not first, NORM=True, GATE_FIRST=first,
                                           BLOCK=size), warps)
-if target in (75, 90):  # forms that need no more of a GPU than those before
+if every_form:
     for rotary, interleaved, paired in ((64, True, False), (128, True, True), (32, False, False)):
         turned = dict(ROTARY=rotary, INTERLEAVED=interleaved, PAIRED=paired, NORM=True, OFFSET=1.0,
                       WHOLE=0 if paired else rope.SQUARED_AT_ONCE, LARGEST=0.0)
@@ -289,7 +293,8 @@ def test_every_kernel_fits(target):
     )
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
-    of_layers = {75: 25 + 21, 89: 34, 90: 44 + 21, 100: 34}.get(target, 33)
-    assert len(used) >= 7 * must + of_layers + 4 + (4 if target < 89 else 8)
+    of_layers = {75: 25 + 21, 86: 25, 90: 44 + 21, 120: 25}.get(target, 33)
+    of_attention = 7 * must if target in (75, 90) else 7 + 2 * (must - 1)
+    assert len(used) >= of_attention + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
         assert nbytes <= SHARED_KIB[target] * 1024, f"{kernel} needs {nbytes} bytes on sm_{target}"
