@@ -220,3 +220,15 @@ def test_what_is_not_known_runs_as_it_is(other, steps, monkeypatch):
 def test_that_run_ahead_is_off_is_said():
     with pkv_hf.patched(tiny("llama"), run_ahead=False) as model:
         assert pkv_hf.report(model).not_run_ahead == "patch() was called with run_ahead=False"
+
+
+def test_a_model_none_of_whose_settings_is_a_token_runs_ahead(steps):
+    model, inputs = served("granite")
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(model.config, name, None)
+    expected, _ = generate(model, inputs)
+    with pkv_hf.patched(model, fuse=False):
+        for _ in range(2):
+            assert torch.equal(generate(model, inputs)[0].sequences, expected.sequences)
+        assert not pkv_hf.report(model).not_run_ahead
+    assert len(steps) > NEW_TOKENS

@@ -100,7 +100,7 @@ class Asking:
             return None, more if found else f"{type(self.model).__name__} does not call its decoder for every token"
         found = self._same(special, special, extras)
         others = [token for token, same in zip(special, found or []) if not same]
-        if found and not others:
+        if found is not None and not others:
             return None, ""
         by: Any = getattr(self.model.config.get_text_config(decoder=True), "pad_token_id", None)
         if found is None or type(by) is not int or not all(self._same(others, [by] * len(others), extras) or [False]):
