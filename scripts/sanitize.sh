@@ -14,7 +14,7 @@ trap 'rm -rf "$logs"' EXIT
 attention="tests/kernels/test_kernels.py tests/kernels/test_append.py"
 layers="tests/kernels/test_linear.py tests/kernels/test_linear4.py tests/kernels/test_adapters.py tests/ahead/test_select.py"
 small=tests/kernels/test_unwritten_memory.py
-ours=(--kernel-name 'regex=^[a-z_]+_kernel$')
+ours=(--kernel-name 'regex=^[a-z0-9_]+_kernel$')
 out_of_bounds='
 import torch
 from pkv_hf.kernels.elementwise import act_kernel
