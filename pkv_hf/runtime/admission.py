@@ -90,7 +90,9 @@ def admit(decoder: Any, state: PatchState, call: dict[str, Any]) -> Admitted:
             raise NotServed("attention_mask is more than causal, in a decode step")
         mask = expanded.real
     starts = _row_starts(mask, cache, rows, q_len, state)
-    asks, along = _asks_more(decoder, call), along_tokens(decoder, call)
+    extra = extra_arguments(call)
+    along = _along(decoder, tokens, {name: call[name] for name in extra}) if extra else {}
+    asks = _asks_more(config, call, [name for name in extra if name not in along])
     return Admitted(cache, starts, cache.get_seq_length(), q_len, tokens.device, weight.dtype, asks, along, expanded)
 
 
@@ -150,13 +152,10 @@ def extra_arguments(call: dict[str, Any]) -> list[str]:
     return [name for name in given if name != "logits_to_keep" or not _of_one_token(call)]
 
 
-def along_tokens(decoder: Any, call: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The arguments that a decoder has by name and that say something of each token, floating `[B, q_len, ...]`."""
-    extra, tokens = extra_arguments(call), tokens_of(call)
-    if not extra or tokens is None:
-        return {}
+def _along(decoder: Any, tokens: torch.Tensor, extra: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Those of a call's arguments that a decoder has by name and that say something of each token."""
     named = inspect.signature(type(decoder).forward).parameters
-    found = {name: call[name] for name in extra if name in named and isinstance(call[name], torch.Tensor)}
+    found = {name: value for name, value in extra.items() if name in named and isinstance(value, torch.Tensor)}
     return {
         name: value
         for name, value in found.items()
@@ -179,13 +178,11 @@ def tokens_of(call: dict[str, Any]) -> torch.Tensor | None:
     return call["input_ids"] if call.get("input_ids") is not None else call.get("inputs_embeds")
 
 
-def _asks_more(decoder: Any, call: dict[str, Any]) -> str:
-    """What a call asks for beyond the last hidden states of its tokens; empty for nothing."""
-    config = decoder.config
+def _asks_more(config: Any, call: dict[str, Any], extra: list[str]) -> str:
+    """What a call asks for beyond the last hidden states of its tokens, by `extra` arguments too; empty for nothing."""
     if call.get("output_hidden_states", getattr(config, "output_hidden_states", False)):
         return "output_hidden_states=True asks for those of all layers"
-    along = along_tokens(decoder, call)
-    if extra := [name for name in extra_arguments(call) if name not in along]:
+    if extra:
         return f"its decoder is given {', '.join(extra)}"
     if call.get("return_dict", getattr(config, "return_dict", True)) is False:
         return "return_dict=False asks for a tuple"

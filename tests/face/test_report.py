@@ -10,7 +10,7 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 import pkv_hf
 from pkv_hf import reporting
 from pkv_hf.runtime import choice, forward
-from pkv_hf.runtime.admission import _asks_more
+from pkv_hf.runtime.admission import _asks_more, extra_arguments
 from pkv_hf.runtime.captured.graphs import CaptureError
 from pkv_hf.runtime.captured.static import StaticStep
 from tiny import COMMON, left_padded, randomized, tiny
@@ -159,4 +159,4 @@ def test_a_step_is_captured_where_its_graph_is_replayed(monkeypatch):
     ],
 )
 def test_what_a_call_asks_for_beyond_hidden_states(call, says):
-    assert _asks_more(small().model, call) == says
+    assert _asks_more(transformers.LlamaConfig(), call, extra_arguments(call)) == says
