@@ -20,7 +20,7 @@ from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps
 from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS, Block, choose_block, most, padded
-from pkv_hf.kernels.products.epilogue import Parts, add_parts
+from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.products.kernels import gated_kernel, linear_kernel
 from pkv_hf.kernels.products.scales import DTYPES as DTYPES_8
 from pkv_hf.kernels.products.scales import Scales, check_scales
@@ -115,20 +115,15 @@ def linear(
     rows, inputs = x.shape
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     _check(x, named, {"norm": norm, "residual": residual}, scales)
-    if not 1 <= len(weights) <= 3 or (len(weights) > 1 and (residual is not None or activation is not None)):
-        raise ValueError(f"{len(weights)} weights: want one, or two or three without a residual or an activation")
-    if activation is not None:
-        check_activation(activation)
-        if residual is not None:
-            raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
+    check_epilogue(len(weights), residual, activation)
     outputs = [len(weight) for weight in weights]
     width = sum(outputs)
     block = _block(x, width, 1)
     shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
-        sums, of_each = _sums(x, weights, scales, block, shrunk), [*outputs, 0] if len(weights) == 2 else outputs
-        add_parts(sums, out, biases[: len(weights)], of_each, residual, scale, activation)
+        sums = _sums(x, weights, scales, block, shrunk)
+        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
     else:
         _launch(x, weights, scales, block, out, shrunk, biases, norm, eps, offset, residual, scale, activation)
     return out

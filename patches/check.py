@@ -32,6 +32,7 @@ from pkv_hf.patches.fused import FusedLayer, multiplied, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, positions_are_places
+from pkv_hf.patches.projections.registry import Kinds
 from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
 from pkv_hf.patches.sharing import Kept, kept_by, read_by, with_each, with_pairs
 from pkv_hf.patches.trace import states_in
@@ -89,7 +90,7 @@ class Fusing:
         return self._fusion(decoder, self._all(decoder, None, None))
 
     def _fusion(self, decoder: Any, described: list[Layer | str]) -> Fusion:
-        layers, fusion = decoder_layers(decoder), Fusion(product=product)
+        layers, fusion = decoder_layers(decoder), Fusion(product=partial(product, Kinds()))
         if not layers:
             fusion.reasons[str(described[0])] = decoder.config.num_hidden_layers
         bound = [each if isinstance(each, str) else self._bound(each, layer) for each, layer in zip(described, layers)]

@@ -91,10 +91,10 @@ def multiplied(layers: Iterable[FusedLayer], rows: int, dtype: torch.dtype, devi
     return found
 
 
-def product(module: Any, x: torch.Tensor) -> torch.Tensor:
+def product(kinds: Kinds, module: Any, x: torch.Tensor) -> torch.Tensor:
     """What a linear layer makes of x `[..., inputs]`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    return Kinds()((module,), rows).linear(Normed(rows)).view(*x.shape[:-1], -1)
+    return kinds((module,), rows).linear(Normed(rows)).view(*x.shape[:-1], -1)
 
 
 def _attention(

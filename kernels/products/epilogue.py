@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pkv_hf.kernels.activations import activated
+from pkv_hf.kernels.activations import activated, check_activation
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.pdl import options, overlaps, release, wait
 
@@ -117,6 +117,16 @@ def add_parts_kernel(parts_ptr, bias_a_ptr, bias_b_ptr, bias_c_ptr, residual_ptr
         finish(y, residual, at, mask, out_ptr, scale, RESIDUAL, SCALED, ACTIVATION)
 
 
+def check_epilogue(weights: int, residual: torch.Tensor | None, activation: str | None) -> None:
+    """Raises ValueError, naming the argument, where products of so many weights do not end with these."""
+    if not 1 <= weights <= 3 or (weights > 1 and (residual is not None or activation is not None)):
+        raise ValueError(f"{weights} weights: want one, or two or three without a residual or an activation")
+    if activation is not None:
+        check_activation(activation)
+        if residual is not None:
+            raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
+
+
 _add_parts = Launcher(add_parts_kernel, fp_fusion=True)
 
 
@@ -136,8 +146,9 @@ def add_parts(
     """
     rows, width = out.shape
     a, b, c = ((parts if bias is None else bias) for bias in (tuple(biases) * 3)[:3])
+    weights = 3 if len(outputs) == 2 and not gated else len(outputs)  # of two the third has no outputs
     constants = (
-        len(outputs), biases[0] is not None, residual is not None, scale != 1.0, activation, gated, len(parts), BLOCK,
+        weights, biases[0] is not None, residual is not None, scale != 1.0, activation, gated, len(parts), BLOCK,
         overlaps(out.device),
     )  # fmt: skip
     _add_parts(

@@ -14,7 +14,7 @@ from pkv_hf.kernels.linear import DTYPES
 from pkv_hf.kernels.pdl import options, overlaps
 from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS
-from pkv_hf.kernels.products.epilogue import Parts, add_parts
+from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.quantized import codes
 from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.kernels4 import gated4_kernel, linear4_kernel
@@ -116,20 +116,15 @@ def linear4(
     named = {f"weights[{i}]": weight for i, weight in enumerate(weights)}
     vectors = {f"biases[{i}]": bias for i, bias in enumerate(biases)}
     _check(x, named, {"norm": norm, "residual": residual, **vectors})
-    if not 1 <= len(weights) <= 3 or (len(weights) > 1 and (residual is not None or activation is not None)):
-        raise ValueError(f"{len(weights)} weights: want one, or two or three without a residual or an activation")
-    if activation is not None:
-        check_activation(activation)
-        if residual is not None:
-            raise ValueError(f"activation={activation!r} with a residual: add it to the activation's result")
+    check_epilogue(len(weights), residual, activation)
     outputs = [weight.outputs for weight in weights]
     width = sum(outputs)
     block = block or _block(x, width, 1, norm)
     shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
-        sums, of_each = _sums(x, weights, block, shrunk), [*outputs, 0] if len(weights) == 2 else outputs
-        add_parts(sums, out, biases[: len(weights)], of_each, residual, scale, activation)
+        sums = _sums(x, weights, block, shrunk)
+        add_parts(sums, out, biases[: len(weights)], outputs, residual, scale, activation)
     else:
         _launch(x, weights, block, out, shrunk, biases, norm, eps, offset, residual, scale, activation)
     return out
