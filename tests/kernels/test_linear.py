@@ -199,6 +199,7 @@ def test_every_count_of_rows_in_any_block(rows, any_block):
         gate, up = (functional.linear(x, w, b) for w, b in zip(pair, pair_biases))
         return (
             torch.cat(of_three, dim=1),
+            torch.cat(of_three[1:], dim=1),
             residual + 0.22 * of_three[0],
             0.22 * functional.silu(of_three[1]),
             functional.silu(gate) * up,
@@ -207,6 +208,7 @@ def test_every_count_of_rows_in_any_block(rows, any_block):
     with poisoned_scratch():
         ours = (
             linear(x, weights, biases),
+            linear(x, weights[1:], biases[1:]),
             linear(x, weights[:1], biases[:1], residual=residual, scale=0.22),
             linear(x, weights[1:2], biases[1:2], activation="silu", scale=0.22),
             gated(x, *pair, bias_gate=pair_biases[0], bias_up=pair_biases[1]),
