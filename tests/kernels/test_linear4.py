@@ -114,6 +114,7 @@ def test_parts_and_ragged_sizes(rows, form, parts):
         ours = (
             linear4(x, [weight], [bias], residual=residual, scale=0.22, block=block),
             gated4(x, gate, up, "gelu", block=block),
+            linear4(x, [gate, up], [bias, bias], block=block),
         )
 
     def by_torch(dtype):
@@ -122,6 +123,7 @@ def test_parts_and_ragged_sizes(rows, form, parts):
         return (
             residual.to(dtype) + 0.22 * torch.nn.functional.linear(wide, full, bias.to(dtype)),
             torch.nn.functional.gelu(wide @ of_gate.T) * (wide @ of_up.T),
+            torch.cat([wide @ of_gate.T + bias.to(dtype), wide @ of_up.T + bias.to(dtype)], dim=1),
         )
 
     for mine, theirs, exact in zip(ours, by_torch(x.dtype), by_torch(torch.float64)):
