@@ -10,7 +10,6 @@ import torch
 
 from pkv_hf.kernels.launch import (
     DTYPES,
-    MERGED_AT_ONCE,
     Remembered,
     Scales,
     Tile,
@@ -61,12 +60,6 @@ class Layout:
     def merge_warps(self) -> int:
         """One loads and adds up 32 parts of a query head at once; more have to wait for each other."""
         return max(1, self.block_dv // 128)
-
-    @property
-    def merge_in_launch(self) -> tuple[int, int, int]:
-        """ROWS, PARTS and AT_ONCE of `merge_group`, which loads 32 KiB at once, 64 registers a thread of 4 warps."""
-        rows = next_power_of_2(self.q_len * self.group)
-        return rows, MERGED_AT_ONCE, max(1, min(8192 // (rows * self.block_dv), MERGED_AT_ONCE))
 
     def states(self, slots: int, device: torch.device) -> torch.Tensor:
         """Memory for partial results, float32: acc `[slots, BLOCK_M, BLOCK_DV]`, then m and l `[slots, 2, BLOCK_M]`."""
@@ -181,15 +174,6 @@ def _check(
         raise ValueError(
             f"sinks are {sinks.dtype} {list(sinks.shape)} on {sinks.device}: want one of {DTYPES}, contiguous, "
             f"[{q.shape[1]}] on {q.device}"
-        )
-
-
-def check_counters(counters: torch.Tensor, items: int, device: torch.device) -> None:
-    """Raises ValueError for what the items of a launch cannot be counted in."""
-    if counters.dtype != torch.int32 or counters.shape != (items,) or counters.device != device:
-        raise ValueError(
-            f"counters is {counters.dtype} {list(counters.shape)} on {counters.device}: want zeros, torch.int32, "
-            f"[{items}] on {device}, one for each row and KV head"
         )
 
 

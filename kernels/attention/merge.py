@@ -54,39 +54,3 @@ def merge_states(ml_ptr, acc_ptr, out_ptr, m_row, first_slot, count,
         m_all = m_new
     out = acc_all / tl.where(l_all == 0.0, 1.0, l_all)
     tl.store(out_ptr + d, out.to(out_ptr.dtype.element_ty), mask=d < DV)
-
-
-@triton.jit
-def merge_group(ml_ptr, acc_ptr, first_slot, count, rows, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
-                BLOCK_DV: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr):  # fmt: skip
-    """l and acc of the first `rows` of ROWS rows of `count` slots at first_slot, merged as `merge_states` does.
-
-    By one program, of states that others have just written: past the first cache, which may hold what was there before.
-    All m come first, PARTS slots at once. Then nothing waits for what it loads but its own term, AT_ONCE slots in
-    flight, and sums go over threads once.
-    """
-    r = tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_DV)
-    real = (r < rows)[None, :]
-    parts = tl.arange(0, PARTS)
-    m_all = tl.full([ROWS], float("-inf"), tl.float32)
-    for begin in range(0, count, PARTS):
-        ml = ml_ptr + (first_slot + begin + parts).to(tl.int64)[:, None] * (2 * BLOCK_M) + r[None, :]
-        m = tl.load(ml, mask=(begin + parts < count)[:, None] & real, other=float("-inf"), cache_modifier=".cg")
-        m_all = tl.maximum(m_all, tl.max(m, 0))
-    m_safe = tl.where(m_all == float("-inf"), 0.0, m_all)[None, :]
-    some = tl.arange(0, AT_ONCE)
-    l_all = tl.zeros([AT_ONCE, ROWS], tl.float32)
-    acc_all = tl.zeros([AT_ONCE, ROWS, BLOCK_DV], tl.float32)
-    for begin in range(0, count, AT_ONCE):
-        there = (begin + some < count)[:, None] & real
-        slots = (first_slot + begin + some).to(tl.int64)[:, None]
-        ml = ml_ptr + slots * (2 * BLOCK_M) + r[None, :]
-        at = (slots * (BLOCK_M * BLOCK_DV) + r[None, :] * BLOCK_DV)[:, :, None] + d[None, None, :]
-        m = tl.load(ml, mask=there, other=float("-inf"), cache_modifier=".cg")
-        l = tl.load(ml + BLOCK_M, mask=there, other=0.0, cache_modifier=".cg")
-        acc = tl.load(acc_ptr + at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        weight = tl.exp2(m - m_safe)
-        l_all += weight * l
-        acc_all += weight[:, :, None] * acc
-    return tl.sum(l_all, 0), tl.sum(acc_all, 0)

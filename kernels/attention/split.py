@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 
 from pkv_hf.kernels.attention.attend import attend
-from pkv_hf.kernels.attention.layout import check_counters, layout_of, score_scale, words
-from pkv_hf.kernels.attention.merge import merge_group, merge_states, states_of, store_state
+from pkv_hf.kernels.attention.layout import layout_of, score_scale, words
+from pkv_hf.kernels.attention.merge import merge_states, states_of, store_state
 from pkv_hf.kernels.attention.new_token import (
     NOTHING_NEW,
     NewToken,
@@ -29,7 +29,7 @@ RUNTIME = ["scale", "num_kv_heads", "q_len", "window", "num_splits", "stride_tb"
 
 @triton.jit(do_not_specialize=RUNTIME)
 def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table_ptr, starts_ptr, ends_ptr, out_ptr,
-                 state_ptr, counters_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, first_ptr,
+                 state_ptr, new_k_ptr, new_v_ptr, cos_ptr, sin_ptr, q_norm_ptr, k_norm_ptr, first_ptr,
                  scale, num_kv_heads, q_len, window, num_splits, stride_tb,
                  stride_qb, stride_qh, stride_qt, stride_kp, stride_kh, stride_vp, stride_vh, stride_sp, stride_sh,
                  stride_ob, stride_ot, stride_oh, stride_nkb, stride_nkh, stride_nvb, stride_nvh, stride_cb, eps,
@@ -38,15 +38,11 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
                  EIGHT_BIT: tl.constexpr, NATIVE: tl.constexpr, CAP: tl.constexpr, CHUNKED: tl.constexpr,
                  ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, PAIRED: tl.constexpr, NORM: tl.constexpr,
                  OFFSET: tl.constexpr, WHOLE: tl.constexpr, LARGEST: tl.constexpr,
-                 ROWS: tl.constexpr, PARTS: tl.constexpr, AT_ONCE: tl.constexpr,
                  DIRECT: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
     """One program a row, KV head and split. With a new token, new_k_ptr and what follows it, q is as projected.
 
     Every position is in one split: only the last one, which has tiles if the row has any, reads the new token, so that
     this one writes it, before all that it reads.
-
-    With counters_ptr, at an int32 zero for each row and KV head, the program that is done last with one of these merges
-    its splits and leaves a zero. Splits without tiles are not counted.
     """
     item = tl.program_id(0)
     split = tl.program_id(1)
@@ -75,17 +71,9 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
             kv_head, last, stride_qh, stride_nkh, stride_nvh, G, D, BLOCK_M, BLOCK_D, WIDTH, ROTARY, INTERLEAVED,
             PAIRED,
         )  # fmt: skip
-    ml_ptr, acc_ptr = states_of(state_ptr, tl.num_programs(0) * num_splits, BLOCK_M, BLOCK_DV)
     slot = item * num_splits + split
-    if counters_ptr is not None:
-        if count == 0:
-            if last:  # of a row without tiles
-                zeros = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-                store_output(out_ptr, row, kv_head, tl.zeros([ROWS], tl.float32), zeros, q_len, stride_ob, stride_ot,
-                             stride_oh, G, DV, ROWS, BLOCK_DV)  # fmt: skip
-            return
-        slot = item * num_splits + tl.minimum(split, skipped)  # less than a tile for each split: skipped counts them
-    elif count == 0 and not DIRECT:
+    ml_ptr, acc_ptr = states_of(state_ptr, tl.num_programs(0) * num_splits, BLOCK_M, BLOCK_DV)
+    if count == 0 and not DIRECT:
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         store_state(ml_ptr, acc_ptr, slot, m_i, l_i, tl.zeros([BLOCK_M, BLOCK_DV], tl.float32), q_len,
@@ -113,15 +101,6 @@ def split_kernel(q_ptr, k_ptr, v_ptr, k_scale_ptr, v_scale_ptr, sinks_ptr, table
         store_output(out_ptr, row, kv_head, l_i, acc, q_len, stride_ob, stride_ot, stride_oh, G, DV, BLOCK_M, BLOCK_DV)
     else:
         store_state(ml_ptr, acc_ptr, slot, m_i, l_i, acc, q_len, G, BLOCK_M, BLOCK_DV)
-    if counters_ptr is not None:
-        tl.debug_barrier()  # all threads have stored
-        parts = tl.minimum(tiles, num_splits)
-        if tl.atomic_add(counters_ptr + item, 1, sem="acq_rel", scope="gpu") == parts - 1:
-            l_all, acc_all = merge_group(ml_ptr, acc_ptr, item * num_splits, parts, q_len * G, ROWS, BLOCK_M, BLOCK_DV,
-                                         PARTS, AT_ONCE)  # fmt: skip
-            store_output(out_ptr, row, kv_head, l_all, acc_all, q_len, stride_ob, stride_ot, stride_oh, G, DV, ROWS,
-                         BLOCK_DV)  # fmt: skip
-            tl.store(counters_ptr + item, 0)
 
 
 @triton.jit(do_not_specialize=["num_kv_heads", "num_splits"])
@@ -160,7 +139,6 @@ def decode_split(
     scales: Scales | None = None,
     out: torch.Tensor | None = None,
     new: NewToken | None = None,
-    counters: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of q `[rows, H_q, q_len, head_dim]` over pages, as `kernels.reference.paged_attention` defines it.
 
@@ -170,9 +148,6 @@ def decode_split(
 
     With `new`, q is that of one new token a row, as it was projected. In the same launch q and the token's k and v
     become what `append.rope_append` makes of them, k and v in the pages at `ends` - 1.
-
-    With `counters`, int32 zeros `[rows * H_kv]`, the splits of each row and KV head are merged in the same launch. It
-    leaves zeros. Launches that may run at the same time need counters of their own.
 
     Raises ValueError for arguments that the kernel cannot take.
     """
@@ -186,21 +161,16 @@ def decode_split(
     direct, overlap = num_splits == 1, overlaps(q.device)
     token = NOTHING_NEW if new is None else launched(new, q, k_pages, v_pages, block_table, ends, scales)
     states = out if direct else layout.states(items * num_splits, q.device)
-    merges = counters is not None and not direct
-    if counters is not None:
-        check_counters(counters, items, q.device)
-    in_launch = layout.merge_in_launch if merges else (0, 0, 0)
     of_scales = (out, out) if scales is None else scales
     _split(
-        (layout.kind, direct, in_launch, token.kind), (items, num_splits, 1),
+        (layout.kind, direct, token.kind), (items, num_splits, 1),
         (q, words(k_pages), words(v_pages), *of_scales, sinks, block_table, starts, ends, out, states,
-         counters if merges else None, *token.tensors),
+         *token.tensors),
         (score_scale(scale, softcap), layout.num_kv_heads, layout.q_len, window, num_splits, block_table.stride(0),
          *layout.strides, *out.stride()[:3], *token.numbers),
-        (*layout.constants, *token.constants, *in_launch, direct, overlap), num_warps=tile.num_warps,
-        **options(q.device),
+        (*layout.constants, *token.constants, direct, overlap), num_warps=tile.num_warps, **options(q.device),
     )  # fmt: skip
-    if not direct and not merges:
+    if not direct:
         _merge(
             layout.kind, (items, layout.q_len * layout.group, 1), (states, out),
             (layout.num_kv_heads, num_splits, *out.stride()[:3]), (*layout.merge_constants, MERGED_AT_ONCE, overlap),

@@ -25,8 +25,6 @@ class TokenCase(AppendCase):
     chunked: bool = False
     softcap: float = 0.0
     sinks: torch.dtype | None = None
-    counted: bool = False
-    """Whether splits are merged in the same launch."""
     starts: tuple[int, ...] = ()
     window: int = 0
     parts: int | None = None
@@ -36,7 +34,6 @@ class TokenCase(AppendCase):
     def random(cls, rng: np.random.Generator, dtype: torch.dtype) -> TokenCase:
         drawn, scores = super().random(rng, dtype), random_case(rng, 1, dtype)
         norm, alike = bool(rng.random() < 0.5), ("group", "chunked", "softcap", "sinks")
-        drawn = dataclasses.replace(drawn, counted=bool(rng.random() < 0.5))
         of_scores = {name: getattr(scores, name) for name in alike}
         return dataclasses.replace(drawn, roped=True, norm=norm, value_dim=0, **of_scores)  # type: ignore[return-value]
 
@@ -64,10 +61,7 @@ class TokenCase(AppendCase):
 
 
 def check_token(case: TokenCase, device: torch.device | str) -> dict[str, Result]:
-    """The results of `decode_split` with a new token: its output, and pages as `pages_written` has them.
-
-    Counters that are not left zero count as output that is not written.
-    """
+    """The results of `decode_split` with a new token: its output, and pages as `pages_written` has them."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     q, k, v = drawn_states(case, draw, spread=0.0)
     roping, inputs = Roping(case, draw, q, k), build(case.attention, device)
@@ -82,16 +76,13 @@ def check_token(case: TokenCase, device: torch.device | str) -> dict[str, Result
     new = NewToken(k, v, *roping.angles, first_held, **roping.settings)
     out = torch.full((len(q), 1, q.shape[1], case.head_dim), float("nan"), dtype=case.dtype, device=device)
     longest = max(end - start for start, end in zip(case.starts, case.ends))
-    counters = torch.zeros(len(q) * case.num_kv_heads, dtype=torch.int32, device=device) if case.counted else None
-    settings = {**case.attention.scores, "num_splits": case.parts, "out": out, "new": new, "counters": counters}
+    settings = {**case.attention.scores, "longest": longest, "num_splits": case.parts, "out": out, "new": new}
     with poisoned_scratch():
-        split.decode_split(**{**inputs, "q": q}, **settings, longest=longest)
+        split.decode_split(**{**inputs, "q": q}, **settings)
     (rotated_q, rotated_k), (exact_q, exact_k) = roping(q, k, case.dtype), roping(q, k, torch.float64)
     expected = check.reference(case.attention, {**inputs, "q": exact_q})  # by which q's own rounding counts for both
     inputs["q"] = rotated_q
     error, torch_error = (rms(attended - expected) for attended in (out, check.sdpa(case.attention, inputs)))
     least = rms(expected) * torch.finfo(case.dtype).eps / 2  # of few tokens torch's own error may be nearly none
     result = Result(error, max(torch_error, least), 0.0, 0.0, bool(torch.isfinite(out).all()))
-    if counters is not None and counters.any():
-        result = dataclasses.replace(result, written=False)
     return {"out": result, **pages_written(case, pools, scales, table, before, rotated_k, v, exact_k)}

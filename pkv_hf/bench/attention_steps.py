@@ -16,7 +16,6 @@ from pkv_hf.kernels.flashinfer import Planned, Xqa
 from pkv_hf.kernels.launch import Scales
 from pkv_hf.kernels.quantize import quantize
 from pkv_hf.kernels.reference import paged_attention
-from pkv_hf.routes import triton
 from pkv_hf.routes.base import Rejected, StepShape
 from pkv_hf.routes.registry import ROUTES
 
@@ -202,17 +201,13 @@ class _Split(Runner):
         from pkv_hf.kernels.attention.split import decode_split
 
         self.decode, self.longest = decode_split, int(step.lengths.max())
-        items, device = len(step.lengths) * step.shape.kv_heads, step.shape.device
-        counted = triton._MERGES_IN_LAUNCH
-        self.counters = torch.zeros(items, dtype=torch.int32, device=device) if counted else None
 
     def layer(self, k: torch.Tensor, v: torch.Tensor, scales: Scales | None) -> torch.Tensor:
         step = self.step
         rows = step.table, step.starts, step.ends
         return self.decode(
-            step.q, k, v, *rows, scale=step.scale, longest=self.longest, num_splits=step.splits, scales=scales,
-            counters=self.counters,
-        )  # fmt: skip
+            step.q, k, v, *rows, scale=step.scale, longest=self.longest, num_splits=step.splits, scales=scales
+        )
 
 
 class _Workqueue(Runner):

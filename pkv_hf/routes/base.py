@@ -111,6 +111,8 @@ class StepShape:
     """A CUDA graph replays the step."""
     named: bool
     """The caller asked for one route by name, so that Triton's interpreter counts as a device too."""
+    fused: bool = False
+    """Our kernels run its layers: a new token's RoPE and append are a launch, or part of the one that attends."""
     value_head_dim: int = 0
     """V's, 0 where it is K's."""
     softcap: float = 0.0
@@ -145,13 +147,16 @@ class StepShape:
         """All that routes look at when they take a step or reject it: what is not of its rows."""
         return _KIND(self)
 
-    def work(self, tokens_a_program: int, launches: float, partials: int = 0) -> Work:
-        """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`."""
+    def work(self, tokens_a_program: int, launches: float, partials: int = 0, *, appends: bool = False) -> Work:
+        """The work of a route whose longest program reads so many tokens of a head and which leaves `partials`.
+
+        `appends` says that its launches append a new token too.
+        """
         heads_tokens = self.tokens * self.kv_heads
         return Work(
             kv_bytes=heads_tokens * self.token_bytes,
             parallel=max(heads_tokens, 1) / (max(tokens_a_program, 1) * self.processors),
-            launches=launches,
+            launches=launches + (self.fused and not appends),
             merge_bytes=2 * partials * self.q_len * self.group * (self.value_dim + 2) * 4,
         )
 

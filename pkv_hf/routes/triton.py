@@ -25,9 +25,6 @@ from pkv_hf.routes.costs import Work
 if TYPE_CHECKING:  # importing it imports Triton
     from pkv_hf.kernels.attention.new_token import NewToken
 
-_MERGES_IN_LAUNCH = False
-"""Whether `split` merges in the launch that attends. It is right either way; which is faster a GPU has to say."""
-
 
 class Triton:
     """What routes that append by Triton share: what they take, and how they append."""
@@ -109,25 +106,8 @@ class Split(Triton):
         items, tiles = shape.rows * shape.kv_heads, -(-shape.longest // tile)
         splits = splits_for(items, tiles, shape.processors)
         merges = splits > 1
-        launches = 1 + (merges and not _MERGES_IN_LAUNCH)
-        return shape.work(-(-tiles // splits) * tile, launches, items * splits if merges else 0)
-
-    def prepare(self, table: BlockTable, device: torch.device) -> None:
-        for heads in {len(storage.k) for storage in table.pool.storage.values()}:
-            self._counters(table, table.rows * heads, device)
-
-    def _counters(self, table: BlockTable, items: int, device: torch.device) -> torch.Tensor | None:
-        """Zeros to count in, of launches that come one after the other, as a cache's do; None to merge in a second one.
-
-        Graphs hold their address. Nobody zeroes them again: a launch that has begun ends, and leaves zeros, wherever
-        the host is interrupted; if it does not, the device's context is lost, and they with it.
-        """
-        if not _MERGES_IN_LAUNCH:
-            return None
-        key = self.name, device, items
-        if key not in table.held_by_routes:
-            table.held_by_routes[key] = torch.zeros(items, dtype=torch.int32, device=device)
-        return table.held_by_routes[key]
+        partials = items * splits if merges else 0
+        return shape.work(-(-tiles // splits) * tile, 1 + merges, partials, appends=shape.q_len == 1)
 
     def rope_attend(
         self, layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
@@ -167,7 +147,6 @@ class Split(Triton):
             longest=longest,
             scales=layer.scales,
             new=new,
-            counters=self._counters(layer.table, len(q) * layer.pages[0].shape[1], q.device),
             **scores._asdict(),
         )
 

@@ -56,6 +56,7 @@ def decide(
         "autocast": torch.is_autocast_enabled(device.type),
         "captured": not uncaptured(state, device),
         "named": state.route != "auto",
+        "fused": state.settings["fuse"],
     }
     shapes: list[StepShape] = []
     for layer, indices in kinds.items():

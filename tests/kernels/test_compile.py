@@ -30,7 +30,7 @@ from pkv_hf.kernels.states import convolution, delta, norm, ssm
 
 ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "state_ptr": "fp32",
-            "counters_ptr": "i32", "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32",
+            "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32",
             "end_tokens_ptr": "i64", "pad_ptr": "i64", "scratch_ptr": "i64", "newest_ptr": "i64", "inputs_ptr": "i64",
             "positions_ptr": "i64"}
 
@@ -47,8 +47,6 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
         constants.update(SCALES=0, UNIT=1.0, **dict.fromkeys(scales))
     if "new_k_ptr" in kernel.arg_names and "ROTARY" not in constants:
         constants.update(NOT_TURNED, **dict.fromkeys(NEW))
-    if "counters_ptr" in kernel.arg_names and "ROWS" not in constants:
-        constants.update(ROWS=0, PARTS=0, AT_ONCE=0, counters_ptr=None)
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
@@ -98,12 +96,9 @@ for at, (head_dim, value_dim, group, q_len, dtype, cap, sinks, chunked) in enume
     warps, constants = attend(None, 0)
     turned = dict(ROTARY=head_dim, INTERLEAVED=False, PAIRED=False, NORM=True, OFFSET=0.0, WHOLE=0)
     new = q_len == 1 and head_dim == value_dim  # with a new token, which adds to what the kernel does without
-    rows, in_launch = next_power_of_2(query_rows), {}
-    if new and every_form:  # and with the merge, which adds to the end of the kernel alone
-        in_launch = dict(ROWS=rows, PARTS=32, AT_ONCE=max(1, min(8192 // (rows * block_dv), 32)))
     for direct in (False, True) if every_form or at == 0 else (False,):
         state = {"state_ptr": "*" + dtype} if direct else {}
-        form = {} if direct else dict(**in_launch, **(dict(**turned, LARGEST=0.0) if new else {}))
+        form = dict(**turned, LARGEST=0.0) if new and not direct else {}
         used[f"split {case} {direct}"] = compiled(
             gpu, split._split, dtype, dict(**constants, **form, DIRECT=direct), warps, **state, **of_sinks)
     used[f"workqueue {case}"] = compiled(

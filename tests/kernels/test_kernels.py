@@ -21,7 +21,6 @@ from pkv_hf.kernels.checks.attention import (
     Case,
     build,
     measure,
-    poisoned_scratch,
     random_case,
     run,
 )
@@ -158,33 +157,6 @@ def test_outputs_are_the_same_to_the_bit_in_every_run(route):
     inputs = build(case, DEVICE)
     outs = [run(case, route, inputs, torch.empty(3, 1, 8, 64, dtype=case.dtype, device=DEVICE)) for _ in range(2)]
     assert all(torch.equal(out, outs[0]) for out in outs)
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"q_len": 3, "group": 5, "ends": (8, 64, 83), "softcap": 1.5},
-        {"ends": (6, 64, 700), "parts": 40, "group": 1, "head_dim": 512},
-        {"head_dim": 48, "value_dim": 320, "group": 16, "sinks": torch.float32},
-        {"window": 17, "kv_dtype": torch.int8, "group": 3, "parts": 1},
-    ],
-    ids=str,
-)
-def test_splits_merged_in_the_launch_are_those_merged_by_another(asked):
-    case = case_of(**{"parts": 7, **asked})
-    inputs = build(case, DEVICE)
-    inputs["starts"][0] = inputs["ends"][0] = 0  # a row without tiles
-    inputs["q"] *= 100  # whose weights are nothing to each other, or beyond all numbers, unless by the largest score
-    counters = torch.zeros(3 * case.num_kv_heads, dtype=torch.int32, device=DEVICE)
-    outs = []
-    for counted in (None, counters, counters):
-        out = torch.full((3, case.q_len, 2 * case.group, case.value_dim or case.head_dim), float("nan"), device=DEVICE)
-        with poisoned_scratch():
-            outs.append(run(case, "split", {**inputs, "counters": counted}, out.to(case.dtype)))
-        assert not counters.any()
-    torch.testing.assert_close(outs[1], outs[0])
-    assert torch.equal(outs[2], outs[1])
-    assert not outs[1][0].any()
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -22,8 +22,7 @@ CASE = TokenCase(
 )  # fmt: skip
 FORMS: dict[str, dict] = {
     "more splits than tiles": {"parts": 9},
-    "splits merged in the launch": {"parts": 9, "counted": True, "group": 5},
-    "one split, interleaved": {"parts": 1, "counted": True, "interleaved": True, "angles_by_row": True, "offset": 1.0},
+    "one split, interleaved": {"parts": 1, "interleaved": True, "angles_by_row": True, "offset": 1.0},
     "partial, angles in pairs": {"rotary": 24, "paired_angles": True, "wide_angles": True, "layout": "together"},
     "interleaved, angles in pairs": {"rotary": 40, "head_dim": 80, "interleaved": True, "paired_angles": True},
     "all heads normed together": {"whole": True, "group": 16, "layout": "mixed"},
@@ -33,7 +32,7 @@ FORMS: dict[str, dict] = {
     "float8": {"kv_dtype": torch.float8_e4m3fn, "dtype": torch.float32, "parts": None, "norm": False},
     "window": {"window": 17, "softcap": 1.5, "sinks": torch.float32, "first_held": (0, 32, 64)},
     "chunks": {"window": 30, "chunked": True, "head_major": False, "first_held": (0, 48, 80)},
-    "rows without tokens": {"counted": True, "starts": (6, 64, 0), "first_held": (16, 64, 0), "ends": (6, 64, 1)},
+    "rows without tokens": {"parts": 1, "starts": (6, 64, 0), "first_held": (16, 64, 0), "ends": (6, 64, 1)},
 }
 
 

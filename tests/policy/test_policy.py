@@ -90,6 +90,17 @@ def test_the_fastest_by_prediction_is_taken():
     assert choose("auto", shape_of([8192]), constants=constants(split=EQUAL, workqueue=slow)).route.name == "split"
 
 
+def test_an_append_that_is_no_part_of_attention_counts_as_a_launch():
+    for lengths, name in itertools.product(([8192], [4096] * 3), ("split", "workqueue", "flashinfer_xqa")):
+        alone, fused = (ROUTES[name].work(shape_of(lengths, fused=fused)).launches for fused in (False, True))
+        assert fused - alone == (name != "split")
+        alone, fused = (ROUTES[name].work(shape_of(lengths, q_len=2, fused=fused)).launches for fused in (False, True))
+        assert fused - alone == 1
+    known = constants(split=dataclasses.replace(EQUAL, launch_s=9e-6), workqueue=EQUAL)
+    assert choose("auto", shape_of([33_000] * 2), constants=known).route.name == "workqueue"
+    assert choose("auto", shape_of([33_000] * 2, fused=True), constants=known).route.name == "split"
+
+
 def test_layers_of_several_kinds_take_one_route():
     slow = dataclasses.replace(EQUAL, bandwidth=0.2e12)
     known = Constants({"graph": {1: {"split": EQUAL, "workqueue": slow}, 8: {"split": slow, "workqueue": EQUAL}}}, "")

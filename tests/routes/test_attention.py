@@ -10,7 +10,6 @@ from pkv_hf.cache.layer import PagedLayer
 from pkv_hf.cache.packing import Packing
 from pkv_hf.cache.tables import Tables
 from pkv_hf.kernels.reference import paged_attention
-from pkv_hf.routes import triton
 from pkv_hf.routes.base import Bounds, Scores
 from pkv_hf.routes.registry import ROUTES
 from pkv_hf.routes.sdpa import LONG_ON_CPU, over_packed_prompt, over_pages, over_prompt, sdpa
@@ -135,24 +134,3 @@ def test_flashinfer_plans_for_each_kind_of_layer(monkeypatch):
     for heads, scale in ((8, 0.1), (8, 0.1), (8, 0.2), (4, 0.2)):
         assert route.decode(layer, torch.randn(1, heads, 1, 64), Scores(scale), bounds) == (heads, 2, 16, 64, scale)
     assert len(made) == 3
-
-
-def test_split_merges_by_what_it_has_prepared(monkeypatch):
-    """Which a capture may not make, at an address that stays, of a table alone: its forks run on other streams."""
-    pytest.importorskip("triton")
-    from pkv_hf.kernels.attention import split as kernels
-
-    monkeypatch.setattr(kernels, "_merge", None)
-    monkeypatch.setattr(triton, "_MERGES_IN_LAUNCH", True)
-    (layer, q), split, cpu = filled(100, (7,)), ROUTES["split"], torch.device("cpu")
-    split.prepare(layer.table, cpu)
-    ((key, counters),) = layer.table.held_by_routes.items()
-    for _ in range(2):
-        out = split.decode(layer, q[:, :, -1:], Scores(0.3), Bounds(np.array([7]), 99, 1))
-        assert list(layer.table.held_by_routes) == [key]
-        assert layer.table.held_by_routes[key] is counters
-        assert counters.tolist() == [0, 0]
-    bounds = (torch.tensor([end], dtype=torch.int32) for end in (7, 100))
-    expected = paged_attention(q[:, :, -1:].double(), *layer.pages, layer.table.on(cpu)[0], *bounds, scale=0.3)
-    torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
-    assert not layer.table.fork(100).held_by_routes
