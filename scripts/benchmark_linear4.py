@@ -33,22 +33,21 @@ ERROR = 2**-6
 
 def candidates(rows: int, weights: int) -> Iterator[Any]:
     """Ways to cut a launch; None is how it is cut by itself."""
-    from pkv_hf.kernels.quantized.blocks import Block4
+    from pkv_hf.kernels.quantized.blocks import OF_WARP, Block4
 
     yield None
     if rows == 1:
-        for outputs, warps in ((16, 1), (32, 2), (64, 4)):
-            for inputs, stages in ((256, 4), (256, 3), (512, 3)):
-                yield Block4(outputs, inputs, stages, "columns", num_warps=warps)
-        yield Block4(64, 256, 4, "weights")
-        yield Block4(4, 2048, 1, "sums")
-        yield Block4(8, 1024, 1, "sums")
+        for outputs in (2, 4, 8, 16):
+            for warps in (1, 2, 4, 8):
+                yield Block4(outputs, OF_WARP * warps, 1, "sums", num_warps=warps)
         return
-    for form in ("columns", "weights"):
-        for inputs, stages in ((128, 4), (256, 3), (256, 4)):
-            if form == "weights" or rows <= 16:
-                for parts in (1, 2, 4) if weights == 1 else (1,):
-                    yield Block4(64, inputs, stages, form, parts=parts)
+    for inputs, stages in ((128, 3), (128, 4), (256, 2), (256, 3), (256, 4), (512, 2)):
+        for parts in (1, 2, 4) if weights == 1 else (1,):
+            yield Block4(64, inputs, stages, "weights", parts=parts)
+    for outputs, warps in ((32, 2), (16, 1), (128, 8)):
+        yield Block4(outputs, 256, 3, "weights", num_warps=warps)
+    if rows <= 8:
+        yield Block4(64, 256, 3, "columns")
 
 
 def quantised(weight: torch.Tensor, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:

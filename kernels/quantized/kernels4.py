@@ -23,7 +23,7 @@ def _products(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
     if FORM == "sums":
         y, y2, factor = by_sums(
             x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr, w2_ptr, absmax_2_ptr, code_2_ptr,
-            absmax2_2_ptr, offset_2_ptr, norm_ptr, first, outputs, inputs, eps, TYPE, NORM, OFFSET, GATED, EVEN, ASM,
+            absmax2_2_ptr, offset_2_ptr, norm_ptr, first, outputs, inputs, eps, TYPE, NORM, OFFSET, GATED, ASM,
             values_ptr, QBLOCK, NESTED, BLOCK_N, BLOCK_K, PDL)  # fmt: skip
         tail, tail2 = y, y2
     else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pkv_hf.kernels.activations import check_activation
-from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
+from pkv_hf.kernels.launch import Remembered, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.linear import DTYPES
 from pkv_hf.kernels.pdl import options, overlaps
@@ -16,7 +16,7 @@ from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.quantized import codes
-from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
+from pkv_hf.kernels.quantized.blocks import Block4, choose_block
 from pkv_hf.kernels.quantized.kernels4 import gated4_kernel, linear4_kernel
 from pkv_hf.kernels.quantized.weights import GROUP, Weight4
 
@@ -25,7 +25,7 @@ _checked: Remembered[None] = Remembered()
 
 
 def _check(x: torch.Tensor, weights: dict[str, Weight4], vectors: dict[str, torch.Tensor | None]) -> None:
-    tensors = [tensor for weight in weights.values() for tensor in weight.tensors]
+    tensors = [tensor for weight in weights.values() for tensor in weight.tensors()]
     key = (*described(x, *tensors, *vectors.values()), *(weight[2:6] for weight in weights.values()))
     if key in _checked:
         return
@@ -69,8 +69,8 @@ def _words(x: torch.Tensor) -> torch.Tensor:
 
 
 def _asm(x: torch.Tensor, weight: Weight4) -> tuple[str, ...] | None:
-    """The instructions that look values up; None in the interpreter, which knows none."""
-    return codes.ptx(weight.quant_type, x.dtype) if x.is_cuda else None
+    """The instructions that look values up in bytes; None in the interpreter, which knows none."""
+    return codes.ptx_by_bytes(weight.quant_type, x.dtype) if x.is_cuda else None
 
 
 def _constants(
@@ -85,11 +85,8 @@ def _constants(
     )  # fmt: skip
 
 
-def _block(x: torch.Tensor, outputs: int, weights: int, norm: torch.Tensor | None) -> Block4:
-    processors, shared_memory = device_limits(x.device)
-    overflows = norm is not None and x.dtype == torch.float16
-    by_sums = len(x) == 1 and (overflows or most_rows(capability(x.device)) == 1)
-    return choose_block(*x.shape, outputs, weights, processors, shared_memory, by_sums=by_sums)
+def _block(x: torch.Tensor, outputs: int, weights: int) -> Block4:
+    return choose_block(*x.shape, outputs, weights, *device_limits(x.device))
 
 
 def linear4(
@@ -119,7 +116,7 @@ def linear4(
     check_epilogue(len(weights), residual, activation)
     outputs = [weight.outputs for weight in weights]
     width = sum(outputs)
-    block = block or _block(x, width, 1, norm)
+    block = block or _block(x, width, 1)
     shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
@@ -138,7 +135,7 @@ def in_parts4(
     `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
     """
     _check(x, {"weight": weight}, {"bias": bias})
-    block = _block(x, weight.outputs, 1, None)
+    block = _block(x, weight.outputs, 1)
     if block.cut(x.shape[1])[0] == 1:
         return None
     shrunk = None if adapters is None else shrink(x, adapters, [weight.outputs])
@@ -170,8 +167,9 @@ def _launch(
     _linear4(
         (x.dtype, lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
-        (_words(x), *a.tensors, *b.tensors, *c.tensors, bias_a, bias_b, bias_c, x if residual is None else residual,
-         x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
+        (_words(x), *(tensor for weight in (a, b, c) for tensor in weight.tensors(block.element)), bias_a, bias_b,
+         bias_c, x if residual is None else residual, x if norm is None else norm,
+         codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
         (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -199,7 +197,7 @@ def gated4(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = block or _block(x, gate.outputs, 2, norm)
+    block = block or _block(x, gate.outputs, 2)
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, gate.outputs), dtype=x.dtype, device=x.device)
     sums = out
@@ -212,7 +210,7 @@ def gated4(
     values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
         (x.dtype, lora, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *gate.tensors, *up.tensors, *vectors, values, *pointers, sums),
+        (_words(x), *gate.tensors(block.element), *up.tensors(block.element), *vectors, values, *pointers, sums),
         (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

@@ -40,10 +40,9 @@ class Weight4(NamedTuple):
     """A name in `codes.VALUES`."""
     nested: Nested | None = None
 
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """As kernels take them: weights four at a time, scales, and the scales' code, absmax and offset."""
-        return (self.packed.view(-1).view(torch.uint16), self.absmax, *(self.nested or (self.absmax,) * 3))
+    def tensors(self, element: torch.dtype = torch.uint16) -> tuple[torch.Tensor, ...]:
+        """As kernels take them: weights as elements of 16 or 32 bits, scales, and those's code, absmax and offset."""
+        return (self.packed.view(-1).view(element), self.absmax, *(self.nested or (self.absmax,) * 3))
 
     @property
     def nbytes(self) -> int:

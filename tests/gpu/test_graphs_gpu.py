@@ -138,10 +138,11 @@ def test_steps_over_quantised_weights_are_captured(quantised):
         assert_on_pages(model)
 
 
-def test_growing_lengths_compile_nothing():
+@pytest.mark.parametrize("route", ["split", "workqueue"])
+def test_growing_lengths_compile_nothing(route):
     from triton import knobs
 
-    model, compiled = pkv_hf.patch(tiny("mistral").cuda()), []
+    model, compiled = pkv_hf.patch(tiny("mistral").cuda(), route=route), []
     for lengths in ((20,), (20, 9)):
         generate(model, on_gpu(*lengths))
     before, knobs.runtime.jit_post_compile_hook = (

@@ -152,16 +152,16 @@ def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, wei
 LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
 
 def of_4_bits(kernel, rows, outputs, at_once, nested, quant_type, ADAPTERS=0, **form):
-    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, by_sums=target < 80)
+    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared)
     block_m, tail = block.padded(rows)
-    asm = codes.ptx(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
+    asm = codes.ptx_by_bytes(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
                 EVEN=True, NORM=rows == 1, OFFSET=0.0, PARTS=False, ADAPTERS=ADAPTERS, ASM=asm, QBLOCK=64,
                 NESTED=nested, FORM=block.form, **form)
     pointers = {"x_ptr": "*i32"}
     for name in kernel.kernel.arg_names:
         if name in ("a_ptr", "b_ptr", "c_ptr", "gate_ptr", "up_ptr"):
-            pointers[name] = "*u16"
+            pointers[name] = "*u32" if block.form == "sums" else "*u16"
         elif name.startswith(("absmax2_", "code_", "offset_")):
             pointers[name] = "*fp32"
         elif name.startswith("absmax_"):

@@ -24,8 +24,8 @@ HALVES = (torch.float16, torch.bfloat16)
 ALL = (1 << 32) - 1
 
 
-def run(instructions, registers):
-    """What instructions leave in registers of 32 bits, as PTX has them."""
+def run(made, lanes=(), **registers):
+    """What instructions leave in registers of 32 bits, as PTX has them, in a warp whose lanes hold a table."""
 
     def prmt(a, b, selector):
         held = (a | b << 32).to_bytes(8, "little")
@@ -39,47 +39,80 @@ def run(instructions, registers):
         bits = ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) for i in range(32))
         return sum((truth >> bit & 1) << i for i, bit in enumerate(bits))
 
+    def cvt(a):
+        half = torch.tensor([a & 0xFFFF], dtype=torch.int32).to(torch.uint16).view(torch.float16)
+        return int(half.float().view(torch.int32)) & ALL
+
     operations = {
         "mov": lambda a: a, "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
-        "shl": lambda a, b: a << b & ALL, "shr": lambda a, b: a >> b, "prmt": prmt, "lop3": lop3,
+        "shl": lambda a, b: a << b & ALL, "shr": lambda a, b: a >> b, "prmt": prmt, "lop3": lop3, "cvt": cvt,
+        "shfl": lambda _, lane: lanes[lane % 32],
     }  # fmt: skip
-    for operation, target, sources in instructions:
-        values = [registers[source] if isinstance(source, str) else source for source in sources]
-        registers[target] = operations[operation](*values)
+    registers[codes.ZERO] = (1 << secrets.randbelow(32)) - 1
+    for operation, target, sources in made:
+        read = [registers.get(source) if isinstance(source, str) else source for source in sources]
+        registers[target] = operations[operation](*read)
     return registers
+
+
+def around(byte, at, count):
+    others = [secrets.randbelow(256) for _ in range(count - 1)]
+    return bytes([*others[:at], byte, *others[at:]])
+
+
+def weights_in(held):
+    return [index for each in held for index in (each >> 4, each & 15)]
+
+
+def test_lanes_have_the_values_of_every_byte_at_every_place():
+    values = [secrets.randbits(16) for _ in range(16)]
+    for byte in range(256):
+        for at in range(4):
+            held = around(byte, at, 4)
+            word = {"$1": int.from_bytes(held, "little")}
+            weights = [values[index] for index in weights_in(held)]
+            assert [run(made, values * 2, **word)["$0"] for made in codes.WEIGHTS_BY_LANES] == weights
+            pairs = [run(made, values * 2, **word)["$0"] for made in codes.PAIRS_BY_LANES]
+            assert [(pair & 0xFFFF, pair >> 16) for pair in pairs] == [*zip(weights[:4], weights[4:])]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("quant_type", codes.VALUES)
-def test_the_instructions_look_up_every_byte_at_every_place(quant_type, dtype):
-    values = codes.bits(quant_type, dtype)
+def test_bytes_have_the_values_of_every_byte_at_every_place(quant_type, dtype):
+    table, values = codes.words(quant_type, dtype), codes.bits(quant_type, dtype)
+    wide = [int(v) & ALL for v in codes.values(quant_type, dtype, torch.device("cpu")).float().view(torch.int32)]
     for byte in range(256):
-        others = [secrets.randbelow(256) for _ in range(7)]
+        for at in range(4):
+            held = around(byte, at, 4)
+            found = run(codes.half_by_bytes(table, dtype), **{"$4": int.from_bytes(held, "little")})
+            assert [found[f"${i}"] for i in range(4)] == [wide[index] for index in weights_in(held)[:4]]
         for at in range(8):
-            held = bytes([*others[:at], byte, *others[at:]])  # four elements of two bytes
-            for place in range(codes.PLACES):
-                registers = {
-                    codes.ZERO: (1 << secrets.randbelow(32)) - 1,
-                    codes.PACKED[0]: int.from_bytes(held[:4], "little"),
-                    codes.PACKED[1]: int.from_bytes(held[4:], "little"),
-                }
-                run(codes.instructions(codes.words(quant_type, dtype), place), registers)
-                found = [registers[result] >> shift & 0xFFFF for result in codes.RESULTS for shift in (0, 16)]
-                of_place = [held[2 * i + place // 2] >> (0 if place % 2 else 4) & 15 for i in range(4)]
-                assert found == [values[index] for index in of_place]
+            held = around(byte, at, 8)  # four elements of two bytes
+            packed = {"$2": int.from_bytes(held[:4], "little"), "$3": int.from_bytes(held[4:], "little")}
+            for place in (0, 2):
+                found = run(codes.elements_by_bytes(table, place), **packed)
+                of_place = [found[result] >> shift & 0xFFFF for result in ("$0", "$1") for shift in (0, 16)]
+                assert of_place == [values[index] for index in weights_in(held)[place::4]]
 
 
 def test_the_text_is_the_instructions():
-    texts = codes.ptx("nf4", torch.bfloat16)
-    for place, text in enumerate(texts):
+    table = codes.words("nf4", torch.float16)
+    lists = [*codes.WEIGHTS_BY_LANES, *codes.PAIRS_BY_LANES, codes.half_by_bytes(table, torch.float16)]
+    lists += [codes.elements_by_bytes(table, place) for place in (0, 2)]
+    texts = [*codes.WEIGHTS_PTX, *codes.PAIRS_PTX, *codes.ptx_by_bytes("nf4", torch.float16)]
+    for text, made in zip(texts, lists, strict=True):
+        text = text.replace("{ .reg .b16 low, high; mov.b32 {low, high}, pair; cvt.f32.f16 ", "cvt pair, ")
+        text = text.replace(", low; }", ";")
         lines = [line.strip() for line in text.strip("{} ").split(";")[1:] if line.strip()]
-        made = codes.instructions(codes.words("nf4", torch.bfloat16), place)
-        assert len(lines) == len(made)
-        for line, (operation, target, sources) in zip(lines, made):
+        for line, (operation, target, sources) in zip(lines, made, strict=True):
             name, _, operands = line.partition(" ")
             assert name.split(".")[0] == operation
             read = [operand.strip() for operand in operands.split(",")]
-            assert read == [target, *(s if isinstance(s, str) else f"0x{s:08x}" for s in sources)]
+            if operation == "cvt":
+                assert read == ["pair", target]
+                continue
+            lanes = ["0x1f", "0xffffffff"] * (operation == "shfl")
+            assert read == [target, *(s if isinstance(s, str) else f"0x{s:08x}" for s in sources), *lanes]
 
 
 def test_values_and_order_are_those_of_bitsandbytes():
@@ -179,7 +212,7 @@ def test_weights_of_two_kinds_are_refused():
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
-    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, by_sums=False)
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024)
     assert block.shared_memory(rows, weights) <= shared_kib * 1024
     assert (block.cut(4096)[0] > 1) == (outputs == 512 and rows > 1)
     assert sum(block.padded(rows)) >= rows
