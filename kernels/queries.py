@@ -1,4 +1,4 @@
-"""Norm and RoPE of queries alone, for a layer that reads the keys and values of another."""
+"""Norm and RoPE of queries alone, for a layer that reads the keys and values of another, and the angles of RoPE."""
 
 from __future__ import annotations
 
@@ -63,3 +63,47 @@ def rope(
         num_warps=4 if rope.whole else 1, **options(q.device),
     )  # fmt: skip
     return out
+
+
+@triton.jit(do_not_specialize=["count", "factor"])
+def angles_kernel(positions_ptr, frequencies_ptr, cos_ptr, sin_ptr, count, factor,
+                  WIDTH: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr, PAIRS: tl.constexpr,
+                  PDL: tl.constexpr):  # fmt: skip
+    """One program a token: cos and sin [WIDTH] of its position times each of `count` frequencies."""
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    at = d
+    if HALVES:
+        at = d % count
+    elif PAIRS:
+        at = d // 2
+    frequencies = tl.load(frequencies_ptr + at, mask=d < WIDTH, other=0.0).to(tl.float32)
+    wait(PDL)
+    release(PDL)
+    phases = tl.load(positions_ptr + token).to(tl.float32) * frequencies
+    tl.store(cos_ptr + token * WIDTH + d, (tl.cos(phases) * factor).to(cos_ptr.dtype.element_ty), mask=d < WIDTH)
+    tl.store(sin_ptr + token * WIDTH + d, (tl.sin(phases) * factor).to(sin_ptr.dtype.element_ty), mask=d < WIDTH)
+
+
+_angles = Launcher(angles_kernel, fp_fusion=False)
+
+
+def angles(
+    positions: torch.Tensor, frequencies: torch.Tensor, factor: float, form: str, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of positions (int64 `[B, q_len]`) times frequencies (floating `[n]`, contiguous), times a factor.
+
+    Both are `[B, q_len, n]` where the form is "once", else `[B, q_len, 2 n]`: in "halves" the n are there twice, in
+    "pairs" each twice in a row. Phases are float32 and results are rounded to the dtype, as transformers has them.
+    """
+    count = len(frequencies)
+    width = count if form == "once" else 2 * count
+    cos = torch.empty((*positions.shape, width), dtype=dtype, device=positions.device)
+    sin = torch.empty_like(cos)
+    constants = width, next_power_of_2(width), form == "halves", form == "pairs", overlaps(positions.device)
+    _angles(
+        (dtype, frequencies.dtype, positions.device, constants), (positions.numel(), 1, 1),
+        (positions.contiguous(), frequencies, cos, sin), (count, factor), constants, num_warps=1,
+        **options(positions.device),
+    )  # fmt: skip
+    return cos, sin

@@ -26,8 +26,9 @@ from pkv_hf.cache.paged import PagedCache
 from pkv_hf.compat import CACHE, LayerKind, logger
 from pkv_hf.errors import first_line
 from pkv_hf.patches import mixers
+from pkv_hf.patches.around.angles import fused_angles
+from pkv_hf.patches.around.final import fused_norms
 from pkv_hf.patches.description import AsIs, Layer, bind
-from pkv_hf.patches.final import fused_norms
 from pkv_hf.patches.fused import FusedLayer, multiplied, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
@@ -77,7 +78,7 @@ class Fusing:
         fusion = self._fusion(decoder, self._all(decoder, kinds, route))
         if fusion.layers:
             with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
-                fusion.norms = fused_norms(decoder)
+                fusion.norms, fusion.angles = fused_norms(decoder), fused_angles(decoder)
                 layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
                 for fused in layers:
                     fused.read()

@@ -59,6 +59,8 @@ class Fusion:
     layers: dict[nn.Module, FusedForward] = field(default_factory=dict)
     norms: dict[nn.Module, Any] = field(default_factory=dict)
     """The decoder's own norms that are taken by our kernel: `patches.description.Norm`."""
+    angles: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
+    """Its modules whose angles of RoPE are our kernel's, for each kind of layers: `patches.angles.Angles`."""
     reasons: dict[str, int] = field(default_factory=dict)
     """How many layers run as they are, by why."""
     seconds: float = 0.0

@@ -244,6 +244,9 @@ if every_form:
             gpu, queries._rope, half, dict(D=128, BLOCK_D=128, **alone), 1 if paired else 4, **angles)
         used[f"rope_append {rotary}"] = compiled(
             gpu, append._rope_append, half, dict(D=128, PAGE=16, BLOCK_D=128, **turned), 1 if paired else 4, **angles)
+    used["angles"] = compiled(
+        gpu, queries._angles, half, dict(WIDTH=96, BLOCK=128, HALVES=True, PAIRS=False), 1, frequencies_ptr="*fp32",
+        factor="fp32")
     for rows in (1, 16):
         form = dict(ACTIVATION="gelu_tanh", BIAS=True, OFFSET=1.0)
         used[f"gated {rows} of Gemma"] = of_rows(linear._gated, rows, 4096, 14336, 2, **form)

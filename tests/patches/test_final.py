@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 import pkv_hf
 from pkv_hf.compat import decoder_of
-from pkv_hf.patches import final
+from pkv_hf.patches.around import final
 from pkv_hf.patches.judged import ERROR, excess
 from pkv_hf.replaced import STATE
 from pkv_hf.runtime.fusion import Fusion
