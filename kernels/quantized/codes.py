@@ -1,4 +1,4 @@
-"""The 16 values of NF4 and FP4, and how a GPU looks them up in registers.
+"""The 16 values of 4 bits, and how a GPU finds them in registers.
 
 NF4 is of Dettmers et al. 2023 (QLoRA), FP4 has a sign, two bits of exponent and one of mantissa; both are scaled to a
 largest value of 1. bitsandbytes packs two weights a byte, the first one in the high four bits.
@@ -8,6 +8,9 @@ four registers each, two for values 0 to 7 and two for 8 to 15. Both halves are 
 and low and high bytes are put together. Four elements of 16 bits, of four weights each, are taken at a time: two
 registers, as are the values of a place in them. Weights of a place are first laced into each other, so that they lie as
 their values have to.
+
+Evenly spaced values are computed: 4 bits in the mantissa of 128 (bf16) or 1,024 (fp16) make a number from which the
+values' distance is known. One `lop3` puts two there, one `fma` takes both back to -8 to 7, exactly.
 """
 
 from __future__ import annotations
@@ -25,11 +28,14 @@ NF4 = (
 )  # fmt: skip
 _MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4 = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
-VALUES = {"nf4": NF4, "fp4": FP4}
+EVEN = {"uint4": tuple(float(i - 8) for i in range(16)), "int4": tuple(float((i ^ 8) - 8) for i in range(16))}
+LOOKED_UP = {"nf4": NF4, "fp4": FP4}
+VALUES = {**LOOKED_UP, **EVEN}
 
 Instruction: TypeAlias = "tuple[str, str, tuple[str | int, ...]]"
 """An operation, the register that it writes, and what it reads: registers, or numbers of 32 bits. `lop3`'s last number
-is its table of truth: 0xE4 takes bits of the first where the third has ones, of the second elsewhere."""
+is its table of truth: 0xE4 takes bits of the first where the third has ones, of the second elsewhere, and 0x6A is the
+first and the second, exclusively or the third. `fma` is of two elements, and named with their type."""
 
 PLACES = 4
 """Weights of an element."""
@@ -91,17 +97,39 @@ def instructions(table: list[int], place: int) -> list[Instruction]:
     return made
 
 
+def of_even(quant_type: str, dtype: torch.dtype, place: int) -> list[Instruction]:
+    """As `instructions`, of evenly spaced values; a place is of 4 bits, the lowest first."""
+    base, one, kind = {
+        torch.bfloat16: (0x4300, 0x3F80, "bf16x2"), torch.float16: (0x6400, 0x3C00, "f16x2"),
+    }[dtype]  # fmt: skip
+    sign = 8 * (quant_type == "int4")  # of two's complement: with it changed, 4 bits count from -8
+    both = lambda half: half << 16 | half  # noqa: E731
+    made: list[Instruction] = [("mov", "one", (both(one),)), ("mov", "base", (both(base + 8 | 0x8000),))]
+    for result, packed in zip(RESULTS, PACKED):
+        source = packed
+        if place:
+            source = "shifted"
+            made.append(("shr", source, (packed, 4 * place)))
+        made += [
+            ("lop3", "held", (source, 0x000F000F, both(base | sign), 0x6A)),
+            (f"fma.rn.{kind}", result, ("held", "one", "base")),
+        ]
+    return made
+
+
 @functools.cache
 def ptx(quant_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """`instructions` for every place, with `CONSTRAINTS`."""
+    """`instructions` or `of_even` for every place, with `CONSTRAINTS`."""
+    if quant_type in EVEN:
+        return tuple(_ptx(of_even(quant_type, dtype, place)) for place in range(PLACES))
     return tuple(_ptx(instructions(words(quant_type, dtype), place)) for place in range(PLACES))
 
 
 def _ptx(made: list[Instruction]) -> str:
     lines = []
     for operation, target, sources in made:
-        kind = "u32" if operation in ("mov", "shr") else "b32"
+        kind = "" if "." in operation else ".u32" if operation in ("mov", "shr") else ".b32"
         operands = (source if isinstance(source, str) else f"0x{source:08x}" for source in sources)
-        lines.append(f"{operation}.{kind} {target}, {', '.join(operands)};")
+        lines.append(f"{operation}{kind} {target}, {', '.join(operands)};")
     registers = sorted({target for _, target, _ in made} - {*RESULTS})
     return f"{{ .reg .b32 {', '.join(registers)}; {' '.join(lines)} }}"

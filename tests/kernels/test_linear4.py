@@ -17,7 +17,7 @@ from pkv_hf.kernels.quantized import codes
 from pkv_hf.kernels.quantized import linear4 as module
 from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.linear4 import gated4, in_parts4, linear4
-from pkv_hf.kernels.quantized.weights import dequantized
+from pkv_hf.kernels.quantized.weights import Nested, Weight4, dequantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -50,7 +50,7 @@ def run(instructions, registers):
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("quant_type", codes.VALUES)
+@pytest.mark.parametrize("quant_type", codes.LOOKED_UP)
 def test_the_instructions_look_up_every_byte_at_every_place(quant_type, dtype):
     values = codes.bits(quant_type, dtype)
     for byte in range(256):
@@ -84,14 +84,12 @@ def test_the_text_is_the_instructions():
 
 def test_values_and_order_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    for quant_type in codes.VALUES:
+    for quant_type in codes.LOOKED_UP:
         for nested in (False, True):
             weight = torch.randn(24, 128)
             packed, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
-            of_scales = module.Weight4(packed, state.absmax, 24, 128, 64, quant_type)
+            of_scales = Weight4(packed, state.absmax, 24, 128, 64, quant_type)
             if nested:
-                from pkv_hf.kernels.quantized.weights import Nested
-
                 of_scales = of_scales._replace(nested=Nested(state.state2.code, state.state2.absmax, state.offset))
             torch.testing.assert_close(dequantized(of_scales, torch.float32), functional.dequantize_4bit(packed, state))
 
@@ -149,8 +147,8 @@ def test_what_is_left_in_parts_adds_up(monkeypatch):
         ({"x": torch.zeros(2, 192)}, "x is torch.float32"),
         ({"x": torch.zeros(81, 192, dtype=torch.bfloat16)}, "1 to 80"),
         ({"x": torch.zeros(2, 64, dtype=torch.bfloat16)}, r"weights\[0\] has 192 inputs"),
-        ({"weights": {"quant_type": "int4"}}, "quant_type='int4'"),
-        ({"weights": {"block": 32}}, "blocks of 32"),
+        ({"weights": {"quant_type": "nf3"}}, "quant_type='nf3'"),
+        ({"weights": {"block": 48}}, "blocks of 48"),
         ({"weights": {"absmax": torch.zeros(3)}}, r"weights\[0\].absmax is torch.float32 \[3\]"),
         ({"weights": {"packed": torch.zeros(8 * 96, dtype=torch.int8)}}, r"weights\[0\].packed is torch.int8"),
         ({"norm": torch.zeros(192, dtype=torch.bfloat16)}, "norm with 2 rows"),
@@ -170,7 +168,7 @@ def test_bad_arguments_are_named(change, named):
 def test_weights_of_two_kinds_are_refused():
     _, (a, b) = weights_of(8, 8)
     x = torch.zeros(1, 192, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="up has blocks, a type or scales of another kind"):
+    with pytest.raises(ValueError, match="up is of another kind"):
         gated4(x, a, b._replace(quant_type="fp4"))
 
 
@@ -179,10 +177,10 @@ def test_weights_of_two_kinds_are_refused():
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
-    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, by_sums=False)
-    assert block.shared_memory(rows, weights) <= shared_kib * 1024
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 64, by_sums=False)
+    assert block.shared_memory(rows, weights, 64) <= shared_kib * 1024
     assert (block.cut(4096)[0] > 1) == (outputs == 512 and rows > 1)
-    assert sum(block.padded(rows)) >= rows
+    assert sum(block.padded(rows, 64)) >= rows
 
 
 @pytest.mark.parametrize(("major", "most"), [(7, 1), (8, 80), (9, 80), (12, 80)])
