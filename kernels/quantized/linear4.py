@@ -18,7 +18,7 @@ from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.quantized import codes
 from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.kernels4 import gated4_kernel, linear4_kernel
-from pkv_hf.kernels.quantized.weights import AnyWeight4, group_of
+from pkv_hf.kernels.quantized.weights import AnyWeight4, group_of, kind_of
 
 _linear4, _gated4 = Launcher(linear4_kernel, fp_fusion=True), Launcher(gated4_kernel, fp_fusion=True)
 _checked: Remembered[None] = Remembered()
@@ -26,7 +26,7 @@ _checked: Remembered[None] = Remembered()
 
 def _check(x: torch.Tensor, weights: dict[str, AnyWeight4], vectors: dict[str, torch.Tensor | None]) -> None:
     tensors = [tensor for weight in weights.values() for tensor in weight.tensors]
-    shapes = [(each.outputs, each.inputs, *_kind(each)) for each in weights.values()]
+    shapes = [(each.outputs, each.inputs, *kind_of(each)) for each in weights.values()]
     key = (*described(x, *tensors, *vectors.values()), *shapes)
     if key in _checked:
         return
@@ -37,8 +37,8 @@ def _check(x: torch.Tensor, weights: dict[str, AnyWeight4], vectors: dict[str, t
     first = next(iter(weights.values()))
     for name, weight in weights.items():
         _check_weight(name, weight, x.shape[1])
-        if _kind(weight) != _kind(first):
-            raise ValueError(f"{name} is of another kind than the weight before: {_kind(weight)}")
+        if kind_of(weight) != kind_of(first):
+            raise ValueError(f"{name} is of another kind than the weight before: {kind_of(weight)}")
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
             raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
@@ -56,11 +56,6 @@ def _check_weight(name: str, weight: AnyWeight4, inputs: int) -> None:
         raise ValueError(f"{name} has {weight.inputs} inputs: want x's {inputs}")
     if wrong := weight.wrong():
         raise ValueError(f"{name}{wrong}")
-
-
-def _kind(weight: AnyWeight4) -> tuple[Any, ...]:
-    """What weights side by side have in common."""
-    return weight.layout, weight.scaled, weight.quant_type, weight.block, *(t.dtype for t in weight.tensors)
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
@@ -171,7 +166,7 @@ def _launch(
     constants = 1 if len(weights) == 1 else 3, *epilogue, *_constants(x, a, norm, offset, block, shrunk)
     lora, pointers = read(x, shrunk)
     _linear4(
-        (x.dtype, lora, x.device, block.num_warps, constants),
+        (x.dtype, kind_of(a), lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
         (_words(x), *a.tensors, *b.tensors, *c.tensors, bias_a, bias_b, bias_c, x if residual is None else residual,
          x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
@@ -214,7 +209,8 @@ def gated4(
     vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
     values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
-        (x.dtype, lora, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
+        (x.dtype, kind_of(gate), lora, x.device, block.num_warps, constants),
+        (-(-gate.outputs // block.outputs), parts, 1),
         (_words(x), *gate.tensors, *up.tensors, *vectors, values, *pointers, sums),
         (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -174,6 +174,13 @@ class Int4(NamedTuple):
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 AnyWeight4: TypeAlias = Weight4 | Int4
+
+
+def kind_of(weight: AnyWeight4) -> tuple[Any, ...]:
+    """What weights of one launch have in common beside their inputs."""
+    zero = weight.zero if isinstance(weight, Int4) else None
+    dtypes = weight.tensors[1].dtype, None if zero is None else zero.dtype
+    return weight.layout, weight.scaled, weight.quant_type, weight.block, dtypes
 
 
 def group_of(weight: AnyWeight4) -> int:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from packed4 import gptq, plain, tinygemm, words_of
+from weights.packed4 import gptq, plain, tinygemm, words_of
 
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.checks.layers import Draw
