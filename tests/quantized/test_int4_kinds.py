@@ -16,6 +16,8 @@ from tiny import decode_logits, left_padded, tiny
 pytest.importorskip("triton")
 
 import pkv_hf
+from pkv_hf.bench import logits
+from pkv_hf.bench.inputs.weights import WEIGHTS
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.kernels.quantized import linear4
 from pkv_hf.memory.weights import step_weight_bytes, weight_bytes
@@ -205,7 +207,16 @@ def test_tensors_of_torchao_that_do_more_run_their_own_forward():
         assert type(Kinds()((torchao4(layer(), layout),), x)) is TorchAO4
 
 
-def test_tensors_whose_library_has_no_kernels_run_their_own_forward():
+def test_the_bench_has_torchao_quantise_in_tiles():
+    pytest.importorskip("torchao.quantization")
+    config = WEIGHTS["int4"](torch.bfloat16).quant_type
+    assert (config.int4_packing_format, config.group_size) == ("tile_packed_to_4d", 128)
+    with pytest.raises(ValueError, match=r"int4 with torch\.float16"):
+        WEIGHTS["int4"](torch.float16)
+    assert not logits.can_be_judged(torchao4(layer()), torch.ones(1, 1))
+
+
+def test_tensors_of_torchao_without_kernels_run_their_own_forward():
     module = torchao4(layer())  # torch has none for a CPU
     *_, why = Kinds().why_own((module,), torch.zeros(1, 128, dtype=torch.bfloat16))
     assert why.startswith("a Linear does not run by itself: ")
