@@ -49,7 +49,7 @@ def _check_weight(name: str, weight: AnyWeight4, inputs: int) -> None:
     if weight.quant_type not in codes.VALUES:
         raise ValueError(f"{name} has quant_type={weight.quant_type!r}: want one of {', '.join(codes.VALUES)}")
     try:
-        group_of(weight)
+        group_of(weight, 1)
     except ValueError as error:
         raise ValueError(f"{name} has {error}") from None
     if weight.inputs != inputs:
@@ -73,7 +73,7 @@ def _constants(
 ) -> tuple[Any, ...]:
     """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
-    group = group_of(weight)
+    group = group_of(weight, rows)
     return (
         norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1,
         0 if shrunk is None else len(shrunk.h), _asm(x, weight), weight.layout, weight.scaled, weight.block, group,
@@ -86,7 +86,7 @@ def _block(x: torch.Tensor, weights: Sequence[AnyWeight4], at_once: int, norm: t
     processors, shared_memory = device_limits(x.device)
     overflows = norm is not None and x.dtype == torch.float16
     by_sums = len(x) == 1 and (overflows or most_rows(capability(x.device)) == 1)
-    group, outputs = group_of(weights[0]), sum(weight.outputs for weight in weights)
+    group, outputs = group_of(weights[0], len(x)), sum(weight.outputs for weight in weights)
     return choose_block(*x.shape, outputs, at_once, processors, shared_memory, group, by_sums=by_sums)
 
 

@@ -3,7 +3,7 @@
 Weights are read as elements of 16 bits, of four inputs each. An element becomes four values in four tensors, so that
 none is moved between threads: four products of tensor cores, each with every fourth input, add up to one.
 
-Scales differ from group to group of 64 inputs, or 32. Either they multiply the products of a group in float32: a group
+Scales differ from group to group of 32 to 128 inputs. Either they multiply the products of a group in float32: a group
 then has columns of its own in the product, where the inputs of other groups are 0. Few rows leave columns idle, so that
 these cost nothing. Or they multiply the weights, in the half type, and a product goes over all groups.
 

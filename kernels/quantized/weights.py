@@ -8,8 +8,11 @@ import torch
 
 from pkv_hf.kernels.quantized.codes import VALUES
 
-GROUPS = (64, 32)
-"""Inputs that kernels multiply by one scale: the first that divides a weight's blocks."""
+GROUPS = (128, 64, 32)
+"""Inputs that kernels multiply by one scale: the first that divides a weight's blocks, for few rows but the largest."""
+
+FEW = 4
+"""Rows that leave columns of a product idle also where groups are of 64 inputs."""
 
 NESTED = 256
 """Scales of one second scale."""
@@ -183,9 +186,9 @@ def kind_of(weight: AnyWeight4) -> tuple[Any, ...]:
     return weight.layout, weight.scaled, weight.quant_type, weight.block, dtypes
 
 
-def group_of(weight: AnyWeight4) -> int:
-    """Inputs that kernels multiply at a time by one scale. Raises ValueError where no whole blocks are of such."""
-    for group in GROUPS:
+def group_of(weight: AnyWeight4, rows: int) -> int:
+    """Inputs that kernels multiply rows of at a time by one scale. Raises ValueError where blocks are of no such."""
+    for group in GROUPS if rows > FEW else GROUPS[1:]:
         if weight.block % group == 0 and weight.inputs % weight.block == 0:
             return group
     raise ValueError(f"blocks of {weight.block}: want a multiple of {GROUPS[-1]} that divides the inputs")

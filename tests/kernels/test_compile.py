@@ -185,7 +185,8 @@ for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
         used[f"linear4 {rows} with adapters"] = of_4_bits(
             linear4._linear4, rows, 4096, 1, *kind, ADAPTERS=8, **residual)
 of_int4 = {75: [(1, "words", "zeros", 64)], 90: [(1, "tiles", "pairs", 64), (4, "words", "zeros", 64),
-           (8, "rows", "shifted", 32), (64, "tiles", "pairs", 32), (80, "words", "groups", 64)]}
+           (8, "tiles", "pairs", 128), (8, "rows", "shifted", 32), (64, "tiles", "pairs", 32),
+           (80, "words", "groups", 64)]}
 for rows, layout, scaled, group in of_int4.get(target, [(1, "rows", "shifted", 64), (80, "tiles", "pairs", 64)]):
     kind = layout, scaled, "int4" if layout == "rows" else "uint4", group
     used[f"linear4 {rows} {layout}"] = of_4_bits(linear4._linear4, rows, 4096, 1, *kind, **residual)

@@ -17,7 +17,7 @@ from pkv_hf.kernels.quantized import codes
 from pkv_hf.kernels.quantized import linear4 as module
 from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.linear4 import gated4, in_parts4, linear4
-from pkv_hf.kernels.quantized.weights import Nested, Weight4, dequantized
+from pkv_hf.kernels.quantized.weights import GROUPS, Nested, Weight4, dequantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -177,8 +177,11 @@ def test_weights_of_two_kinds_are_refused():
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
+    for group in GROUPS:
+        of_group = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, group, by_sums=False)
+        assert of_group.shared_memory(rows, weights, group) <= shared_kib * 1024
+        assert of_group.form == ("columns" if rows <= group / 8 else "weights")
     block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 64, by_sums=False)
-    assert block.shared_memory(rows, weights, 64) <= shared_kib * 1024
     assert (block.cut(4096)[0] > 1) == (outputs == 512 and rows > 1)
     assert sum(block.padded(rows, 64)) >= rows
 

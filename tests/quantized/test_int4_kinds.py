@@ -144,6 +144,8 @@ def test_tokens_in_float32_are_those_of_the_layers_own_forward(less):
     with pkv_hf.patched(model, route="split"):
         assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
         assert "products with 4 bits are of fp16 and bf16" in str(pkv_hf.report(model).not_multiplied)
+    with pkv_hf.patched(model, kv_dtype="fp8"):  # which asks where attention is, and that has buffers alone
+        assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == 22
 
 
 def layer(inputs=128, outputs=48, bias=True, dtype=torch.bfloat16):
