@@ -36,7 +36,7 @@ FITS = tests/kernels/test_compile.py::test_every_kernel_fits
 test-pinned: $(VENV)/.installed .torchao/.installed
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu" \
 		--deselect='$(FITS)[75]' --deselect='$(FITS)[90]' --deselect='$(FITS)[120]' $(COVER) $(ARGS)
-	PYTHONPATH=.torchao $(BIN)/python -m pytest -q tests/runtime/test_weights.py tests/patches/test_quantised8.py -k torchao
+	PYTHONPATH=.torchao $(BIN)/python -m pytest -q tests/runtime/test_weights.py tests/patches/test_quantised8.py tests/quantized -k torchao
 
 # The one target takes minutes of one core, so it is compiled beside the rest.
 test-oldest: .oldest/.installed

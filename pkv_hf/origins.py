@@ -18,7 +18,9 @@ from torch import nn
 
 from pkv_hf.replaced import on_instance
 
-LIBRARIES = ("transformers", "torch.nn", "torch.utils._contextlib", "peft", "bitsandbytes", "torchao", "accelerate")
+LIBRARIES = (
+    "transformers", "torch.nn", "torch.utils._contextlib", "peft", "bitsandbytes", "torchao", "gptqmodel", "accelerate",
+)  # fmt: skip
 """Packages whose modules compute by their inputs and weights, and by settings that are looked at. A module alone, where
 of a package only that is known: torch's compiler wraps anybody's code."""
 

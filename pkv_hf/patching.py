@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -183,9 +184,9 @@ def patched(model: Model, **settings: Any) -> Iterator[Model]:
 
 def _check_fp8(kv_dtype: torch.dtype | str | None, attention: nn.Module) -> None:
     """Raises ValueError for fp8 pages on a GPU that does not convert them."""
-    device = next(attention.parameters()).device
     if kv_dtype is None or KV_DTYPES[kv_dtype] != torch.float8_e4m3fn:
         return
+    device = next(chain(attention.parameters(), attention.buffers())).device  # GPTQ's layers have buffers alone
     if not has_dtypes(device, torch.float8_e4m3fn):
         major, minor = capability(device)
         raise ValueError(f"kv_dtype={kv_dtype!r} needs sm_89 or newer, {device} is sm_{major}{minor}: use 'int8'")

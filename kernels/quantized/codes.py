@@ -1,4 +1,4 @@
-"""The 16 values of NF4 and FP4, and how a GPU looks them up.
+"""The 16 values of 4 bits, and how a GPU finds them in registers.
 
 NF4 is of Dettmers et al. 2023 (QLoRA), FP4 has a sign, two bits of exponent and one of mantissa; both are scaled to a
 largest value of 1. bitsandbytes packs two weights a byte, the first one in the high four bits.
@@ -12,6 +12,9 @@ of 4 bits. Tables of the values' low and of their high bytes take four registers
 One row's sums take words of eight weights, of which the first four are looked up by bytes. Tensor cores take elements
 of four weights: the first of each byte is looked up by bytes, four elements at a time, laced into each other so that
 they lie as their values have to.
+
+Evenly spaced values are computed: 4 bits in the mantissa of 128 (bf16) or 1,024 (fp16) make a number from which the
+values' distance is known. One `lop3` puts two there, one `fma` takes both back to -8 to 7, exactly.
 """
 
 from __future__ import annotations
@@ -29,11 +32,14 @@ NF4 = (
 )  # fmt: skip
 _MAGNITUDES = (0.0, 0.0625 / 12, 8 / 12, 12 / 12, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 FP4 = (*_MAGNITUDES, *(-magnitude for magnitude in _MAGNITUDES))
-VALUES = {"nf4": NF4, "fp4": FP4}
+EVEN = {"uint4": tuple(float(i - 8) for i in range(16)), "int4": tuple(float((i ^ 8) - 8) for i in range(16))}
+LOOKED_UP = {"nf4": NF4, "fp4": FP4}
+VALUES = {**LOOKED_UP, **EVEN}
 
 Instruction: TypeAlias = "tuple[str, str, tuple[str | int, ...]]"
 """An operation, the register that it writes, and what it reads: registers, or numbers of 32 bits. `lop3`'s last number
-is its table of truth: 0xE4 takes bits of the first where the third has ones, of the second elsewhere."""
+is its table of truth: 0xE4 takes bits of the first where the third has ones, of the second elsewhere, and 0x6A is the
+first and the second, exclusively or the third. `fma` is of two elements, and named with their type."""
 
 TABLE = tuple(f"table{i}" for i in range(8))
 ZERO = "%lanemask_lt"
@@ -148,6 +154,26 @@ def elements_by_bytes(table: list[int], place: int) -> list[Instruction]:
     return made
 
 
+def of_even(quant_type: str, dtype: torch.dtype, place: int) -> list[Instruction]:
+    """As `elements_by_bytes`, of evenly spaced values and for every place; of 4 bits, the lowest first."""
+    base, one, kind = {
+        torch.bfloat16: (0x4300, 0x3F80, "bf16x2"), torch.float16: (0x6400, 0x3C00, "f16x2"),
+    }[dtype]  # fmt: skip
+    sign = 8 * (quant_type == "int4")  # of two's complement: with it changed, 4 bits count from -8
+    both = lambda half: half << 16 | half  # noqa: E731
+    made: list[Instruction] = [("mov", "one", (both(one),)), ("mov", "base", (both(base + 8 | 0x8000),))]
+    for result, packed in (("$0", "$2"), ("$1", "$3")):
+        source = packed
+        if place:
+            source = "shifted"
+            made.append(("shr", source, (packed, 4 * place)))
+        made += [
+            ("lop3", "held", (source, 0x000F000F, both(base | sign), 0x6A)),
+            (f"fma.rn.{kind}", result, ("held", "one", "base")),
+        ]
+    return made
+
+
 WEIGHTS_BY_LANES = tuple(map(by_lanes, range(8)))
 PAIRS_BY_LANES = tuple(map(pair_by_lanes, range(4)))
 
@@ -163,7 +189,8 @@ def ptx(made: list[Instruction]) -> str:
             continue
         if operation == "shfl":
             operands += ["0x1f", "0xffffffff"]
-        lines.append(f"{kinds.get(operation, operation + '.b32')} {target}, {', '.join(operands)};")
+        kind = operation if "." in operation else kinds.get(operation, f"{operation}.b32")
+        lines.append(f"{kind} {target}, {', '.join(operands)};")
     return f"{{ .reg .b32 {', '.join(sorted(registers))}; {' '.join(lines)} }}"
 
 
@@ -171,7 +198,9 @@ WEIGHTS_PTX, PAIRS_PTX = tuple(map(ptx, WEIGHTS_BY_LANES)), tuple(map(ptx, PAIRS
 
 
 @functools.cache
-def ptx_by_bytes(quant_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """`half_by_bytes`, and `elements_by_bytes` for both places."""
+def texts(quant_type: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """`of_even` for every place, or of values in tables `half_by_bytes`, and `elements_by_bytes` for both places."""
+    if quant_type in EVEN:
+        return tuple(ptx(of_even(quant_type, dtype, place)) for place in range(4))
     table = words(quant_type, dtype)
     return tuple(map(ptx, (half_by_bytes(table, dtype), *(elements_by_bytes(table, place) for place in (0, 2)))))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pkv_hf.kernels.activations import check_activation
-from pkv_hf.kernels.launch import Remembered, described, device_limits
+from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.linear import DTYPES
 from pkv_hf.kernels.pdl import options, overlaps
@@ -16,17 +16,18 @@ from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.quantized import codes
-from pkv_hf.kernels.quantized.blocks import Block4, choose_block
+from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.kernels4 import gated4_kernel, linear4_kernel
-from pkv_hf.kernels.quantized.weights import GROUP, Weight4
+from pkv_hf.kernels.quantized.weights import AnyWeight4, group_of, kind_of
 
 _linear4, _gated4 = Launcher(linear4_kernel, fp_fusion=True), Launcher(gated4_kernel, fp_fusion=True)
 _checked: Remembered[None] = Remembered()
 
 
-def _check(x: torch.Tensor, weights: dict[str, Weight4], vectors: dict[str, torch.Tensor | None]) -> None:
-    tensors = [tensor for weight in weights.values() for tensor in weight.tensors()]
-    key = (*described(x, *tensors, *vectors.values()), *(weight[2:6] for weight in weights.values()))
+def _check(x: torch.Tensor, weights: dict[str, AnyWeight4], vectors: dict[str, torch.Tensor | None]) -> None:
+    tensors = [tensor for weight in weights.values() for tensor in weight.tensors]
+    shapes = [(each.outputs, each.inputs, *kind_of(each)) for each in weights.values()]
+    key = (*described(x, *tensors, *vectors.values()), *shapes)
     if key in _checked:
         return
     if vectors.get("norm") is not None and len(x) > 1:
@@ -36,31 +37,25 @@ def _check(x: torch.Tensor, weights: dict[str, Weight4], vectors: dict[str, torc
     first = next(iter(weights.values()))
     for name, weight in weights.items():
         _check_weight(name, weight, x.shape[1])
-        of = weight.block, weight.quant_type, weight.nested is None
-        if of != (first.block, first.quant_type, first.nested is None):
-            raise ValueError(f"{name} has blocks, a type or scales of another kind than the weight before: {of}")
+        if kind_of(weight) != kind_of(first):
+            raise ValueError(f"{name} is of another kind than the weight before: {kind_of(weight)}")
     for name, vector in vectors.items():
         if vector is not None and (vector.dtype != x.dtype or not vector.is_contiguous()):
             raise ValueError(f"{name} is {vector.dtype}: want it contiguous in {x.dtype}")
     _checked[key] = None
 
 
-def _check_weight(name: str, weight: Weight4, inputs: int) -> None:
+def _check_weight(name: str, weight: AnyWeight4, inputs: int) -> None:
     if weight.quant_type not in codes.VALUES:
         raise ValueError(f"{name} has quant_type={weight.quant_type!r}: want one of {', '.join(codes.VALUES)}")
-    if weight.block % GROUP or weight.inputs % weight.block:
-        raise ValueError(f"{name} has blocks of {weight.block}: want a multiple of {GROUP} that divides the inputs")
+    try:
+        group_of(weight, 1)
+    except ValueError as error:
+        raise ValueError(f"{name} has {error}") from None
     if weight.inputs != inputs:
         raise ValueError(f"{name} has {weight.inputs} inputs: want x's {inputs}")
-    count = weight.outputs * weight.inputs
-    of_scales = torch.float32 if weight.nested is None else torch.uint8
-    want = {"packed": (count // 2, torch.uint8), "absmax": (count // weight.block, of_scales)}
-    for what, (elements_, dtype) in want.items():
-        tensor = getattr(weight, what)
-        if tensor.dtype != dtype or tensor.numel() != elements_ or not tensor.is_contiguous():
-            raise ValueError(
-                f"{name}.{what} is {tensor.dtype} {list(tensor.shape)}: want {elements_} contiguous of {dtype}"
-            )
+    if wrong := weight.wrong():
+        raise ValueError(f"{name}{wrong}")
 
 
 def _words(x: torch.Tensor) -> torch.Tensor:
@@ -68,30 +63,43 @@ def _words(x: torch.Tensor) -> torch.Tensor:
     return (x.clone() if x.data_ptr() % 4 else x).view(torch.int32)
 
 
-def _asm(x: torch.Tensor, weight: Weight4) -> tuple[str, ...] | None:
-    """The instructions that look values up in bytes; None in the interpreter, which knows none."""
-    return codes.ptx_by_bytes(weight.quant_type, x.dtype) if x.is_cuda else None
+def _asm(x: torch.Tensor, weight: AnyWeight4) -> tuple[str, ...] | None:
+    """The instructions that look values up; None in the interpreter, which knows none."""
+    return codes.texts(weight.quant_type, x.dtype) if x.is_cuda else None
 
 
 def _constants(
-    x: torch.Tensor, weight: Weight4, norm: torch.Tensor | None, offset: float, block: Block4, shrunk: Shrunk | None
+    x: torch.Tensor, weight: AnyWeight4, norm: torch.Tensor | None, offset: float, block: Block4, shrunk: Shrunk | None
 ) -> tuple[Any, ...]:
     """NORM, OFFSET, and EVEN to PDL, of both kernels."""
     rows, inputs = x.shape
+    group = group_of(weight, rows)
     return (
         norm is not None, offset, inputs % block.inputs == 0, block.cut(inputs)[0] > 1,
-        0 if shrunk is None else len(shrunk.h), _asm(x, weight), weight.block, weight.nested is not None, block.form,
-        *block.padded(rows), block.outputs, block.inputs, block.num_stages, overlaps(x.device),
+        0 if shrunk is None else len(shrunk.h), _asm(x, weight), weight.layout, weight.scaled, weight.block, group,
+        block.form, *block.padded(rows, group), block.outputs, block.inputs, block.num_stages, overlaps(x.device),
     )  # fmt: skip
 
 
-def _block(x: torch.Tensor, outputs: int, weights: int) -> Block4:
-    return choose_block(*x.shape, outputs, weights, *device_limits(x.device))
+def _block(x: torch.Tensor, weights: Sequence[AnyWeight4], at_once: int, norm: torch.Tensor | None) -> Block4:
+    """How a launch over weights side by side, or `at_once` ones of the first's shape, is cut."""
+    processors, shared_memory = device_limits(x.device)
+    overflows = norm is not None and x.dtype == torch.float16
+    by_sums = len(x) == 1 and (overflows or most_rows(capability(x.device)) == 1)
+    group, outputs = group_of(weights[0], len(x)), sum(weight.outputs for weight in weights)
+    layout = weights[0].layout
+    return choose_block(*x.shape, outputs, at_once, processors, shared_memory, group, layout, by_sums=by_sums)
+
+
+def _tensors(block: Block4, *weights: AnyWeight4) -> list[torch.Tensor]:
+    """Weights' tensors as the block's form reads them."""
+    by_words = block.form == "threads"
+    return [tensor for weight in weights for tensor in (weight.words if by_words else weight.tensors)]
 
 
 def linear4(
     x: torch.Tensor,
-    weights: Sequence[Weight4],
+    weights: Sequence[AnyWeight4],
     biases: Sequence[torch.Tensor | None] = (None, None, None),
     *,
     norm: torch.Tensor | None = None,
@@ -105,7 +113,7 @@ def linear4(
 ) -> torch.Tensor:
     """residual + scale * (norm(x) W^T + bias) as `linear.linear`, of one weight of 4 bits, of two or of three.
 
-    Values are rounded to x's dtype before they are multiplied. The weights are alike in blocks, type and nesting.
+    Values are rounded to x's dtype before they are multiplied. The weights are alike in all but outputs.
     `block` is how the launch is cut, chosen where it is None. Raises ValueError for arguments that the kernel cannot
     take.
     """
@@ -116,7 +124,7 @@ def linear4(
     check_epilogue(len(weights), residual, activation)
     outputs = [weight.outputs for weight in weights]
     width = sum(outputs)
-    block = block or _block(x, width, 1)
+    block = block or _block(x, weights, 1, norm)
     shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
@@ -128,21 +136,21 @@ def linear4(
 
 
 def in_parts4(
-    x: torch.Tensor, weight: Weight4, bias: torch.Tensor | None, adapters: Adapters | None = None
+    x: torch.Tensor, weight: AnyWeight4, bias: torch.Tensor | None, adapters: Adapters | None = None
 ) -> Parts | None:
     """x W^T + bias, with adapters, as `linear4` takes it, left in the parts that its launch is cut into; None for one.
 
     `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
     """
     _check(x, {"weight": weight}, {"bias": bias})
-    block = _block(x, weight.outputs, 1)
+    block = _block(x, [weight], 1, None)
     if block.cut(x.shape[1])[0] == 1:
         return None
     shrunk = None if adapters is None else shrink(x, adapters, [weight.outputs])
     return Parts(_sums(x, [weight], block, shrunk), bias)
 
 
-def _sums(x: torch.Tensor, weights: Sequence[Weight4], block: Block4, shrunk: Shrunk | None) -> torch.Tensor:
+def _sums(x: torch.Tensor, weights: Sequence[AnyWeight4], block: Block4, shrunk: Shrunk | None) -> torch.Tensor:
     """Float32 `[parts, rows, sum of outputs]` of a product that a block cuts."""
     shape = block.cut(x.shape[1])[0], len(x), sum(weight.outputs for weight in weights)
     sums = torch.empty(shape, dtype=torch.float32, device=x.device)
@@ -151,7 +159,7 @@ def _sums(x: torch.Tensor, weights: Sequence[Weight4], block: Block4, shrunk: Sh
 
 
 def _launch(
-    x: torch.Tensor, weights: Sequence[Weight4], block: Block4, out: torch.Tensor, shrunk: Shrunk | None,
+    x: torch.Tensor, weights: Sequence[AnyWeight4], block: Block4, out: torch.Tensor, shrunk: Shrunk | None,
     biases: Sequence[torch.Tensor | None] = (None,), norm: torch.Tensor | None = None, eps: float = 0.0,
     offset: float = 0.0, residual: torch.Tensor | None = None, scale: float = 1.0, activation: str | None = None,
 ) -> None:  # fmt: skip
@@ -165,11 +173,10 @@ def _launch(
     constants = 1 if len(weights) == 1 else 3, *epilogue, *_constants(x, a, norm, offset, block, shrunk)
     lora, pointers = read(x, shrunk)
     _linear4(
-        (x.dtype, lora, x.device, block.num_warps, constants),
+        (x.dtype, kind_of(a), lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
-        (_words(x), *(tensor for weight in (a, b, c) for tensor in weight.tensors(block.element)), bias_a, bias_b,
-         bias_c, x if residual is None else residual, x if norm is None else norm,
-         codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
+        (_words(x), *_tensors(block, a, b, c), bias_a, bias_b, bias_c, x if residual is None else residual,
+         x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
         (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -177,8 +184,8 @@ def _launch(
 
 def gated4(
     x: torch.Tensor,
-    gate: Weight4,
-    up: Weight4,
+    gate: AnyWeight4,
+    up: AnyWeight4,
     activation: str = "silu",
     *,
     norm: torch.Tensor | None = None,
@@ -197,7 +204,7 @@ def gated4(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = block or _block(x, gate.outputs, 2)
+    block = block or _block(x, [gate], 2, norm)
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, gate.outputs), dtype=x.dtype, device=x.device)
     sums = out
@@ -209,8 +216,9 @@ def gated4(
     vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
     values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
-        (x.dtype, lora, x.device, block.num_warps, constants), (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *gate.tensors(block.element), *up.tensors(block.element), *vectors, values, *pointers, sums),
+        (x.dtype, kind_of(gate), lora, x.device, block.num_warps, constants),
+        (-(-gate.outputs // block.outputs), parts, 1),
+        (_words(x), *_tensors(block, gate, up), *vectors, values, *pointers, sums),
         (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

@@ -2,36 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from pkv_hf.patches.projections.base import Foreign, Modules, Projection
+from pkv_hf.patches.projections.bits4 import Bits4
 from pkv_hf.patches.projections.bnb4 import Linear4, compute_in_float32
 from pkv_hf.patches.projections.bnb8 import Linear8
 from pkv_hf.patches.projections.fp8 import FP8
+from pkv_hf.patches.projections.gptq4 import GPTQ4
 from pkv_hf.patches.projections.lora import Beside, bare
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.plain import Plain
-from pkv_hf.patches.projections.scaled import Scaled, expanded
+from pkv_hf.patches.projections.torchao4 import TorchAO4
 from pkv_hf.patches.projections.torchao8 import TorchAO8
 from pkv_hf.runtime.fusion import Multiplied
 
-SCALED: tuple[type[Scaled], ...] = (Linear8, TorchAO8, FP8)
-KINDS: tuple[type[Projection], ...] = (Plain, Linear4, *SCALED, Own)
+EXPANDED = (Linear8, TorchAO8, FP8, TorchAO4, GPTQ4)
+"""Kinds whose layers cannot be told to multiply float32 by float32."""
+KINDS: tuple[type[Projection], ...] = (Plain, Linear4, *EXPANDED, Own)
 """In the order in which they are asked; the last takes everything."""
 
 
 def in_float32(root: nn.Module) -> None:
     """Has quantised layers inside a module multiply float32 by what their weights stand for, where a kind reads them.
 
-    Layers of 4 bits are told to; those of 8, which may round their inputs too, are replaced.
+    Those of bitsandbytes with 4 bits are told to; others, which may round their inputs too, are replaced.
     """
     for name, module in [*root.named_modules()]:
         compute_in_float32(module)
-        for kind in SCALED:
-            weight = kind.weight_of(module)
-            if name and not isinstance(weight, str):
-                root.set_submodule(name, expanded(module, weight))
+        for kind in EXPANDED if name else ():
+            weight: Any = kind.weight_of(module)
+            if not isinstance(weight, str):
+                root.set_submodule(name, _with(kind.dense(weight), module.bias))
+                break
+
+
+def _with(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """A float32 layer of a weight `[outputs, inputs]` and a bias."""
+    made = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return made
 
 
 class Kinds:
@@ -91,7 +106,7 @@ def _read(modules: Modules) -> tuple[list[Projection], list[str]]:
             reasons.append(projection)
         elif adapters is None:
             kinds.append(projection)
-        elif isinstance(projection, (Plain, Linear4)):
+        elif isinstance(projection, (Plain, Bits4)):
             projection.adapters = adapters
             kinds.append(projection)
         else:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from pkv_hf.patches.projections.base import Modules, named
 from pkv_hf.patches.projections.plain import Plain
@@ -57,6 +56,13 @@ class Scaled(Plain):
             return f"a {named(modules[0])} has a bias where others beside it have none, or none where they have one"
         return cls(modules, weights)
 
+    @classmethod
+    def dense(cls, weight: Weight8) -> torch.Tensor:
+        """What a weight stands for, in float32."""
+        from pkv_hf.kernels.products.scales import dequantized
+
+        return dequantized(*weight, torch.float32)
+
     def why_not(self, x: torch.Tensor) -> str:
         from pkv_hf.kernels.launch import capability, has_dtypes
         from pkv_hf.kernels.linear import DTYPES
@@ -71,14 +77,3 @@ class Scaled(Plain):
                 return f"a {named(module)} has a bias of {module.bias.dtype}, hidden states are {x.dtype}"
         most = most_rows(capability(x.device))
         return f"{len(x)} rows are more than {most}" if len(x) > most else ""
-
-
-def expanded(module: Any, weight: Weight8) -> nn.Linear:
-    """A float32 layer of what a layer's weight stands for, with its bias."""
-    from pkv_hf.kernels.products.scales import dequantized
-
-    outputs, inputs = weight.values.shape
-    made = nn.Linear(inputs, outputs, bias=False, device="meta")
-    made.weight = nn.Parameter(dequantized(*weight, torch.float32), requires_grad=False)
-    made.bias = module.bias
-    return made

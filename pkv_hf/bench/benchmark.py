@@ -16,7 +16,7 @@ from pkv_hf.bench import logits
 from pkv_hf.bench.inputs.models import check_positions, loading
 from pkv_hf.bench.inputs.shapes import SHAPES
 from pkv_hf.bench.inputs.smollm2 import load_smollm2, load_tokenizer, pydoc_text
-from pkv_hf.bench.inputs.weights import quantised, with_lora
+from pkv_hf.bench.inputs.weights import LIBRARIES, quantised, with_lora
 from pkv_hf.bench.measure import Run, run_generate
 from pkv_hf.errors import UsageError
 from pkv_hf.patching import patched
@@ -66,7 +66,7 @@ def load(
     `weights` names how they are quantised, and `lora` is the rank of random adapters that are not merged.
     Raises UsageError, naming the command's option, for what cannot be loaded.
     """
-    needs(*["bitsandbytes"] * bool(weights), *["peft"] * bool(lora))
+    needs(*[LIBRARIES.get(weights, "bitsandbytes")] if weights else (), *["peft"] * bool(lora))
     with loading(f"{option} {name}{f' --weights {weights}' if weights else ''}", name):
         state = None
         if name == "smollm2":

@@ -38,8 +38,12 @@ def first_step(
 
 
 def can_be_judged(model: nn.Module, attention_mask: torch.Tensor) -> bool:
-    """Whether `expected` has an answer: of weights that are not quantised, for `MOST_TOKENS` at most."""
-    return int(attention_mask.sum()) <= MOST_TOKENS and all(p.is_floating_point() for p in model.parameters())
+    """Whether `expected` has an answer: of weights that are not quantised, for `MOST_TOKENS` at most.
+
+    torchao's tensors give the dtype of what they stand for.
+    """
+    plain = (p.is_floating_point() and not hasattr(p, "__tensor_flatten__") for p in model.parameters())
+    return int(attention_mask.sum()) <= MOST_TOKENS and all(plain)
 
 
 @torch.no_grad()

@@ -26,8 +26,17 @@ def stored_bytes(weight: Any) -> int:
 
 
 def weight_bytes(model: Any) -> int:
-    """Bytes of all parameters."""
-    return sum(stored_bytes(parameter) for parameter in model.parameters())
+    """Bytes of all parameters, and of buffers that are weights."""
+    return sum(map(stored_bytes, _weights(model).values()))
+
+
+def _weights(model: nn.Module) -> dict[int, torch.Tensor]:
+    """By identity, a model's parameters, and the buffers of layers that keep packed weights in such (GPTQ)."""
+    found: dict[int, torch.Tensor] = {id(weight): weight for weight in model.parameters()}
+    for module in model.modules():
+        if "qweight" in module._buffers:
+            found |= {id(buffer): buffer for buffer in module.buffers(recurse=False) if buffer.ndim > 1}
+    return found
 
 
 def step_weight_bytes(model: Any) -> int:
@@ -36,8 +45,8 @@ def step_weight_bytes(model: Any) -> int:
     Every expert counts, and the embedding table only where it is the head too, since a step reads a few of its rows.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    read = {id(weight): weight for weight in decoder_of(model).parameters()}
+    read = _weights(decoder_of(model))
     read.pop(id(embedding), None)
     if isinstance(head, nn.Module):
-        read |= {id(weight): weight for weight in head.parameters()}
+        read |= _weights(head)
     return sum(map(stored_bytes, read.values()))

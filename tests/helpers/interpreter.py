@@ -1,8 +1,9 @@
 """Triton's interpreter for the kernels under test, with its bfloat16 and float8 mended.
 
-The interpreter holds bfloat16 as uint16. Its `tl.dot` and its products multiply those bits, its casts of integers to
-bfloat16 are bits too, and its casts of floats cut off what a GPU rounds to nearest; here products are of float32
-values, which are exact, and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a GPU does.
+The interpreter holds bfloat16 as uint16. Its `tl.dot`, its products and its sums take those bits, its casts of integers
+to bfloat16 are bits too, and its casts of floats cut off what a GPU rounds to nearest; here products and sums are of
+float32 values and rounded once, and casts round. Its casts to and from float8_e4m3 are torch's here, which round as a
+GPU does.
 What compares scalars gives numbers of their type, which loads of Triton 3.9 refuse as a mask; here masks are booleans.
 
 Most of its time goes where kernels do not need it: at every call of one function by another it goes through all of
@@ -54,18 +55,24 @@ def use() -> None:
 
     plain_np_dtype = interpreter._get_np_dtype
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
-    plain_mul = InterpreterBuilder.create_fmul
+    plain_mul, plain_add = InterpreterBuilder.create_fmul, InterpreterBuilder.create_fadd
 
     def create_dot(self, a, b, *rest):
         if a.dtype.scalar == tl.bfloat16:
             a, b = self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32)
         return plain_dot(self, a, b, *rest)
 
-    def create_fmul(self, a, b):
+    def of_values(self, operation, a, b):
         if a.dtype.scalar != tl.bfloat16:
-            return plain_mul(self, a, b)
-        product = plain_mul(self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32))
-        return self.cast_impl(product, tl.bfloat16)
+            return operation(self, a, b)
+        found = operation(self, self.cast_impl(a, tl.float32), self.cast_impl(b, tl.float32))
+        return self.cast_impl(found, tl.bfloat16)
+
+    def create_fmul(self, a, b):
+        return of_values(self, plain_mul, a, b)
+
+    def create_fadd(self, a, b):
+        return of_values(self, plain_add, a, b)
 
     def cast_impl(self, src, dst_type):
         if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.bfloat16):
@@ -156,7 +163,8 @@ def use() -> None:
     )
     InterpretedFunction.__call__ = call_from_a_kernel
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = create_dot, cast_impl
-    InterpreterBuilder.create_fp_to_fp, InterpreterBuilder.create_fmul = create_fp_to_fp, create_fmul
+    InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+    InterpreterBuilder.create_fmul, InterpreterBuilder.create_fadd = create_fmul, create_fadd
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
     interpreter._get_np_dtype = np_dtype

@@ -151,33 +151,41 @@ def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, wei
 
 LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
 
-def of_4_bits(kernel, rows, outputs, at_once, nested, quant_type, ADAPTERS=0, **form):
-    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared)
-    block_m, tail = block.padded(rows)
-    asm = codes.ptx_by_bytes(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
+def of_4_bits(kernel, rows, outputs, at_once, layout, scaled, quant_type, group=64, ADAPTERS=0, **form):
+    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, group, layout, by_sums=target < 80)
+    block_m, tail = block.padded(rows, group)
+    asm = codes.texts(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,
-                EVEN=True, NORM=rows == 1, OFFSET=0.0, PARTS=False, ADAPTERS=ADAPTERS, ASM=asm, QBLOCK=64,
-                NESTED=nested, FORM=block.form, **form)
+                EVEN=True, NORM=rows == 1, OFFSET=0.0, PARTS=False, ADAPTERS=ADAPTERS, ASM=asm, LAYOUT=layout,
+                SCALES=scaled, QBLOCK=group, GROUP=group, FORM=block.form, **form)
     pointers = {"x_ptr": "*i32"}
     for name in kernel.kernel.arg_names:
         if name in ("a_ptr", "b_ptr", "c_ptr", "gate_ptr", "up_ptr"):
-            pointers[name] = "*u32" if block.form == "sums" else "*u16"
+            pointers[name] = "*u32" if block.form == "threads" else "*u16"
+        elif layout != "bytes" and name.startswith(("absmax", "code_", "offset_")):
+            pointers[name] = "*i32" if name.startswith("code_") and scaled.startswith("zeros") else "*" + half
         elif name.startswith(("absmax2_", "code_", "offset_")):
             pointers[name] = "*fp32"
         elif name.startswith("absmax_"):
-            pointers[name] = "*u8" if nested else "*fp32"
+            pointers[name] = "*u8" if scaled == "nested" else "*fp32"
     pointers.update(LORA if ADAPTERS else {})
     return compiled(gpu, kernel, half, form, block.num_warps, **pointers)
 
 for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
-    nested, quant_type = rows != 8, "nf4" if rows > 1 else "fp4"
+    kind = "bytes", "nested" if rows != 8 else "blocks", "nf4" if rows > 1 else "fp4"
     residual = dict(WEIGHTS=1, BIAS=True, RESIDUAL=True, SCALED=False, ACTIVATION=None)
-    used[f"linear4 {rows}"] = of_4_bits(linear4._linear4, rows, 4096, 1, nested, quant_type, **residual)
-    used[f"gated4 {rows}"] = of_4_bits(
-        linear4._gated4, rows, 14336, 2, nested, quant_type, BIAS=False, ACTIVATION="silu")
+    used[f"linear4 {rows}"] = of_4_bits(linear4._linear4, rows, 4096, 1, *kind, **residual)
+    used[f"gated4 {rows}"] = of_4_bits(linear4._gated4, rows, 14336, 2, *kind, BIAS=False, ACTIVATION="silu")
     if every_form:
         used[f"linear4 {rows} with adapters"] = of_4_bits(
-            linear4._linear4, rows, 4096, 1, nested, quant_type, ADAPTERS=8, **residual)
+            linear4._linear4, rows, 4096, 1, *kind, ADAPTERS=8, **residual)
+of_int4 = {75: [(1, "words", "zeros", 64)], 90: [(1, "tiles", "pairs", 64), (4, "words", "zeros", 64),
+           (8, "tiles", "pairs", 128), (8, "rows", "shifted", 32), (64, "tiles", "pairs", 32),
+           (80, "words", "groups", 64)]}
+for rows, layout, scaled, group in of_int4.get(target, [(1, "rows", "shifted", 64), (80, "tiles", "pairs", 64)]):
+    kind = layout, scaled, "int4" if layout == "rows" else "uint4", group
+    used[f"linear4 {rows} {layout}"] = of_4_bits(linear4._linear4, rows, 4096, 1, *kind, **residual)
+    used[f"gated4 {rows} {layout}"] = of_4_bits(linear4._gated4, rows, 14336, 2, *kind, BIAS=False, ACTIVATION="silu")
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
 for rows in {75: (1, 16), 86: (1, 80), 120: (1, 80)}.get(target, (1, 16, 64, 80)):  # 86 and 120 have 89's memory
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):

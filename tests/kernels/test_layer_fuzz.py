@@ -44,7 +44,7 @@ def test_batches_share_what_is_compiled_and_go_through_all_kernels():
     for cases in made:
         fixed = {"dtype", "head_dim", "page_size", "kv_dtype", "roped", "gated", "bias", "norm", "residual", "offset"}
         fixed |= {"rotary", "interleaved", "paired_angles", "wide_angles", "operation", "activation", "multiplier"}
-        fixed |= {"quant_type", "nested", "block", "form", "held", "scales_of", "unit"}
+        fixed |= {"quant_type", "packing", "scaled", "block", "form", "held", "scales_of", "unit"}
         fixed |= {"whole", "lora_dtype"} | ({"parts"} if not isinstance(cases[0], TokenCase) else set())
         assert len({tuple(getattr(case, name, None) for name in fixed) for case in cases}) == 1
         assert len({case.seed for case in cases}) == len(cases)
@@ -96,7 +96,8 @@ LINEAR4 = Linear4Case(
     norm=True,
     residual=True,
     quant_type="nf4",
-    nested=True,
+    packing="bytes",
+    scaled="nested",
     block=64,
     inputs=192,
 )

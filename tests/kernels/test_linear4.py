@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 
 import pytest
@@ -17,7 +18,7 @@ from pkv_hf.kernels.quantized import codes
 from pkv_hf.kernels.quantized import linear4 as module
 from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
 from pkv_hf.kernels.quantized.linear4 import gated4, in_parts4, linear4
-from pkv_hf.kernels.quantized.weights import dequantized
+from pkv_hf.kernels.quantized.weights import GROUPS, LAYOUTS, Nested, Weight4, dequantized
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALVES = (torch.float16, torch.bfloat16)
@@ -77,7 +78,7 @@ def test_lanes_have_the_values_of_every_byte_at_every_place():
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize("quant_type", codes.VALUES)
+@pytest.mark.parametrize("quant_type", codes.LOOKED_UP)
 def test_bytes_have_the_values_of_every_byte_at_every_place(quant_type, dtype):
     table, values = codes.words(quant_type, dtype), codes.bits(quant_type, dtype)
     wide = [int(v) & ALL for v in codes.values(quant_type, dtype, torch.device("cpu")).float().view(torch.int32)]
@@ -99,7 +100,7 @@ def test_the_text_is_the_instructions():
     table = codes.words("nf4", torch.float16)
     lists = [*codes.WEIGHTS_BY_LANES, *codes.PAIRS_BY_LANES, codes.half_by_bytes(table, torch.float16)]
     lists += [codes.elements_by_bytes(table, place) for place in (0, 2)]
-    texts = [*codes.WEIGHTS_PTX, *codes.PAIRS_PTX, *codes.ptx_by_bytes("nf4", torch.float16)]
+    texts = [*codes.WEIGHTS_PTX, *codes.PAIRS_PTX, *codes.texts("nf4", torch.float16)]
     for text, made in zip(texts, lists, strict=True):
         text = text.replace("{ .reg .b16 low, high; mov.b32 {low, high}, pair; cvt.f32.f16 ", "cvt pair, ")
         text = text.replace(", low; }", ";")
@@ -117,14 +118,12 @@ def test_the_text_is_the_instructions():
 
 def test_values_and_order_are_those_of_bitsandbytes():
     functional = pytest.importorskip("bitsandbytes.functional")
-    for quant_type in codes.VALUES:
+    for quant_type in codes.LOOKED_UP:
         for nested in (False, True):
             weight = torch.randn(24, 128)
             packed, state = functional.quantize_4bit(weight, quant_type=quant_type, compress_statistics=nested)
-            of_scales = module.Weight4(packed, state.absmax, 24, 128, 64, quant_type)
+            of_scales = Weight4(packed, state.absmax, 24, 128, 64, quant_type)
             if nested:
-                from pkv_hf.kernels.quantized.weights import Nested
-
                 of_scales = of_scales._replace(nested=Nested(state.state2.code, state.state2.absmax, state.offset))
             torch.testing.assert_close(dequantized(of_scales, torch.float32), functional.dequantize_4bit(packed, state))
 
@@ -136,7 +135,7 @@ def weights_of(*outputs, inputs=192, dtype=torch.bfloat16, quant_type="nf4", nes
 
 @pytest.mark.parametrize(
     ("rows", "form", "parts"),
-    [(3, "columns", 3), (20, "weights", 2), (1, "sums", 1), (80, "columns", 1), (1, "columns", 1)],
+    [(3, "columns", 3), (20, "weights", 2), (1, "threads", 1), (1, "sums", 1), (80, "columns", 1), (1, "columns", 1)],
 )
 def test_parts_and_ragged_sizes(rows, form, parts):
     outputs = 121  # of few elements, the ratio of two errors is chance
@@ -182,8 +181,8 @@ def test_what_is_left_in_parts_adds_up(monkeypatch):
         ({"x": torch.zeros(2, 192)}, "x is torch.float32"),
         ({"x": torch.zeros(81, 192, dtype=torch.bfloat16)}, "1 to 80"),
         ({"x": torch.zeros(2, 64, dtype=torch.bfloat16)}, r"weights\[0\] has 192 inputs"),
-        ({"weights": {"quant_type": "int4"}}, "quant_type='int4'"),
-        ({"weights": {"block": 32}}, "blocks of 32"),
+        ({"weights": {"quant_type": "nf3"}}, "quant_type='nf3'"),
+        ({"weights": {"block": 48}}, "blocks of 48"),
         ({"weights": {"absmax": torch.zeros(3)}}, r"weights\[0\].absmax is torch.float32 \[3\]"),
         ({"weights": {"packed": torch.zeros(8 * 96, dtype=torch.int8)}}, r"weights\[0\].packed is torch.int8"),
         ({"norm": torch.zeros(192, dtype=torch.bfloat16)}, "norm with 2 rows"),
@@ -203,7 +202,7 @@ def test_bad_arguments_are_named(change, named):
 def test_weights_of_two_kinds_are_refused():
     _, (a, b) = weights_of(8, 8)
     x = torch.zeros(1, 192, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="up has blocks, a type or scales of another kind"):
+    with pytest.raises(ValueError, match="up is of another kind"):
         gated4(x, a, b._replace(quant_type="fp4"))
 
 
@@ -212,10 +211,14 @@ def test_weights_of_two_kinds_are_refused():
 @pytest.mark.parametrize("rows", [1, 2, 8, 16, 17, 48, 80])
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
-    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024)
-    assert block.shared_memory(rows, weights) <= shared_kib * 1024
+    for group, layout in itertools.product(GROUPS, LAYOUTS):
+        of_group = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, group, layout, by_sums=False)
+        assert of_group.shared_memory(rows, weights, group) <= shared_kib * 1024
+        by_threads = rows == 1 and layout == "bytes"
+        assert of_group.form == ("threads" if by_threads else "columns" if rows <= group / 8 else "weights")
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 64, "bytes", by_sums=False)
     assert (block.cut(4096)[0] > 1) == (outputs == 512 and rows > 1)
-    assert sum(block.padded(rows)) >= rows
+    assert sum(block.padded(rows, 64)) >= rows
 
 
 @pytest.mark.parametrize(("major", "most"), [(7, 1), (8, 80), (9, 80), (12, 80)])

@@ -1,0 +1,1 @@
+"""Weights as libraries pack them."""
