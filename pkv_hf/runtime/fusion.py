@@ -52,6 +52,22 @@ def nothing(rows: int, dtype: torch.dtype, device: torch.device) -> Multiplied:
     return Multiplied()
 
 
+def no_reason(rows: int, device: torch.device) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """The modules of stacked experts in a decoder."""
+
+    forms: dict[nn.Module, Any] = field(default_factory=dict)
+    """Those that our kernels run, and what these do: `kernels.experts.reference.Form`."""
+    own: Counter[str] = field(default_factory=Counter)
+    """How many run their own forward, by why."""
+    why_not: Callable[[int, torch.device], str] = no_reason
+    """Why all do for so many rows on a device; empty where they do not."""
+
+
 @dataclass
 class Fusion:
     """The fused forwards of layers, and why other layers have none."""
@@ -59,6 +75,7 @@ class Fusion:
     layers: dict[nn.Module, FusedForward] = field(default_factory=dict)
     norms: dict[nn.Module, Any] = field(default_factory=dict)
     """The decoder's own norms that are taken by our kernel: `patches.description.Norm`."""
+    mixtures: Mixtures = field(default_factory=Mixtures)
     reasons: dict[str, int] = field(default_factory=dict)
     """How many layers run as they are, by why."""
     seconds: float = 0.0
