@@ -95,7 +95,7 @@ def experts(
     _check(x, index, weights, of)
     (rows, choices), device, count, pdl = index.shape, x.device, len(of.up), overlaps(x.device)
     form, block_choices, block_m = of.form, next_power_of_2(choices), padded(rows)
-    up, down = blocks or _blocks(rows, of, device)
+    up, down = blocks or choose_blocks(rows, of, device)
     chosen, programs = index, choices
     if rows > 1:
         programs, bins = min(count, rows * choices), max(LEAST_BINS, next_power_of_2(count + 1))
@@ -144,6 +144,7 @@ def experts(
     return out
 
 
-def _blocks(rows: int, of: Stacked, device: torch.device) -> tuple[Block, Block]:
+def choose_blocks(rows: int, of: Stacked, device: torch.device) -> tuple[Block, Block]:
+    """How the launches of the first and the second product of so many rows are cut."""
     rest = of.form.transposed, of.down.element_size(), device_limits(device)[1]
     return choose_block(rows, of.hidden, of.outputs, *rest), choose_block(rows, of.width, of.hidden, *rest)
