@@ -1,4 +1,4 @@
-"""Experts of a mixture: their weights as modules stack them, and in torch what the kernels are judged by."""
+"""Experts of a mixture and their routers: what they do, and in torch what the kernels are judged by."""
 
 from __future__ import annotations
 
@@ -91,3 +91,55 @@ def experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, of: Sta
         y = functional.linear(gate(y, of.form), down, of_expert(of.down_bias, expert))
         out.index_add_(0, rows, (y * weights[rows, places, None].to(x.dtype)))
     return out
+
+
+SCORES = ("softmax", "sigmoid", "chosen")
+"""What weighs experts: of all logits, the softmax or each one's sigmoid; or the softmax of the chosen logits alone."""
+
+LEAST_SUM = 1e-20
+"""What sums that weights are divided by have more, as those of DeepSeek-V3 have."""
+
+
+class Routing(NamedTuple):
+    """How rows choose experts by their logits."""
+
+    choices: int
+    scores: str
+    """One of SCORES."""
+    corrected: bool
+    """Whether a bias is added to scores for the choice alone (DeepSeek-V3)."""
+    normalised: bool
+    """Whether a row's weights are divided by their sum."""
+    scale: float = 1.0
+    """What weights are multiplied by."""
+    groups: int = 1
+    """Of experts next to each other: a row chooses in those `kept` whose two largest scores have the largest sums."""
+    kept: int = 1
+
+
+def route(
+    logits: torch.Tensor, of: Routing, correction: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights and index `[rows, choices]` by logits `[rows, experts]`; the correction is `[experts]`.
+
+    Of equal scores the first is taken; computes in the logits' dtype.
+    """
+    scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "chosen": logits}[of.scores]
+    ranked = scores if correction is None else scores + correction
+    if of.groups > 1:
+        in_groups = ranked.unflatten(-1, (of.groups, -1))
+        kept = _first(in_groups.topk(2)[0].sum(-1), of.kept)
+        left_out = torch.ones_like(in_groups[..., 0], dtype=torch.bool).scatter_(-1, kept, False)
+        ranked = in_groups.masked_fill(left_out[..., None], float("-inf")).flatten(-2)
+    index = _first(ranked, of.choices)
+    weights = scores.gather(-1, index)
+    if of.scores == "chosen":
+        weights = weights.softmax(-1)
+    elif of.normalised:
+        weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
+    return weights * of.scale, index
+
+
+def _first(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """The places of the largest scores, of equal ones the first."""
+    return scores.sort(dim=-1, descending=True, stable=True)[1][..., :count]
