@@ -16,6 +16,7 @@ from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.patches.check import Fusing
+from pkv_hf.patches.experts.routers import router_forward, routers_of
 from pkv_hf.patches.experts.served import experts_forward, experts_of
 from pkv_hf.patches.final import norm_forward, norms_of
 from pkv_hf.patches.probe import decoder_layers, layer_forward
@@ -124,14 +125,16 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
     inner = [m for m in decoder.modules() if isinstance(m, PreTrainedModel) and m.config is decoder.config]
     for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)
-    layers, norms, experts = decoder_layers(decoder), norms_of(decoder), [module for module, _ in experts_of(decoder)]
-    patched = [model, decoder, *layers, *norms, *experts, *attentions]
+    layers, norms = decoder_layers(decoder), norms_of(decoder)
+    experts, routers = ([module for module, _ in found(decoder)] for found in (experts_of, routers_of))
+    patched = [model, decoder, *layers, *norms, *experts, *routers, *attentions]
     for module in {id(module): module for module in patched}.values():
         state.replaced.set(module, STATE, state)
     methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
     methods += [(layer, "forward", layer_forward) for layer in layers]
     methods += [(norm, "forward", norm_forward) for norm in norms]
     methods += [(module, "forward", experts_forward) for module in experts]
+    methods += [(module, "forward", router_forward) for module in routers]
     if decoder is not model:
         methods += [
             (model, "_prepare_cache_for_generation", prepare_cache),

@@ -62,6 +62,8 @@ class Report:
     """How many of them ran their own forward, by why."""
     experts: int
     """How many of the last step's modules of stacked experts our kernels ran."""
+    routers: int
+    """How many of their routers' choices our kernels made; others ran their own code."""
     not_experts: dict[str, int]
     """How many of them ran their own forward, by why."""
     not_fused: str
@@ -97,7 +99,7 @@ class Report:
 
     def _experts(self) -> list[str]:
         """A line on mixtures; none where there are none."""
-        ours = [f"of {self.experts} mixtures by our kernels"] * bool(self.experts)
+        ours = [f"of {self.experts} mixtures by our kernels, with {self.routers} routers"] * bool(self.experts)
         own = [f"of {count} by their own forward: {why}" for why, count in self.not_experts.items()]
         return [f"experts   {'; '.join([*ours, *own])}"] * bool(ours or own)
 
@@ -144,7 +146,7 @@ def report(model: nn.Module) -> Report:
     last = state.counts.last_step
     fusion = _fusion(state) if last and last.how != "eager" else None
     of_weights = Multiplied() if fusion is None else _multiplied(state, fusion)
-    experts, not_experts = (0, {}) if fusion is None else _experts(state, fusion)
+    experts, routers, not_experts = (0, 0, {}) if fusion is None else _experts(state, fusion)
     return Report(
         family=state.family,
         layers=len(state.known.attentions),
@@ -164,6 +166,7 @@ def report(model: nn.Module) -> Report:
         multiplied=dict(of_weights.ours),
         not_multiplied=dict(of_weights.own),
         experts=experts,
+        routers=routers,
         not_experts=not_experts,
         not_fused=_not_fused(state),
         not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
@@ -198,14 +201,15 @@ def _multiplied(state: PatchState, fusion: Fusion) -> Multiplied:
     return fusion.multiplied(step.rows * step.q_len, step.dtype, step.device)
 
 
-def _experts(state: PatchState, fusion: Fusion) -> tuple[int, dict[str, int]]:
-    """How many mixtures ran by our kernels in the last step, by its rows, and why others did not."""
+def _experts(state: PatchState, fusion: Fusion) -> tuple[int, int, dict[str, int]]:
+    """How many mixtures ran by our kernels in the last step, by its rows, with how many routers; and why others did
+    not."""
     assert state.decision is not None
     step, mixtures = state.decision.shapes[0], fusion.mixtures
     count, own = len(mixtures.forms), dict(mixtures.own)
     if count and (why := mixtures.why_not(step.rows * step.q_len, step.device)):
-        count, own = 0, {**own, why: count}
-    return count, own
+        return 0, 0, {**own, why: count}
+    return count, len(mixtures.routers), own
 
 
 def _not_run_ahead(state: PatchState) -> str:

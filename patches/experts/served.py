@@ -5,7 +5,6 @@ A module's own router, shared experts and sums stay what they are, the model's o
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from pkv_hf.patches.experts.described import (
     read,
     stacked,
 )
+from pkv_hf.patches.experts.routers import BelievedRouters
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.reading import alike
 from pkv_hf.replaced import original
@@ -83,10 +83,11 @@ class Believed:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Form | str] = {}
+        self._routers = BelievedRouters()
 
     def __call__(self, decoder: nn.Module) -> Mixtures:
         """The modules of a decoder on its device whose experts run by the kernels, and why others do not."""
-        found = Mixtures({}, Counter(), _why_not)
+        found = Mixtures(routers=self._routers(decoder), why_not=_why_not)
         for module, around in experts_of(decoder):
             why = not_stacked(module, around)
             form: Any = why

@@ -64,6 +64,8 @@ class Mixtures:
     """Those that our kernels run, and what these do: `kernels.experts.reference.Form`."""
     own: Counter[str] = field(default_factory=Counter)
     """How many run their own forward, by why."""
+    routers: dict[nn.Module, Any] = field(default_factory=dict)
+    """The modules beside them whose choice of experts our kernels make: `patches.experts.routers.Router`."""
     why_not: Callable[[int, torch.device], str] = no_reason
     """Why all do for so many rows on a device; empty where they do not."""
 

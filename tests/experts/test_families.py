@@ -16,6 +16,7 @@ import pkv_hf
 from pkv_hf.compat import decoder_of
 from pkv_hf.kernels.checks.attention import poisoned_scratch, rms
 from pkv_hf.kernels.experts import experts as module
+from pkv_hf.kernels.experts import routing
 from pkv_hf.kernels.experts.reference import Form
 from pkv_hf.patches.experts.described import DOWN, few, holds_experts, stacked
 from pkv_hf.patches.experts.served import Believed
@@ -68,6 +69,8 @@ MIXTURES: dict[str, tuple[str, str, dict]] = {
         },
     ),
 }  # fmt: skip
+OWN_ROUTERS = ("phimoe", "gemma-4-26b")
+"""Whose choice is of another form."""
 DENSE = {"glm-4.5": 1, "ernie-4.5": 1}
 """Layers without experts."""
 CLAMPED = Form(True, "interleaved", "silu", limit=7.0, alpha=1.702, shift=1.0)
@@ -83,23 +86,32 @@ def experts_in(model) -> list[nn.Module]:
     return [each for each in decoder_of(model).modules() if holds_experts(each)]
 
 
-@pytest.fixture
-def ran(monkeypatch) -> Counter:
-    """How often the kernels ran, by rows."""
+def counted(monkeypatch, module, name) -> Counter:
+    """How often a module's function ran, by rows; on scratch that holds NaN."""
     counts: Counter = Counter()
-    plain = module.experts
+    plain = getattr(module, name)
 
-    def counted(x, *rest, **settings):
+    def counting(x, *rest, **settings):
         counts[len(x)] += 1
         with poisoned_scratch():
             return plain(x, *rest, **settings)
 
-    monkeypatch.setattr(module, "experts", counted)
+    monkeypatch.setattr(module, name, counting)
     return counts
 
 
+@pytest.fixture
+def ran(monkeypatch) -> Counter:
+    return counted(monkeypatch, module, "experts")
+
+
+@pytest.fixture
+def chose(monkeypatch) -> Counter:
+    return counted(monkeypatch, routing, "route")
+
+
 @pytest.mark.parametrize("name", MIXTURES)
-def test_tokens_are_transformers_own(name, ran):
+def test_tokens_are_transformers_own(name, ran, chose):
     model, inputs = mixture(name), left_padded(12, 7)
     expected = generate(model, inputs, 4).sequences
     assert len(set(expected[:, -4:].flatten().tolist())) > 2  # tokens wander, so that a wrong one shows
@@ -110,7 +122,10 @@ def test_tokens_are_transformers_own(name, ran):
     assert torch.equal(output, expected)
     count = LAYERS["num_hidden_layers"] - DENSE.get(name, 0)
     assert (report.experts, report.not_experts) == (count, {})
-    assert f"of {count} mixtures by our kernels" in str(report)
+    routers = 0 if name in OWN_ROUTERS else count
+    assert report.routers == routers
+    assert f"of {count} mixtures by our kernels, with {routers} routers" in str(report)
+    assert chose[2] >= 2 * routers
     assert ran[2] >= 2 * count  # of three steps the first may show what the layers bring
     assert not any("forward" in vars(each) for each in experts_in(model))  # what was patched is as before
 

@@ -24,8 +24,7 @@ CASES = {
     "sigmoid, corrected": (160, Routing(8, "sigmoid", True, True, 2.5)),
     "groups": (64, Routing(5, "sigmoid", True, True, 2.5, groups=8, kept=3)),
     "groups of two": (8, Routing(2, "softmax", False, False, 16.0, groups=4, kept=1)),
-    "of the chosen": (32, Routing(4, "chosen", False, False)),
-    "all": (7, Routing(7, "chosen", False, False)),
+    "all": (7, Routing(7, "sigmoid", False, False)),
 }
 
 
@@ -51,6 +50,12 @@ def test_the_choice_is_that_of_torchs_own_top_k():
     own, chosen = torch.topk(logits.softmax(-1), 8)
     assert torch.equal(index, chosen)
     torch.testing.assert_close(weights, own / own.sum(-1, keepdim=True))
+
+
+def test_the_softmax_of_the_chosen_is_the_softmax_normalised():
+    logits = 20 * torch.randn(20, 32, device=DEVICE)
+    weights, index = route(logits, Routing(4, "softmax", False, True))
+    torch.testing.assert_close(weights, logits.gather(1, index).softmax(-1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

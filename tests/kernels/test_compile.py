@@ -23,7 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from pkv_hf.kernels import append, elementwise, linear, queries, rope, select
 from pkv_hf.kernels.attention import split, workqueue
-from pkv_hf.kernels.experts import blocks as of_experts, experts
+from pkv_hf.kernels.experts import blocks as of_experts, experts, routing
 from pkv_hf.kernels.products import adapters, blocks, epilogue
 from pkv_hf.kernels.quantized import blocks as blocks4, codes, linear4
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
@@ -246,6 +246,10 @@ for rows in {75: (1,), 90: (1, 64)}.get(target, ()):
     of_mixture(rows, 2880, 2880, clamped)
 if every_form:
     of_mixture(1 if target == 75 else 8, 2048, 768, dict(silu_halves, LAYOUT="plain"), "fp32")
+for scores, groups in (("softmax", 1), ("sigmoid", 8)) if every_form else (("softmax", 1),):
+    used[f"route {scores}"] = compiled(
+        gpu, routing._route, half, dict(SCORES=scores, CORRECTED=groups > 1, NORMALISED=True, GROUPS=groups, KEPT=4,
+                                        CHOICES=8, BLOCK_CHOICES=8, BLOCK=256), 1, correction_ptr="*fp32")
 used["experts chosen"] = compiled(gpu, experts._chosen, half, dict(BLOCK=1024, BINS=256), 4)
 used["experts weigh"] = compiled(
     gpu, experts._weigh, half, dict(CHOICES=8, BLOCK_CHOICES=8, BLOCK=experts.WEIGHED), 4, y_ptr="*fp32")
@@ -323,7 +327,7 @@ def test_every_kernel_fits(target):
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
     of_layers = {75: 25 + 21, 86: 25, 90: 44 + 21, 120: 25}.get(target, 33)
-    of_layers += {75: 8, 90: 14}.get(target, 4)  # experts
+    of_layers += {75: 10, 90: 16}.get(target, 5)  # experts
     of_attention = 7 * must if target in (75, 90) else 7 + 2 * (must - 1)
     assert len(used) >= of_attention + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():
