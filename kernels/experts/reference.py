@@ -93,8 +93,9 @@ def experts(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, of: Sta
     return out
 
 
-SCORES = ("softmax", "sigmoid", "chosen")
-"""What weighs experts: of all logits, the softmax or each one's sigmoid; or the softmax of the chosen logits alone."""
+SCORES = ("softmax", "sigmoid")
+"""What weighs experts: the softmax of all logits, or each one's sigmoid. The softmax of the chosen logits alone is the
+first, normalised."""
 
 LEAST_SUM = 1e-20
 """What sums that weights are divided by have more, as those of DeepSeek-V3 have."""
@@ -124,7 +125,7 @@ def route(
 
     Of equal scores the first is taken; computes in the logits' dtype.
     """
-    scores = {"softmax": logits.softmax(-1), "sigmoid": logits.sigmoid(), "chosen": logits}[of.scores]
+    scores = logits.softmax(-1) if of.scores == "softmax" else logits.sigmoid()
     ranked = scores if correction is None else scores + correction
     if of.groups > 1:
         in_groups = ranked.unflatten(-1, (of.groups, -1))
@@ -133,9 +134,7 @@ def route(
         ranked = in_groups.masked_fill(left_out[..., None], float("-inf")).flatten(-2)
     index = _first(ranked, of.choices)
     weights = scores.gather(-1, index)
-    if of.scores == "chosen":
-        weights = weights.softmax(-1)
-    elif of.normalised:
+    if of.normalised:
         weights = weights / (weights.sum(-1, keepdim=True) + LEAST_SUM)
     return weights * of.scale, index
 

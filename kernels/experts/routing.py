@@ -37,7 +37,7 @@ def route_kernel(logits_ptr, correction_ptr, weights_ptr, index_ptr, experts, sc
     if SCORES == "softmax":
         scores = tl.exp(scores - tl.max(scores, 0))
         scores /= tl.sum(scores, 0)
-    elif SCORES == "sigmoid":
+    else:
         scores = 1.0 / (1.0 + tl.exp(-scores))
     ranked = scores + correction
     ranked = tl.where(ranked != ranked, float("inf"), ranked)
@@ -55,17 +55,14 @@ def route_kernel(logits_ptr, correction_ptr, weights_ptr, index_ptr, experts, sc
             sums = tl.where(group == best, none, sums)
         ranked = tl.reshape(tl.where(kept[:, None], in_groups, none), [BLOCK])
     choice = tl.arange(0, BLOCK_CHOICES)
-    weights = tl.full([BLOCK_CHOICES], none if SCORES == "chosen" else 0.0, tl.float32)
+    weights = tl.zeros([BLOCK_CHOICES], tl.float32)
     index = tl.zeros([BLOCK_CHOICES], tl.int32)
     for i in tl.static_range(CHOICES):
         _, best = tl.max(ranked, 0, return_indices=True)
         index = tl.where(choice == i, best, index)
         weights = tl.where(choice == i, tl.sum(tl.where(expert == best, scores, 0.0), 0), weights)
         ranked = tl.where(expert == best, none, ranked)
-    if SCORES == "chosen":
-        weights = tl.exp(weights - tl.max(weights, 0))
-        weights /= tl.sum(weights, 0)
-    elif NORMALISED:
+    if NORMALISED:
         weights /= tl.sum(weights, 0) + LEAST_SUM
     at = row * CHOICES + choice
     tl.store(weights_ptr + at, (weights * scale).to(weights_ptr.dtype.element_ty), mask=choice < CHOICES)
