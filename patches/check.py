@@ -72,14 +72,13 @@ class Fusing:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
         started = time.perf_counter()
         fusion = self._fusion(decoder, self._all(decoder, kinds, route))
+        layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
         with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
             fusion.mixtures = self._experts(decoder)
-            if fusion.layers:
-                fusion.norms = fused_norms(decoder)
-                layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
-                for fused in layers:
-                    fused.read()
-                fusion.multiplied = partial(multiplied, layers)
+            fusion.norms = fused_norms(decoder) if layers else {}
+            for fused in layers:
+                fused.read()
+        fusion.multiplied = partial(multiplied, [*layers, *fusion.mixtures.beside.values()])
         fusion.seconds = time.perf_counter() - started
         return fusion
 

@@ -16,6 +16,7 @@ from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.patches.check import Fusing
+from pkv_hf.patches.experts.beside import mlp_forward, mlps_of
 from pkv_hf.patches.experts.routers import router_forward, routers_of
 from pkv_hf.patches.experts.served import experts_forward, experts_of
 from pkv_hf.patches.final import norm_forward, norms_of
@@ -127,7 +128,8 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
         state.replaced.set(module, "config", config)
     layers, norms = decoder_layers(decoder), norms_of(decoder)
     experts, routers = ([module for module, _ in found(decoder)] for found in (experts_of, routers_of))
-    patched = [model, decoder, *layers, *norms, *experts, *routers, *attentions]
+    mlps = [*mlps_of(decoder)]
+    patched = [model, decoder, *layers, *norms, *experts, *routers, *mlps, *attentions]
     for module in {id(module): module for module in patched}.values():
         state.replaced.set(module, STATE, state)
     methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
@@ -135,6 +137,7 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
     methods += [(norm, "forward", norm_forward) for norm in norms]
     methods += [(module, "forward", experts_forward) for module in experts]
     methods += [(module, "forward", router_forward) for module in routers]
+    methods += [(module, "forward", mlp_forward) for module in mlps]
     if decoder is not model:
         methods += [
             (model, "_prepare_cache_for_generation", prepare_cache),

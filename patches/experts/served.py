@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pkv_hf.errors import first_line
+from pkv_hf.patches.experts.beside import BelievedMLPs
 from pkv_hf.patches.experts.described import (
     COPIED,
     DOWN,
@@ -83,11 +84,11 @@ class Believed:
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Form | str] = {}
-        self._routers = BelievedRouters()
+        self._routers, self._mlps = BelievedRouters(), BelievedMLPs()
 
     def __call__(self, decoder: nn.Module) -> Mixtures:
         """The modules of a decoder on its device whose experts run by the kernels, and why others do not."""
-        found = Mixtures(routers=self._routers(decoder), why_not=_why_not)
+        found = Mixtures(routers=self._routers(decoder), beside=self._mlps(decoder), why_not=_why_not)
         for module, around in experts_of(decoder):
             why = not_stacked(module, around)
             form: Any = why

@@ -66,6 +66,8 @@ class Mixtures:
     """How many run their own forward, by why."""
     routers: dict[nn.Module, Any] = field(default_factory=dict)
     """The modules beside them whose choice of experts our kernels make: `patches.experts.routers.Router`."""
+    beside: dict[nn.Module, Any] = field(default_factory=dict)
+    """The MLPs beside them that our products run: `patches.experts.beside.Beside`."""
     why_not: Callable[[int, torch.device], str] = no_reason
     """Why all do for so many rows on a device; empty where they do not."""
 
