@@ -7,13 +7,11 @@ the same random states. At most one layer is held in float32.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Hashable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,23 +27,21 @@ from pkv_hf.patches import mixers
 from pkv_hf.patches.around.angles import fused_angles
 from pkv_hf.patches.around.final import fused_norms
 from pkv_hf.patches.description import AsIs, Layer, bind
+from pkv_hf.patches.experts.served import Believed
 from pkv_hf.patches.fused import FusedLayer, multiplied, product
 from pkv_hf.patches.judged import ERROR, JUDGED, excess
 from pkv_hf.patches.mixer_check import agrees
 from pkv_hf.patches.probe import TOKENS, Given, decoder_layers, given_to_layers, positions_are_places
 from pkv_hf.patches.projections.registry import Kinds
-from pkv_hf.patches.reading import as_float32, drawn, read, twin_of
+from pkv_hf.patches.reading import alike, as_float32, drawn, read, twin_of
 from pkv_hf.patches.sharing import Kept, kept_by, read_by, with_each, with_pairs
 from pkv_hf.patches.trace import states_in
-from pkv_hf.replaced import on_instance, original
+from pkv_hf.replaced import original
 from pkv_hf.routes.base import Bounds, Route
 from pkv_hf.routes.registry import ROUTES
-from pkv_hf.runtime.captured.watch import NAMED_BY_LAYERS, plain_attributes
+from pkv_hf.runtime.captured.watch import plain_attributes
 from pkv_hf.runtime.fusion import FusedForward, Fusion
 from pkv_hf.runtime.step import Step, launching_on, outside_of_steps
-
-OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
-"""Settings of modules that say which layer they are of."""
 
 
 class Fusing:
@@ -55,6 +51,7 @@ class Fusing:
         self._described: dict[Hashable, Layer | str] = {}
         self._checked: dict[Hashable, str] = {}
         self._mixed: dict[Hashable, bool] = {}
+        self._experts = Believed()
 
     def __reduce__(self) -> Any:
         """A copy or a pickle finds out anew: what is known goes by the functions and classes of one process."""
@@ -76,13 +73,14 @@ class Fusing:
         """Describes and checks the layers of a decoder on its device, with steps of a route that appends with RoPE."""
         started = time.perf_counter()
         fusion = self._fusion(decoder, self._all(decoder, kinds, route))
-        if fusion.layers:
-            with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+        layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
+        with torch.inference_mode(False), torch.no_grad(), outside_of_steps():
+            fusion.mixtures = self._experts(decoder)
+            if layers:
                 fusion.norms, fusion.angles = fused_norms(decoder), fused_angles(decoder)
-                layers = [fused for fused in fusion.layers.values() if isinstance(fused, FusedLayer)]
-                for fused in layers:
-                    fused.read()
-                fusion.multiplied = partial(multiplied, layers)
+            for fused in layers:
+                fused.read()
+        fusion.multiplied = partial(multiplied, [*layers, *fusion.mixtures.beside.values()])
         fusion.seconds = time.perf_counter() - started
         return fusion
 
@@ -115,7 +113,7 @@ class Fusing:
                 twin: Any = None  # the one before goes first: one layer in float32 at a time
                 key = (
                     settings,
-                    _alike(layer),
+                    alike(layer),
                     tuple((*each.place, each.kv_heads, each.head_dim) for each in kept.values()),
                 )
                 if key not in self._described:
@@ -147,7 +145,7 @@ class Fusing:
         for branch in bound.branches:
             module: Any = getattr(branch.body, "module", None)
             if isinstance(branch.body, AsIs) and (mixer := mixers.read(module)) is not None:
-                key = mixer, _alike(module)
+                key = mixer, alike(module)
                 if key not in self._mixed:
                     self._mixed[key] = _agrees(mixer, module)
                 if self._mixed[key]:
@@ -179,25 +177,6 @@ def _agrees(mixer: mixers.Mixer, module: Any) -> bool:
 def _settings(config: Any) -> Hashable:
     """What a decoder's configuration says by now: layers may read it in their forwards."""
     return repr(sorted(plain_attributes(vars(config)).items()))
-
-
-def _alike(layer: nn.Module) -> Hashable:
-    """What layers that are alike have in common: all of their modules, code, settings and shapes."""
-    parts = []
-    for name, module in layer.named_modules():
-        settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
-        tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
-        parts.append((name, type(module), _code(module), repr(sorted(settings.items())), repr(tensors)))
-    return tuple(parts)
-
-
-def _code(module: nn.Module) -> tuple[Any, ...]:
-    """The functions that a module runs: its own, those beside its classes, those that it holds."""
-    own = on_instance(module) or type(module).forward
-    files = [vars(sys.modules[base.__module__]) for base in type(module).__mro__ if base.__module__ in sys.modules]
-    beside = [file[name] for file in files for name in NAMED_BY_LAYERS if name in file]
-    held = [value for value in vars(module).values() if isinstance(value, (FunctionType, BuiltinFunctionType))]
-    return (own, *beside, *held)
 
 
 def _twin(layer: nn.Module) -> nn.Module | str:

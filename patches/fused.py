@@ -4,8 +4,8 @@ A layer of plain half-precision weights with norms before its branches is seven 
 heads, RoPE and append; attention and its merge; output projection and residual; norm, gate, up and activation; down
 projection and residual. A norm after a branch, the sum with it and the next norm, across layers too, are one launch
 more. Where a product of several rows is cut in parts, that launch adds them up too. Adapters add a
-launch to each group of projections that share an input. Modules that are something else (quantised weights, experts)
-are called as they are, between fused norms.
+launch to each group of projections that share an input. Modules that are something else (quantised weights, blocks of
+experts) are called as they are, between fused norms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from pkv_hf.compat import CACHE
 from pkv_hf.errors import LayerNotServed
 from pkv_hf.patches.description import MLP, AsIs, Attention, Branch, Layer
+from pkv_hf.patches.experts.beside import Beside
 from pkv_hf.patches.probe import returned
 from pkv_hf.patches.projections.base import Normed, Projection
 from pkv_hf.patches.projections.registry import Kinds
@@ -84,7 +85,9 @@ class FusedLayer:
         return returned(stream.result(self.following), self.layer.returns)
 
 
-def multiplied(layers: Iterable[FusedLayer], rows: int, dtype: torch.dtype, device: torch.device) -> Multiplied:
+def multiplied(
+    layers: Iterable[FusedLayer | Beside], rows: int, dtype: torch.dtype, device: torch.device
+) -> Multiplied:
     found = Multiplied()
     for layer in layers:
         layer.count(found, rows, dtype, device)

@@ -7,9 +7,11 @@ was found. Whatever is not understood is called as it is, or the layer is not de
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import sys
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import torch
@@ -23,10 +25,14 @@ from pkv_hf.patches.parts.norms import close, norm_of
 from pkv_hf.patches.projections.registry import in_float32
 from pkv_hf.patches.sharing import with_each
 from pkv_hf.patches.trace import Call, Trace, same, traced
-from pkv_hf.replaced import REPLACED, REPLICATE, STATE
+from pkv_hf.replaced import REPLACED, REPLICATE, STATE, on_instance
+from pkv_hf.runtime.captured.watch import NAMED_BY_LAYERS, plain_attributes
 
 SET_ON = ("forward", REPLACED, REPLICATE)
 """What a patch sets on layers, beside its state."""
+
+OF_THE_PLACE = ("layer_idx", "layer_id", "layer_number")
+"""Settings of modules that say which layer they are of."""
 
 DRAWN = 0.3
 """By how much norms, biases and single numbers of the copy are moved: those of a new model are all alike, and those of
@@ -47,6 +53,25 @@ def twin_of(layer: nn.Module) -> nn.Module:
             vars(inner).pop(name, None)
     in_float32(twin)
     return twin.float()
+
+
+def alike(layer: nn.Module) -> Hashable:
+    """What layers that are alike have in common: all of their modules, code, settings and shapes."""
+    parts = []
+    for name, module in layer.named_modules():
+        settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
+        tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
+        parts.append((name, type(module), _code(module), repr(sorted(settings.items())), repr(tensors)))
+    return tuple(parts)
+
+
+def _code(module: nn.Module) -> tuple[Any, ...]:
+    """The functions that a module runs: its own, those beside its classes, those that it holds."""
+    own = on_instance(module) or type(module).forward
+    files = [vars(sys.modules[base.__module__]) for base in type(module).__mro__ if base.__module__ in sys.modules]
+    beside = [file[name] for file in files for name in NAMED_BY_LAYERS if name in file]
+    held = [value for value in vars(module).values() if isinstance(value, (FunctionType, BuiltinFunctionType))]
+    return (own, *beside, *held)
 
 
 def as_float32(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,9 @@ from pkv_hf.kernels.launch import capability, has_dtypes
 from pkv_hf.patches.around.angles import angle_modules, angles_forward
 from pkv_hf.patches.around.final import norm_forward, norms_of
 from pkv_hf.patches.check import Fusing
+from pkv_hf.patches.experts.beside import mlp_forward, mlps_of
+from pkv_hf.patches.experts.routers import router_forward, routers_of
+from pkv_hf.patches.experts.served import experts_forward, experts_of
 from pkv_hf.patches.probe import decoder_layers, layer_forward
 from pkv_hf.replaced import STATE
 from pkv_hf.routes.registry import ROUTES
@@ -126,12 +129,18 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
     for module in [*inner, *attentions]:  # the decoder is the first of them: any may make the masks
         state.replaced.set(module, "config", config)
     layers, norms, angles = decoder_layers(decoder), norms_of(decoder), angle_modules(decoder)
-    for module in {id(module): module for module in [model, decoder, *layers, *norms, *angles, *attentions]}.values():
+    experts, routers = ([module for module, _ in found(decoder)] for found in (experts_of, routers_of))
+    mlps = [*mlps_of(decoder)]
+    patched = [model, decoder, *layers, *norms, *angles, *experts, *routers, *mlps, *attentions]
+    for module in {id(module): module for module in patched}.values():
         state.replaced.set(module, STATE, state)
     methods: list[tuple[Any, str, Callable[..., Any]]] = [(decoder, "forward", decoder_forward)]
     methods += [(layer, "forward", layer_forward) for layer in layers]
     methods += [(norm, "forward", norm_forward) for norm in norms]
     methods += [(module, "forward", angles_forward) for module in angles]
+    methods += [(module, "forward", experts_forward) for module in experts]
+    methods += [(module, "forward", router_forward) for module in routers]
+    methods += [(module, "forward", mlp_forward) for module in mlps]
     if decoder is not model:
         methods += [
             (model, "_prepare_cache_for_generation", prepare_cache),

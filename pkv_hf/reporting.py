@@ -60,6 +60,12 @@ class Report:
     as "bfloat16" or "NF4 with adapters". Empty where no layer was fused; output embeddings do not count."""
     not_multiplied: dict[str, int]
     """How many of them ran their own forward, by why."""
+    experts: int
+    """How many of the last step's modules of stacked experts our kernels ran."""
+    routers: int
+    """How many of their routers' choices our kernels made; others ran their own code."""
+    not_experts: dict[str, int]
+    """How many of them ran their own forward, by why."""
     not_fused: str
     """Why it ran layers of transformers' own, empty where our kernels ran all; before it, what forbids that."""
     not_captured: str
@@ -91,6 +97,12 @@ class Report:
         own = [f"{count} by their own forward: {why}" for why, count in self.not_multiplied.items()]
         return [f"weights   {'; '.join([*ours, *own])}"] * bool(ours or own)
 
+    def _experts(self) -> list[str]:
+        """A line on mixtures; none where there are none."""
+        ours = [f"of {self.experts} mixtures by our kernels, with {self.routers} routers"] * bool(self.experts)
+        own = [f"of {count} by their own forward: {why}" for why, count in self.not_experts.items()]
+        return [f"experts   {'; '.join([*ours, *own])}"] * bool(ours or own)
+
     def _not_better(self) -> list[str]:
         if self.not_fused == self.not_captured:
             return [f"not fused or captured: {self.not_fused}"] * bool(self.not_fused)
@@ -116,6 +128,7 @@ class Report:
             f"steps     {self.steps.captured} captured, {self.steps.static} static, {self.steps.eager} eager",
             f"last step {self.runs}",
             *self._weights(),
+            *self._experts(),
             *self._not_better(),
             *(f"not run ahead: {why}" for why in [self.not_run_ahead] if why),
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
@@ -133,6 +146,7 @@ def report(model: nn.Module) -> Report:
     last = state.counts.last_step
     fusion = _fusion(state) if last and last.how != "eager" else None
     of_weights = Multiplied() if fusion is None else _multiplied(state, fusion)
+    experts, routers, not_experts = (0, 0, {}) if fusion is None else _experts(state, fusion)
     return Report(
         family=state.family,
         layers=len(state.known.attentions),
@@ -151,6 +165,9 @@ def report(model: nn.Module) -> Report:
         last_step=last.how if last else None,
         multiplied=dict(of_weights.ours),
         not_multiplied=dict(of_weights.own),
+        experts=experts,
+        routers=routers,
+        not_experts=not_experts,
         not_fused=_not_fused(state),
         not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
         not_run_ahead=_not_run_ahead(state),
@@ -182,6 +199,17 @@ def _multiplied(state: PatchState, fusion: Fusion) -> Multiplied:
     assert state.decision is not None
     step = state.decision.shapes[0]
     return fusion.multiplied(step.rows * step.q_len, step.dtype, step.device)
+
+
+def _experts(state: PatchState, fusion: Fusion) -> tuple[int, int, dict[str, int]]:
+    """How many mixtures ran by our kernels in the last step, by its rows, with how many routers; and why others did
+    not."""
+    assert state.decision is not None
+    step, mixtures = state.decision.shapes[0], fusion.mixtures
+    count, own = len(mixtures.forms), dict(mixtures.own)
+    if count and (why := mixtures.why_not(step.rows * step.q_len, step.device)):
+        return 0, 0, {**own, why: count}
+    return count, len(mixtures.routers), own
 
 
 def _not_run_ahead(state: PatchState) -> str:

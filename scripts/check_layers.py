@@ -125,6 +125,8 @@ def compared(shape: str, arguments: argparse.Namespace, alteration: str | None =
             "own_logit_error": own_error,
             "layers": model.config.get_text_config().num_hidden_layers,
             "fused": said.fused,
+            "experts": said.experts,
+            "not_experts": said.not_experts,
             "calls": asdict(said.calls),
             "steps": asdict(said.steps),
             "last_step": said.last_step,

@@ -26,6 +26,7 @@ for _ in 1 2; do
 done
 scripts/record_shapes.sh "$out"
 python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"
+python3 scripts/benchmark_experts.py --out "$out/experts.jsonl"
 for weights in "" "--weights nf4"; do
   python3 scripts/finetune_then_serve.py --steps 60 --batch 8 --block 512 --new-tokens 64 --out "$out/finetune.jsonl" $weights
 done

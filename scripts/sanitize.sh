@@ -12,7 +12,7 @@ out=${1:-benchmarks/results/sanitizers.jsonl}
 logs=$(mktemp -d)
 trap 'rm -rf "$logs"' EXIT
 attention="tests/kernels/test_kernels.py tests/kernels/test_append.py"
-layers="tests/kernels/test_linear.py tests/kernels/test_linear4.py tests/kernels/test_adapters.py tests/ahead/test_select.py"
+layers="tests/kernels/test_linear.py tests/kernels/test_linear4.py tests/kernels/test_adapters.py tests/experts/test_kernels.py tests/ahead/test_select.py"
 small=tests/kernels/test_unwritten_memory.py
 ours=(--kernel-name 'regex=^[a-z0-9_]+_kernel$')
 out_of_bounds='

@@ -1,4 +1,4 @@
-"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers of any weights, and norms."""
+"""Random cases for the kernels of layers: append, RoPE, also in attention, linear layers, experts and norms."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from pkv_hf.kernels import linear
 from pkv_hf.kernels.checks import attention as check
 from pkv_hf.kernels.checks.append import AppendCase, check_append
+from pkv_hf.kernels.checks.experts import ExpertsCase, check_experts
 from pkv_hf.kernels.checks.fuzz import Outcome
 from pkv_hf.kernels.checks.layers import ElementwiseCase, LinearCase, Result, check_elementwise, check_linear, pooled
 from pkv_hf.kernels.checks.new_token import TokenCase, check_token
 from pkv_hf.kernels.checks.quantized import Linear4Case, check_linear4
 
-LayerCase: TypeAlias = AppendCase | TokenCase | LinearCase | Linear4Case | ElementwiseCase
+LayerCase: TypeAlias = AppendCase | TokenCase | LinearCase | Linear4Case | ElementwiseCase | ExpertsCase
 CHECKS: dict[type, Callable[..., dict[str, Result]]] = {
     AppendCase: check_append, TokenCase: check_token, LinearCase: check_linear, Linear4Case: check_linear4,
-    ElementwiseCase: check_elementwise,
+    ElementwiseCase: check_elementwise, ExpertsCase: check_experts,
 }  # fmt: skip
 DTYPES: dict[type[LayerCase], tuple[torch.dtype, ...]] = {
     AppendCase: check.DTYPES, TokenCase: check.DTYPES, LinearCase: linear.DTYPES, Linear4Case: linear.DTYPES,
-    ElementwiseCase: check.DTYPES,
+    ElementwiseCase: check.DTYPES, ExpertsCase: check.DTYPES,
 }  # fmt: skip
 
 

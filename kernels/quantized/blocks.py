@@ -76,8 +76,8 @@ def choose_block(
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
     Instructions bound it, not memory. One row of a `layout` of bytes is sums of threads. Up to 8 rows where a scale is
-    of a `group` of 64 (4 or 16 where it is of 32 or 128) leave columns idle, where products take scales at no cost; more
-    rows have their weights scaled. 64 outputs are what a warp group's tensor cores take from registers; narrower blocks
+    of a `group` of 64 (4 or 16 where it is of 32 or 128) leave columns idle, where products take scales at no cost;
+    more have their weights scaled. 64 outputs are what a warp group's tensor cores take from registers; narrower blocks
     of one row keep more multiprocessors busy where outputs are few. `by_sums` is for one row on a GPU without tensor
     cores, or in a half type that may overflow before its norm. More rows are cut in parts as those of plain weights.
     """

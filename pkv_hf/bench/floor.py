@@ -7,8 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pkv_hf.compat import decoder_of
 from pkv_hf.memory.sizes import ModelSizes
-from pkv_hf.memory.weights import step_weight_bytes
+from pkv_hf.memory.weights import step_weight_bytes, stored_bytes
+from pkv_hf.patches.experts.described import DOWN, holds_experts
+
+CHOICES = ("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk", "moe_top_k", "num_experts_per_token")
+"""What configurations call the experts that a token takes."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,8 @@ class Floor:
     """Bytes of a decode step, over all rows."""
 
     weights: int
-    """Of the decoder and the head; of the embedding table only where it is the head too."""
+    """Of the decoder and the head; of the embedding table only where it is the head too, of experts those that any row
+    is expected to choose."""
     kv: int
     """K and V of the tokens that can be attended to."""
     states: int
@@ -31,8 +37,9 @@ class Floor:
         """Of a step of `generate()` on prompts of these lengths, K and V those of its middle step.
 
         A layer reads the last `window` tokens of each row, all of them where it has no window. Layers that read
-        another's K and V count once, with that one. The prompt that the beams of a row share counts once. Of experts
-        all count as read. Raises UnsupportedModelError for a model whose sizes are not known.
+        another's K and V count once, with that one. The prompt that the beams of a row share counts once. Rows choose
+        their experts evenly and by themselves; where the configuration does not say how many, all count. Raises
+        UnsupportedModelError for a model whose sizes are not known.
         """
         sizes = ModelSizes.of(model, None, None)
         kv = sum(
@@ -40,7 +47,21 @@ class Floor:
             for layer in sizes.layers
         )
         states = 2 * sizes.states * len(lengths) * beams
-        return cls(step_weight_bytes(model), kv * sizes.dtype.itemsize, states)
+        weights = step_weight_bytes(model) - unchosen_bytes(model, len(lengths) * beams)
+        return cls(weights, kv * sizes.dtype.itemsize, states)
+
+
+def unchosen_bytes(model: Any, rows: int) -> int:
+    """Bytes of the experts that no row of a step is expected to choose."""
+    decoder = decoder_of(model)
+    choices = next((k for name in CHOICES if (k := getattr(decoder.config, name, None))), None)
+    unchosen = 0.0
+    for module in decoder.modules():
+        if choices and holds_experts(module) and DOWN in module._parameters:
+            count = len(module._parameters[DOWN])
+            stacks = [stack for stack in module._parameters.values() if stack is not None and len(stack) == count]
+            unchosen += sum(map(stored_bytes, stacks)) * (1 - min(choices, count) / count) ** rows
+    return round(unchosen)
 
 
 def live_tokens(lengths: Sequence[int], new_tokens: int, beams: int, window: int) -> int:

@@ -114,7 +114,7 @@ def static_step(
         state.say(f"the decoder's layers, attention stays on pages: {look.not_static}")
         return look.not_static
     fusion = fusion_of(state, look, route)
-    if not fusion.layers and (why := uncaptured(state, cache.device)):
+    if not (fusion.layers or fusion.mixtures.forms) and (why := uncaptured(state, cache.device)):
         return why
     head, stand_in = (None, None) if ahead is None else (ahead.logits, ahead.stand_in)
     ending = None if head is None else (stand_in, *Selection.sizes(greedy))

@@ -52,6 +52,26 @@ def nothing(rows: int, dtype: torch.dtype, device: torch.device) -> Multiplied:
     return Multiplied()
 
 
+def no_reason(rows: int, device: torch.device) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """The modules of stacked experts in a decoder."""
+
+    forms: dict[nn.Module, Any] = field(default_factory=dict)
+    """Those that our kernels run, and what these do: `kernels.experts.reference.Form`."""
+    own: Counter[str] = field(default_factory=Counter)
+    """How many run their own forward, by why."""
+    routers: dict[nn.Module, Any] = field(default_factory=dict)
+    """The modules beside them whose choice of experts our kernels make: `patches.experts.routers.Router`."""
+    beside: dict[nn.Module, Any] = field(default_factory=dict)
+    """The MLPs beside them that our products run: `patches.experts.beside.Beside`."""
+    why_not: Callable[[int, torch.device], str] = no_reason
+    """Why all do for so many rows on a device; empty where they do not."""
+
+
 @dataclass
 class Fusion:
     """The fused forwards of layers, and why other layers have none."""
@@ -60,7 +80,8 @@ class Fusion:
     norms: dict[nn.Module, Any] = field(default_factory=dict)
     """The decoder's own norms that are taken by our kernel: `patches.description.Norm`."""
     angles: dict[nn.Module, dict[str, Any]] = field(default_factory=dict)
-    """Its modules whose angles of RoPE are our kernel's, for each kind of layers: `patches.angles.Angles`."""
+    """Its modules whose angles of RoPE are our kernel's, for each kind of layers: `patches.around.angles.Angles`."""
+    mixtures: Mixtures = field(default_factory=Mixtures)
     reasons: dict[str, int] = field(default_factory=dict)
     """How many layers run as they are, by why."""
     seconds: float = 0.0

@@ -27,7 +27,7 @@ ASSISTED = ("--model", "{model}", "--lengths", "9", "--new-tokens", "40", "--mod
 
 COMMANDS = [
     *[(script, ["--rows", text], f"--rows: '{text}' is not a whole") for text in ("0", "x", "-1")
-      for script in ("benchmark_attention", "benchmark_linear", "benchmark_linear4")],
+      for script in ("benchmark_attention", "benchmark_experts", "benchmark_linear", "benchmark_linear4")],
     ("benchmark_attention", ["--holes", "1"], "--holes: '1' is not a share"),
     ("benchmark_attention", ["--engines", "fast"], "invalid choice: 'fast'"),
     ("benchmark_attention", ["--query-heads", "4", "--group", "3"], "no multiple of --group 3"),
@@ -38,7 +38,8 @@ COMMANDS = [
     *[(script, ["--head-dim", "7"], "no route takes such a step") for script in
       ("benchmark_attention", "benchmark_traces")],
     ("benchmark_attention", ["--engines", "flashinfer", "--rows", "1", "--length", "64"], "flashinfer is not"),
-    *[(script, [], "there is no GPU here") for script in ("benchmark_linear", "benchmark_linear4")],
+    *[(script, [], "there is no GPU here") for script in
+      ("benchmark_experts", "benchmark_linear", "benchmark_linear4")],
     ("benchmark_linear4", ["--weights", "int8"], "invalid choice: 'int8'"),
     ("benchmark_linear4", ["--weights", "int4", "--dtype", "fp16"], "--weights int4 are of bf16"),
     ("benchmark_traces", ["--steps", "0"], "--steps: '0'"),
@@ -111,8 +112,8 @@ COMMANDS = [
     *[(script, ["--device", "cuda:97"], "'cuda:97' is not on this machine") for script in
       ("benchmark_attention", "benchmark_generate", "benchmark_traces", "check_kernels")],
     *[(script, ["--out", "."], "--out . cannot be written") for script in
-      ("benchmark_attention", "benchmark_devices", "benchmark_linear", "benchmark_generate", "benchmark_traces",
-       "check_kernels", "record_families", "record_tests", "soak")],
+      ("benchmark_attention", "benchmark_devices", "benchmark_experts", "benchmark_linear", "benchmark_generate",
+       "benchmark_traces", "check_kernels", "record_families", "record_tests", "soak")],
 ]  # fmt: skip
 """A script or `pkv-hf`, its arguments, and what it ends with; in braces what `files` has."""
 
@@ -120,7 +121,8 @@ NEEDS = [
     *[(script, [], package) for script, packages in {
         "benchmark_attention": ("triton",), "benchmark_linear": ("triton",), "benchmark_traces": ("triton",),
         "check_kernels": ("triton",), "soak": ("triton", "hypothesis", "pytest"), "record_tests": ("pytest",),
-        "record_families": ("triton",), "benchmark_linear4": ("triton", "bitsandbytes"),
+        "record_families": ("triton",), "benchmark_experts": ("triton",),
+        "benchmark_linear4": ("triton", "bitsandbytes"),
         "plot_results": ("matplotlib",), "plot_quality": ("matplotlib",),
         "plot_attention": ("matplotlib",), "passkey": ("matplotlib",), "finetune_then_serve": ("peft",),
         "perplexity": ("datasets", "evaluate", "matplotlib"), "record_notebook": ("nbclient", "ipykernel"),

@@ -18,9 +18,10 @@ from tiny import tiny
 BILLIONS = {
     "llama-3.1-8b": 8.03, "llama-3.2-1b": 1.24, "gemma-3-4b": 4.30, "glm-4-9b": 9.40, "phi-4-14b": 14.66,
     "olmo-2-7b": 7.30, "smollm3-3b": 3.08, "qwen2.5-7b": 7.62, "qwen3-4b": 4.02, "qwen2.5-vl-7b": 8.29,
-    "mistral-small-24b": 24.01, "qwen3.5-4b": 4.21,
+    "mistral-small-24b": 24.01, "qwen3.5-4b": 4.21, "qwen3-30b-a3b": 30.53,
+    "gpt-oss-20b": 20.91, "mixtral-8x7b": 23.48,
 }  # fmt: skip
-"""Parameters as the model cards count them, vision towers too where the class has one."""
+"""Parameters as the model cards count them, vision towers too where the class has one; half of Mixtral's layers."""
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -108,6 +109,21 @@ def test_the_floor_of_qwen3_5():
     kv = 8 * 2 * 4 * 256 * 2 * (8192 + 24)
     assert Floor.of(model, [8192], 48) == Floor(weights, kv, states)
     assert Floor.of(model, [8192, 100], 48).states == 2 * states
+
+
+@pytest.mark.parametrize(("name", "experts", "choices", "size"), [
+    ("qwen3-30b-a3b", 128, 8, 3 * 2048 * 768), ("gpt-oss-20b", 32, 4, 3 * 2880 * 2880 + 3 * 2880),
+    ("mixtral-8x7b", 8, 2, 3 * 4096 * 14336),
+])  # fmt: skip
+def test_experts_count_as_often_as_any_row_is_expected_to_choose_them(name, experts, choices, size):
+    model = SHAPES[name].build(torch.bfloat16, "meta")
+    layers = model.config.num_hidden_layers
+    unread = model.get_input_embeddings().weight.numel() + layers * experts * size
+    for lengths, beams in (([100], 1), ([100] * 8, 1), ([100] * 2, 4)):
+        rows = len(lengths) * beams
+        chosen = choices if rows == 1 else experts * (1 - (1 - choices / experts) ** 8)
+        expected = 2 * (model.num_parameters() - unread + layers * chosen * size)
+        assert Floor.of(model, lengths, 8, beams).weights == pytest.approx(expected, rel=1e-9)
 
 
 def test_towers_are_not_read_and_heads_are():

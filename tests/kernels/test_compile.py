@@ -23,6 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from pkv_hf.kernels import append, elementwise, linear, queries, rope, select
 from pkv_hf.kernels.attention import split, workqueue
+from pkv_hf.kernels.experts import blocks as of_experts, experts, routing
 from pkv_hf.kernels.products import adapters, blocks, epilogue
 from pkv_hf.kernels.quantized import blocks as blocks4, codes, linear4
 from pkv_hf.kernels.launch import choose_tile, next_power_of_2, padded_queries
@@ -32,7 +33,7 @@ ELEMENT = {"fp16": 2, "bf16": 2, "fp32": 4}
 POINTERS = {"table_ptr": "i32", "starts_ptr": "i32", "ends_ptr": "i32", "first_ptr": "i32", "state_ptr": "fp32",
             "k_scale_ptr": "fp32", "v_scale_ptr": "fp32", "a_log_ptr": "fp32",
             "end_tokens_ptr": "i64", "pad_ptr": "i64", "scratch_ptr": "i64", "newest_ptr": "i64", "inputs_ptr": "i64",
-            "positions_ptr": "i64"}
+            "positions_ptr": "i64", "index_ptr": "i64", "chosen_ptr": "i32", "weights_ptr": "fp32"}
 
 NEW = "new_k_ptr", "new_v_ptr", "cos_ptr", "sin_ptr", "q_norm_ptr", "k_norm_ptr", "first_ptr"
 NOT_TURNED = dict(ROTARY=0, INTERLEAVED=False, PAIRED=False, NORM=False, OFFSET=0.0, WHOLE=0, LARGEST=0.0)
@@ -53,11 +54,12 @@ def compiled(target, launcher, dtype, constants, warps, **alike):
         elif name.endswith("_ptr"):
             signature[name] = "*" + POINTERS.get(name, dtype)
         else:
-            signature[name] = "fp32" if name == "scale" or name.endswith("eps") else "i32"
+            numbers = "scale", "limit", "alpha", "shift"
+            signature[name] = "fp32" if name in numbers or name.endswith("eps") else "i32"
     signature.update(alike)
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     # as at run time: pointers are aligned; strides but for the block table's, and widths, are multiples of 16
-    sizes = "stride_", "inputs", "width"
+    sizes = "stride_", "inputs", "outputs", "width"
     aligned = {(p.num,): [["tt.divisibility", 16]] for p in kernel.params if p.name not in constants
                and (p.name.endswith("_ptr") or p.name.startswith(sizes) and not p.do_not_specialize)}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places, attrs=aligned)
@@ -223,6 +225,37 @@ for weights, gates, activation in ((3, False, None), (2, True, "silu")):
     form = dict(WEIGHTS=weights, BIAS=True, RESIDUAL=not gates, SCALED=not gates, ACTIVATION=activation, GATED=gates,
                 PARTS=blocks.MOST_PARTS, BLOCK=epilogue.BLOCK)
     used[f"add_parts {gates}"] = compiled(gpu, epilogue._add_parts, half, form, 4, parts_ptr="*fp32")
+
+def of_mixture(rows, hidden, width, form, dtype=half):
+    itemsize = ELEMENT[dtype]
+    outputs = width * (1 if form["LAYOUT"] == "plain" else 2)
+    for kernel, inputs, count in ((experts._up, hidden, outputs), (experts._down, width, hidden)):
+        block = of_experts.choose_block(rows, inputs, count, form["TRANSPOSED"], itemsize, shared)
+        cut = dict(CHOICES=8, BIAS=form["TRANSPOSED"], EVEN=inputs % block.inputs == 0, BLOCK_N=block.outputs,
+                   BLOCK_K=block.inputs, STAGES=block.num_stages)
+        by_row = kernel is experts._down and of_experts.sums_in_launch(rows, form["TRANSPOSED"])
+        kernel = experts._down_row if by_row else kernel
+        cut |= {} if by_row else dict(BLOCK_CHOICES=8, TRANSPOSED=form["TRANSPOSED"], BLOCK_M=of_experts.padded(rows))
+        cut |= {name: value for name, value in form.items() if kernel is experts._up}
+        y = {"y_ptr": "*fp32"} if kernel is experts._down else {}
+        used[f"experts {kernel.kernel.__name__} {rows} {form['LAYOUT']} {dtype}"] = compiled(
+            gpu, kernel, dtype, cut, block.num_warps, **y)
+
+clamped = dict(TRANSPOSED=True, LAYOUT="interleaved", ACTIVATION="silu", LIMIT=True, ALPHA=True, SHIFT=True)
+silu_halves = dict(clamped, TRANSPOSED=False, LAYOUT="halves", LIMIT=False, ALPHA=False, SHIFT=False)
+for rows in {75: (1,), 90: (1, 8, 80)}.get(target, (80,)):
+    of_mixture(rows, 2048, 768, silu_halves)
+for rows in {75: (1,), 90: (1, 64)}.get(target, ()):
+    of_mixture(rows, 2880, 2880, clamped)
+if every_form:
+    of_mixture(1 if target == 75 else 8, 2048, 768, dict(silu_halves, LAYOUT="plain"), "fp32")
+for scores, groups in (("softmax", 1), ("sigmoid", 8)) if every_form else (("softmax", 1),):
+    used[f"route {scores}"] = compiled(
+        gpu, routing._route, half, dict(SCORES=scores, CORRECTED=groups > 1, NORMALISED=True, GROUPS=groups, KEPT=4,
+                                        CHOICES=8, BLOCK_CHOICES=8, BLOCK=256), 1, correction_ptr="*fp32")
+used["experts chosen"] = compiled(gpu, experts._chosen, half, dict(BLOCK=1024, BINS=256), 4)
+used["experts weigh"] = compiled(
+    gpu, experts._weigh, half, dict(CHOICES=8, BLOCK_CHOICES=8, BLOCK=experts.WEIGHED), 4, y_ptr="*fp32")
 llama = dict(RESIDUAL=True, CENTERED=False, WEIGHT=True, BIAS=False, OFFSET=0.0, BLOCK=8192)
 act_mul = dict(ACTIVATION="silu", GATED=True, BLOCK=1024)
 for dtype in (half, "fp32"):
@@ -300,6 +333,7 @@ def test_every_kernel_fits(target):
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout)
     of_layers = {75: 25 + 21, 86: 25, 90: 44 + 21, 120: 25}.get(target, 33)
+    of_layers += {75: 10, 90: 16}.get(target, 5)  # experts
     of_attention = 7 * must if target in (75, 90) else 7 + 2 * (must - 1)
     assert len(used) >= of_attention + of_layers + 4 + (4 if target < 89 else 8)
     for kernel, nbytes in used.items():

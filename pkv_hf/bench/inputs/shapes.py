@@ -273,5 +273,40 @@ SHAPES: dict[str, Shape] = {
             },
         },
     ),
+    "qwen3-30b-a3b": Shape(
+        "Qwen/Qwen3-30B-A3B",
+        "Qwen3MoeForCausalLM",
+        {
+            "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936, "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },
+        small={"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128},
+    ),
+    "gpt-oss-20b": Shape(
+        "openai/gpt-oss-20b",
+        "GptOssForCausalLM",
+        {
+            "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64,
+            "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32, "num_experts_per_tok": 4,
+            "vocab_size": 201088, "max_position_embeddings": 131072, "sliding_window": 128,
+            "rope_parameters": {
+                "rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                "truncate": False, "original_max_position_embeddings": 4096,
+            },
+        },
+        small={"num_local_experts": 8, "num_experts_per_tok": 2},
+    ),
+    "mixtral-8x7b": Shape(
+        "mistralai/Mixtral-8x7B-v0.1",
+        "MixtralForCausalLM",
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 16, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+            "max_position_embeddings": 32768, "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        },  # every second of its 32 layers: all are alike, and one GPU holds these
+        small={"num_local_experts": 4},
+    ),
 }  # fmt: skip
 """Vision towers of wrappers are there as published; no decode step reads them."""
