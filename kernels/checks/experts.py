@@ -15,6 +15,9 @@ from pkv_hf.kernels.experts.blocks import MAX_ROWS
 
 MOST_EXPERTS, MOST_CHOICES = 128, 8
 
+MOST_ELEMENTS = 1 << 25
+"""Of a weight of all experts."""
+
 
 @dataclass(frozen=True)
 class ExpertsCase:
@@ -57,12 +60,14 @@ class ExpertsCase:
 
     def vary(self, rng: np.random.Generator, longest: int) -> ExpertsCase:
         longest = max(2, longest // 4)  # of several experts, each as wide
+        hidden = 7 + log_uniform(rng, longest)  # of few elements, the ratio of two errors is chance
+        width = log_uniform(rng, longest)
         return dataclasses.replace(
             self,
             rows=1 if self.one_row else int(rng.integers(2, MAX_ROWS + 1)),
-            count=log_uniform(rng, MOST_EXPERTS),
-            hidden=7 + log_uniform(rng, longest),  # of few elements, the ratio of two errors is chance
-            width=log_uniform(rng, longest),
+            count=log_uniform(rng, max(1, min(MOST_EXPERTS, MOST_ELEMENTS // (hidden * width)))),
+            hidden=hidden,
+            width=width,
             crowded=bool(rng.random() < 0.2),
             scale=float(10 ** rng.uniform(-1, 0.5)),
             aligned=bool(rng.random() < 0.7),

@@ -42,10 +42,13 @@ def choose_block(rows: int, inputs: int, outputs: int, transposed: bool, itemsiz
     """The block of a launch whose programs each multiply `rows` rows by one expert's block.
 
     One row: a program reads whole rows of few outputs, or, of weights whose outputs are next to each other, lines of
-    128 bytes. More rows: as few outputs as a warp group's tensor cores take, since experts are many and narrow.
+    128 bytes; narrow weights have few programs, each of which then has more in flight. More rows: as few outputs as a
+    warp group's tensor cores take, since experts are many and narrow.
     """
-    if rows == 1:
-        block = Block(64, 64, 3) if transposed else Block(8, 512 if inputs % 512 == 0 or inputs > 2048 else 256, 3)
+    if rows == 1 and transposed:
+        block = Block(64, 64, 5)
+    elif rows == 1:
+        block = Block(8, 512, 3) if inputs % 512 == 0 or inputs > 2048 else Block(8, 256, 5)
     elif itemsize == 4:
         block = Block(64, 32, 2, num_warps=8)
     elif padded(rows) <= 32:

@@ -25,8 +25,8 @@ def chosen_kernel(index_ptr, chosen_ptr, choices, experts,
     wait(PDL)
     release(PDL)
     at = tl.arange(0, BLOCK)
-    index = tl.load(index_ptr + at, mask=at < choices, other=-1).to(tl.int32)
-    index = tl.where((index >= 0) & (index < experts), index, experts)
+    index = tl.load(index_ptr + at, mask=at < choices, other=-1)
+    index = tl.where((index >= 0) & (index < experts), index, experts).to(tl.int32)
     expert = tl.arange(0, BINS)
     there = (tl.histogram(index, BINS) > 0) & (expert < experts)
     before = tl.cumsum(there.to(tl.int32), 0) - there.to(tl.int32)
@@ -157,7 +157,7 @@ def up_kernel(x_ptr, index_ptr, chosen_ptr, w_ptr, bias_ptr, h_ptr, rows, expert
     first = tl.program_id(0) * results
     number = tl.program_id(1)
     wait(PDL)
-    expert = tl.load((index_ptr if BLOCK_M == 1 else chosen_ptr) + number).to(tl.int32)
+    expert = tl.load((index_ptr if BLOCK_M == 1 else chosen_ptr) + number)
     if (expert >= 0) & (expert < experts):
         places = _places(index_ptr, expert, number, rows, CHOICES, BLOCK_CHOICES, BLOCK_M)
         n, inside = _outputs(first, width, LAYOUT, BLOCK_N)
@@ -179,7 +179,7 @@ def down_kernel(h_ptr, index_ptr, chosen_ptr, w_ptr, bias_ptr, y_ptr, rows, expe
     """The second products of h `[rows * CHOICES, inputs]`: y `[rows * CHOICES, outputs]`, float32."""
     number = tl.program_id(1)
     wait(PDL)
-    expert = tl.load((index_ptr if BLOCK_M == 1 else chosen_ptr) + number).to(tl.int32)
+    expert = tl.load((index_ptr if BLOCK_M == 1 else chosen_ptr) + number)
     if (expert >= 0) & (expert < experts):
         places = _places(index_ptr, expert, number, rows, CHOICES, BLOCK_CHOICES, BLOCK_M)
         n, inside = _outputs(tl.program_id(0) * BLOCK_N, outputs, "plain", BLOCK_N)
@@ -201,7 +201,7 @@ def down_row_kernel(h_ptr, index_ptr, weights_ptr, w_ptr, bias_ptr, out_ptr, exp
     y = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     added = tl.zeros([BLOCK_N], tl.float32)
     for choice in range(CHOICES):
-        expert = tl.load(index_ptr + choice).to(tl.int32)
+        expert = tl.load(index_ptr + choice)
         weight = tl.load(weights_ptr + choice).to(tl.float32)
         if (expert >= 0) & (expert < experts):
             of_expert = w_ptr + expert.to(tl.int64) * outputs * inputs

@@ -69,21 +69,25 @@ def routers_of(decoder: nn.Module) -> Iterator[tuple[Any, torch.dtype]]:
 def router_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of a router's `forward`: by the kernels for the rows of a step that has it among its own."""
     step: Any = None if torch.compiler.is_compiling() else current_step()
-    router = None if step is None else step.fusion.mixtures.routers.get(self)
-    if router is None or kwargs or not _taken(self, router, args):
+    routers = {} if step is None else step.fusion.mixtures.routers
+    if self not in routers:
         return original(self, "forward")(*args, **kwargs)
-    return routed(self, router, *args)
+    from pkv_hf.kernels.experts.experts import most_rows
+
+    taken = not kwargs and _taken(self, routers[self], args)
+    if not taken:  # it will be called so again
+        del routers[self]
+    if not taken or not 1 <= args[0].numel() // args[0].shape[-1] <= most_rows(args[0].device):
+        return original(self, "forward")(*args, **kwargs)
+    return routed(self, routers[self], *args)
 
 
 def _taken(module: Any, router: Router, args: tuple[Any, ...]) -> bool:
-    """Whether a call is one that the kernels take."""
-    from pkv_hf.kernels.experts.experts import most_rows
-
+    """Whether a call is of a kind that the kernels take."""
     if len(args) != 1 + (router.correction == GIVEN) or not all(isinstance(each, torch.Tensor) for each in args):
         return False
-    x, width = args[0], module.weight.shape[1]
-    of_rows = x.shape[-1] == width and (x.ndim == 2 or router.flattens)
-    return of_rows and 1 <= x.numel() // width <= most_rows(x.device)
+    x = args[0]
+    return x.shape[-1] == module.weight.shape[1] and (x.ndim == 2 or router.flattens)
 
 
 def routed(module: Any, router: Router, x: torch.Tensor, given: torch.Tensor | None = None) -> tuple[Any, ...]:

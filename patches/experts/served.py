@@ -54,24 +54,26 @@ def _wrappers(name: str) -> int:
 def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Takes the place of such a module's `forward`: by the kernels for the rows of a step that has it among its own."""
     step: Any = None if torch.compiler.is_compiling() else current_step()
-    form = None if step is None else step.fusion.mixtures.forms.get(self)
-    call = None if form is None else _call(self, args, kwargs)
-    if call is None:
+    mixtures = None if step is None else step.fusion.mixtures
+    if mixtures is None or self not in mixtures.forms:
         return original(self, "forward")(*args, **kwargs)
-    from pkv_hf.kernels.experts.experts import experts
+    from pkv_hf.kernels.experts.experts import experts, most_rows
 
-    return experts(*(tensor.contiguous() for tensor in call), stacked(self, form))
+    call = _call(self, (*args, *kwargs.values()))
+    if call is None:  # it will be called so again
+        del mixtures.forms[self]
+        mixtures.own[f"a {type(self).__name__} is called with more than rows in its dtype and their choices"] += 1
+    if call is None or not 1 <= len(call[0]) <= most_rows(call[0].device):
+        return original(self, "forward")(*args, **kwargs)
+    return experts(*(tensor.contiguous() for tensor in call), stacked(self, mixtures.forms[self]))
 
 
-def _call(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.Tensor, ...] | None:
+def _call(module: Any, call: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
     """x, index and weights of a call; None for one that the module has to answer itself."""
-    from pkv_hf.kernels.experts.experts import most_rows
-
-    call = (*args, *kwargs.values())
     if len(call) != 3 or not all(isinstance(each, torch.Tensor) and each.ndim == 2 for each in call):
         return None
     x, index, weights = call if not call[1].is_floating_point() else (call[0], call[2], call[1])
-    if index.is_floating_point() or index.shape != weights.shape or not 1 <= len(x) <= most_rows(x.device):
+    if index.is_floating_point() or index.shape != weights.shape or len(index) != len(x):
         return None
     down = module._parameters.get(DOWN)
     if down is None or down.dtype != x.dtype or "parametrizations" in module._modules:

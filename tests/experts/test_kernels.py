@@ -58,7 +58,7 @@ def test_numbers_of_no_expert_count_as_nothing_and_equal_choices_twice(rows, for
     of_case = case(rows=rows, form=form, choices=4, bias=True, dtype=torch.float32)
     draw = Draw(of_case.seed, torch.float32, True, DEVICE)
     of, x = of_case.stacked(draw), draw(rows, of_case.hidden)
-    index = torch.tensor([[2, -1, 2, 6]] * rows, device=DEVICE)
+    index = torch.tensor([[2, -1, 2, 2 + 2**33]] * rows, device=DEVICE)
     weights = torch.tensor([[0.5, float("nan"), 0.25, float("inf")]] * rows, device=DEVICE)
     with poisoned_scratch():
         ours = experts(x, index, weights, of)

@@ -13,6 +13,7 @@ from served import EXPERTS, SERVED, build, generate
 import pkv_hf
 from pkv_hf.compat import decoder_of
 from pkv_hf.kernels.experts import experts as module
+from pkv_hf.patches.experts import served
 from pkv_hf.patches.experts.described import DOWN, holds_experts, read
 from pkv_hf.patches.experts.served import Believed, _call
 from tiny import left_padded
@@ -134,14 +135,24 @@ def test_a_clamp_that_no_small_number_reaches_is_seen():
 
 
 @torch.no_grad()
-def test_calls_that_are_not_of_a_step_are_the_modules_own():
+def test_calls_of_another_kind_are_the_modules_own():
     each = experts_of(mixture())
     x, index, weights = torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2)
-    assert _call(each, (x,), {"top_k_weights": weights, "top_k_index": index}) == (x, index, weights)
-    many = (x.repeat(50, 1), index.repeat(50, 1), weights.repeat(50, 1))
+    assert _call(each, (x, weights, index)) == (x, index, weights)
     others = ((x, index), (x, index, weights[:, :1]), (x[None], index, weights), (x, weights, weights))
-    for call in (*others, (x.half(), index, weights), many):
-        assert _call(each, call, {}) is None
+    for call in (*others, (x.half(), index, weights), (x[:1], index, weights)):
+        assert _call(each, call) is None
+
+
+def test_a_call_of_another_kind_is_said(monkeypatch):
+    model, inputs = mixture(), left_padded(9, 5)
+    expected = generate(model, inputs, 3).sequences
+    monkeypatch.setattr(served, "_call", lambda *_: None)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs, 3).sequences, expected)
+        report = pkv_hf.report(model)
+    why = "a Qwen3MoeExperts is called with more than rows in its dtype and their choices"
+    assert (report.experts, report.not_experts) == (0, {why: 1})
 
 
 def test_more_rows_than_the_kernels_take_are_said(monkeypatch):
@@ -154,8 +165,6 @@ def test_more_rows_than_the_kernels_take_are_said(monkeypatch):
 
 
 def test_layers_that_are_alike_share_what_is_known(monkeypatch):
-    from pkv_hf.patches.experts import served
-
     looked, plain = [], served.read
     monkeypatch.setattr(served, "read", lambda each, chosen: looked.append(each) or plain(each, chosen))
     believed, model = Believed(), mixture(num_hidden_layers=3)
