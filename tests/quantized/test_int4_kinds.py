@@ -32,7 +32,7 @@ from pkv_hf.runtime.captured.watch import Watch
 GROUP = 32
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _of_a_known_library(monkeypatch):
     """GPTQModel is not here: the file with the stand-in for its layer has its place."""
     monkeypatch.setitem(sys.modules, "gptqmodel", packed4)
@@ -121,6 +121,7 @@ def judged(model, lengths, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_of_a_known_library")
 @pytest.mark.parametrize(
     ("less", "symmetric", "dtype", "lengths"),
     [(1, False, torch.float16, (20, 9)), (0, False, torch.bfloat16, (20,)), (1, True, torch.bfloat16, (20, 9))],
@@ -138,6 +139,7 @@ def test_torchao_is_as_exact_as_its_own_forward(layout, lengths, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_of_a_known_library")
 @pytest.mark.parametrize("less", [0, 1])
 def test_tokens_in_float32_are_those_of_the_layers_own_forward(less):
     model, inputs = model_of(lambda module: gptq4(module, less), torch.float32, False), left_padded(20, 9)
@@ -208,6 +210,23 @@ def test_tensors_of_torchao_that_do_more_run_their_own_forward():
         assert any(reason in why for why in Kinds().why_own((module,), x)), reason
     for layout in ("tiles", "rows"):
         assert type(Kinds()((torchao4(layer(), layout),), x)) is TorchAO4
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("_kernels_of_gpus")
+def test_adapters_over_torchao_are_part_of_the_product():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"proj": torchao4(layer())})
+    settings = peft.LoraConfig(target_modules=["proj"], r=8, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+    proj, x = wrapped.base_model.model["proj"], torch.randn(3, 128, dtype=torch.bfloat16)
+    kind = Kinds()((proj,), x)
+    assert type(kind) is TorchAO4
+    wide = nn.Sequential(copy.deepcopy(proj.base_layer))
+    in_float32(wide)
+    a, b = (getattr(proj, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
+    exact = wide.double()(x.double()) + proj.scaling["default"] * x.double() @ a.T @ b.T
+    torch.testing.assert_close(kind.linear(Normed(x)).double(), exact, atol=0.02, rtol=0.02)
 
 
 def test_the_bench_has_torchao_quantise_in_tiles():
