@@ -59,10 +59,17 @@ def alike(layer: nn.Module) -> Hashable:
     """What layers that are alike have in common: all of their modules, code, settings and shapes."""
     parts = []
     for name, module in layer.named_modules():
-        settings = {key: value for key, value in plain_attributes(vars(module)).items() if key not in OF_THE_PLACE}
+        settings = {
+            key: value for key, value in plain_attributes(vars(module)).items() if not _of_the_place(key, value, name)
+        }
         tensors = [(key, None if t is None else (t.shape, t.dtype, type(t))) for key, t in module._parameters.items()]
         parts.append((name, type(module), _code(module), repr(sorted(settings.items())), repr(tensors)))
     return tuple(parts)
+
+
+def _of_the_place(key: str, value: Any, name: str) -> bool:
+    """Whether a setting only says where in its model a module is: a number, or its whole name (GPTQModel)."""
+    return key in OF_THE_PLACE or (isinstance(value, str) and bool(name) and value.endswith(f".{name}"))
 
 
 def _code(module: nn.Module) -> tuple[Any, ...]:

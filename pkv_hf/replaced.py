@@ -45,6 +45,17 @@ class Replacement:
         return inspect.signature(self.original)
 
     @property
+    def __func__(self) -> Callable[..., Any]:
+        """What wrappers take of a method that call it with its module, or with a copy of that (compressed-tensors)."""
+        name = self.name
+
+        def function(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            held = vars(module).get(REPLACED, {}).get(name)
+            return getattr(type(module), name)(module, *args, **kwargs) if held is None else held(*args, **kwargs)
+
+        return function
+
+    @property
     def original(self) -> Callable[..., Any]:
         return self.before or getattr(type(self.module), self.name).__get__(self.module)
 

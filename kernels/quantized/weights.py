@@ -154,6 +154,27 @@ class Int4(NamedTuple):
         )
         return values * scale + shift
 
+    def first(self, outputs: int) -> Int4:
+        """A copy of its first outputs, a multiple of 8; itself where it has no more."""
+        if outputs >= self.outputs:
+            return self
+
+        def cut(tensor: torch.Tensor, dim: int, of_all: int, count: int) -> torch.Tensor:
+            return tensor.view(*((-1, of_all) if dim else (of_all, -1))).narrow(dim, 0, count).contiguous()
+
+        tiles, zero = -(-self.outputs // 8), self.zero
+        pairs = 2 * 8 * tiles if self.scaled == "pairs" else 0
+        scale = cut(self.scale, 1, pairs or self.outputs, 2 * outputs if pairs else outputs)
+        if zero is not None:
+            each = 8 if self.scaled.startswith("zeros") else 1
+            zero = cut(zero, 1, self.outputs // each, outputs // each)
+        if self.layout == "words":
+            packed = cut(self.packed, 1, self.outputs, outputs)
+        else:
+            rows, count = (tiles, outputs // 8) if self.layout == "tiles" else (self.outputs, outputs)
+            packed = cut(self.packed, 0, rows, count)
+        return self._replace(packed=packed, scale=scale, zero=zero, outputs=outputs)
+
     def _in_rows(self, dtype: torch.dtype) -> torch.Tensor:
         """Values `[outputs, inputs]`."""
         packed = self.packed.contiguous().view(-1).view(torch.uint8)

@@ -16,7 +16,8 @@ from pkv_hf import compat
 from pkv_hf.version import __version__
 
 PACKAGES = (
-    "torch", "triton", "transformers", "accelerate", "flashinfer-python", "bitsandbytes", "peft", "torchao", "kernels",
+    "torch", "triton", "transformers", "accelerate", "flashinfer-python", "bitsandbytes", "peft", "torchao",
+    "gptqmodel", "kernels",
 )  # fmt: skip
 SETTINGS = (
     "PKV_HF_CACHE", "TRITON_INTERPRET", "TRITON_CACHE_DIR", "TRANSFORMERS_VERBOSITY", "HF_HUB_OFFLINE",

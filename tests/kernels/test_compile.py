@@ -181,13 +181,14 @@ for rows in {75: (1,), 90: (1, 8, 64, 80)}.get(target, (1, 80)):
     if every_form:
         used[f"linear4 {rows} with adapters"] = of_4_bits(
             linear4._linear4, rows, 4096, 1, *kind, ADAPTERS=8, **residual)
-of_int4 = {75: [(1, "words", "zeros", 64)], 90: [(1, "tiles", "pairs", 64), (4, "words", "zeros", 64),
-           (8, "tiles", "pairs", 128), (8, "rows", "shifted", 32), (64, "tiles", "pairs", 32),
-           (80, "words", "groups", 64)]}
-for rows, layout, scaled, group in of_int4.get(target, [(1, "rows", "shifted", 64), (80, "tiles", "pairs", 64)]):
+of_int4 = {75: [(1, "words", "zeros", 64, False)],
+           90: [(1, "tiles", "pairs", 64, False), (8, "tiles", "pairs", 128, True), (64, "tiles", "pairs", 32, False),
+                (8, "rows", "shifted", 32, False), (4, "words", "zeros", 64, False), (80, "words", "groups", 64, True)]}
+for rows, layout, scaled, group, gates in of_int4.get(target, [(80, "tiles", "pairs", 64, True)]):
     kind = layout, scaled, "int4" if layout == "rows" else "uint4", group
-    used[f"linear4 {rows} {layout}"] = of_4_bits(linear4._linear4, rows, 4096, 1, *kind, **residual)
-    used[f"gated4 {rows} {layout}"] = of_4_bits(linear4._gated4, rows, 14336, 2, *kind, BIAS=False, ACTIVATION="silu")
+    form = dict(BIAS=False, ACTIVATION="silu") if gates else residual
+    used[f"int4 {rows} {kind}"] = of_4_bits(
+        linear4._gated4 if gates else linear4._linear4, rows, 14336 if gates else 4096, 1 + gates, *kind, **form)
 plain, silu = dict(OFFSET=0.0, SCALED=False, ACTIVATION=None), dict(OFFSET=0.0, ACTIVATION="silu", BIAS=False)
 for rows in {75: (1, 16), 86: (1, 80), 120: (1, 80)}.get(target, (1, 16, 64, 80)):  # 86 and 120 have 89's memory
     for weights, residual, inputs in ((1, True, 14336), (3, False, 4096)):

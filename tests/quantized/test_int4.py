@@ -97,6 +97,10 @@ def test_weights_stand_for_what_libraries_packed(outputs, inputs):
     for weight, expected in found:
         assert weight.wrong() == ""
         torch.testing.assert_close(dequantized(weight, torch.float32), expected)
+        for count in (8, outputs + 5 & -8):
+            part = weight.first(count)
+            assert part.wrong() == ""
+            torch.testing.assert_close(dequantized(part, torch.float32), expected[:count])
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from pkv_hf.bench.inputs.weights import WEIGHTS
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.kernels.quantized import linear4
 from pkv_hf.memory.weights import step_weight_bytes, weight_bytes
+from pkv_hf.patches.check import _alike
 from pkv_hf.patches.projections.base import Normed
 from pkv_hf.patches.projections.gptq4 import GPTQ4
 from pkv_hf.patches.projections.module import Own
@@ -31,7 +32,7 @@ from pkv_hf.runtime.captured.watch import Watch
 GROUP = 32
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _of_a_known_library(monkeypatch):
     """GPTQModel is not here: the file with the stand-in for its layer has its place."""
     monkeypatch.setitem(sys.modules, "gptqmodel", packed4)
@@ -120,6 +121,7 @@ def judged(model, lengths, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_of_a_known_library")
 @pytest.mark.parametrize(
     ("less", "symmetric", "dtype", "lengths"),
     [(1, False, torch.float16, (20, 9)), (0, False, torch.bfloat16, (20,)), (1, True, torch.bfloat16, (20, 9))],
@@ -137,6 +139,7 @@ def test_torchao_is_as_exact_as_its_own_forward(layout, lengths, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("_of_a_known_library")
 @pytest.mark.parametrize("less", [0, 1])
 def test_tokens_in_float32_are_those_of_the_layers_own_forward(less):
     model, inputs = model_of(lambda module: gptq4(module, less), torch.float32, False), left_padded(20, 9)
@@ -209,6 +212,23 @@ def test_tensors_of_torchao_that_do_more_run_their_own_forward():
         assert type(Kinds()((torchao4(layer(), layout),), x)) is TorchAO4
 
 
+@torch.no_grad()
+@pytest.mark.usefixtures("_kernels_of_gpus")
+def test_adapters_over_torchao_are_part_of_the_product():
+    peft = pytest.importorskip("peft")
+    model = nn.ModuleDict({"proj": torchao4(layer())})
+    settings = peft.LoraConfig(target_modules=["proj"], r=8, init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, settings, autocast_adapter_dtype=False).eval()
+    proj, x = wrapped.base_model.model["proj"], torch.randn(3, 128, dtype=torch.bfloat16)
+    kind = Kinds()((proj,), x)
+    assert type(kind) is TorchAO4
+    wide = nn.Sequential(copy.deepcopy(proj.base_layer))
+    in_float32(wide)
+    a, b = (getattr(proj, name)["default"].weight.double() for name in ("lora_A", "lora_B"))
+    exact = wide.double()(x.double()) + proj.scaling["default"] * x.double() @ a.T @ b.T
+    torch.testing.assert_close(kind.linear(Normed(x)).double(), exact, atol=0.02, rtol=0.02)
+
+
 def test_the_bench_has_torchao_quantise_in_tiles():
     pytest.importorskip("torchao.quantization")
     config = WEIGHTS["int4"](torch.bfloat16).quant_type
@@ -237,6 +257,16 @@ def test_which_kind_takes_layers_side_by_side():
         assert [weight.scaled for weight in getattr(found, "weights", ())] == [scaled] * len(modules) * bool(scaled)
     assert type(kinds(layers, x.float())) is Own
     assert type(kinds(layers, x.expand(41, 2, 128).flatten(0, 1))) is Own
+
+
+def test_layers_whose_modules_know_their_names_are_alike():
+    layers = [nn.ModuleDict({"proj": nn.ModuleDict({"q": gptq4(layer())})}) for _ in range(3)]
+    for i, each in enumerate(layers):
+        each["proj"]["q"].name = f"model.layers.{i}.proj.q"
+    assert _alike(layers[0]) == _alike(layers[1])
+    layers[1]["proj"]["q"].mode = "fast"
+    layers[2]["proj"]["q"].name = "fast"
+    assert len({_alike(each) for each in layers}) == 3
 
 
 @torch.no_grad()

@@ -269,3 +269,25 @@ def test_the_configuration_of_a_patched_decoder_is_one_like_others():
         other.num_hidden_layers = 1
         assert other != ours
     assert model.config.num_hidden_layers == ours.num_hidden_layers == 3
+
+
+def test_wrappers_of_a_methods_function_are_right_before_and_after():
+    """compressed-tensors wraps the functions of all forwards at the first one, and calls them with their modules."""
+    model = tiny("llama")
+    expected = generate(model)
+    pkv_hf.patch(model)
+    for module in model.modules():
+        module._original_forward = module.forward.__func__
+
+        def forward(self, *args, **kwargs):
+            return self._original_forward(self, *args, **kwargs)
+
+        module.forward = forward.__get__(module)
+    assert torch.equal(generate(model), expected)
+    assert pkv_hf.report(model).steps.eager > 0
+    other = copy.deepcopy(model)
+    pkv_hf.unpatch(model)
+    assert torch.equal(generate(model), expected)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(generate(other), expected)
