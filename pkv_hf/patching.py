@@ -172,6 +172,8 @@ def _remove(states: list[PatchState]) -> None:
         with state.lock:
             for step in state.static_steps:
                 step.drop()
+        if state.prefix_cache is not None:
+            state.prefix_cache.clear()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 import pkv_hf
 from tiny import one, prefix_use, tiny, tokens, with_prefix_cache
@@ -130,6 +131,32 @@ def test_a_dtype_of_its_own_under_autocast():
                 given = model.generate(**PROMPT, max_new_tokens=3, do_sample=False)
                 if dtype is None:
                     assert torch.equal(given, twin.generate(**PROMPT, max_new_tokens=3, do_sample=False))
+    assert prefix_use(model).hits == 0
+
+
+def test_weights_that_change_within_a_call_leave_nothing_of_it(same):
+    """Neither of its prompt nor of its answer, though both were computed before."""
+
+    class Changes(BaseStreamer):
+        def __init__(self, model, tokens):
+            self.model, self.left = model, tokens
+
+        def put(self, value):
+            self.left -= 1
+            if not self.left:
+                self.model.model.layers[0].mlp.down_proj.weight.data.mul_(3)
+                if hasattr(self.model, "_pkv_hf_state"):
+                    pkv_hf.clear_prefix_cache(self.model)
+
+        def end(self):
+            pass
+
+    model, twin = with_prefix_cache("llama")
+    asked = {"max_new_tokens": 30, "do_sample": False}
+    given, expected = (each.generate(**PROMPT, **asked, streamer=Changes(each, 20)) for each in (model, twin))
+    assert torch.equal(given, expected)
+    same(model, twin, one(given[0].tolist()))
+    assert prefix_use(model).hits == 0
 
 
 @pytest.fixture

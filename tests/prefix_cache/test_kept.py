@@ -47,6 +47,14 @@ def test_the_least_recently_used_goes_first(same):
     assert prefix_use(model).hits == hits + 2
 
 
+def test_the_end_of_a_prompt_goes_before_its_beginning(same):
+    model, twin = with_prefix_cache("llama", budget=5 * PAGE)
+    first, second = ([*tokens(48, seed), 5] for seed in (1, 2))
+    for prompt in (first, second, first):
+        same(model, twin, one(prompt), max_new_tokens=2)
+    assert prefix_use(model).tokens_saved == 32
+
+
 def test_a_beginning_outlives_what_followed_it():
     tree = Tree()
     chain = []
@@ -97,10 +105,14 @@ def test_all_is_given_back(same):
     pkv_hf.clear_prefix_cache(model)
     assert prefix_use(model).nbytes == 0
     same(model, twin, one(tokens(64, 1)))
-    blocks = weakref.ref(model._pkv_hf_state.prefix_cache._blocks)
+    blocks = model._pkv_hf_state.prefix_cache._blocks
+    assert blocks.nbytes
     pkv_hf.unpatch(model)
+    assert blocks.nbytes == 0
+    held = weakref.ref(blocks)
+    del blocks
     gc.collect()
-    assert blocks() is None
+    assert held() is None
 
 
 def test_no_cache_is_held(same):

@@ -155,6 +155,14 @@ def test_modes_of_generate(mode, same):
     assert (prefix_use(model).not_cached == ()) == (mode != "prompt lookup")
 
 
+def test_what_was_kept_in_inference_mode_is_gone_on_from_outside_of_it(same):
+    model, twin = with_prefix_cache("llama")
+    for n in range(4):
+        with torch.inference_mode(n % 2 == 0):
+            same(model, twin, one(tokens(40, 1), tokens(60, n)))
+    assert prefix_use(model).hits == 3
+
+
 def test_an_assistant_with_a_prefix_cache():
     model, twin = with_prefix_cache("llama")
     draft, plain = with_prefix_cache("llama")
