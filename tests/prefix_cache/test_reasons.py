@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -11,6 +12,10 @@ from hybrid import hybrid
 
 import pkv_hf
 from pkv_hf.compat import CACHE
+from pkv_hf.runtime.admission import Admitted
+from pkv_hf.runtime.masks import Expanded
+from pkv_hf.runtime.prefix_cache.kept import Rows
+from pkv_hf.runtime.prefix_cache.prompts import Prompt, Unlike
 from tiny import COMMON, one, padded, prefix_use, randomized, tiny, tokens, with_prefix_cache
 
 PROMPT = one(tokens(40, 1))
@@ -149,14 +154,15 @@ def test_a_caller_s_cache_is_its_own():
     assert prefix_use(model).not_cached == ("the call goes on from a cache of its caller's",)
 
 
-def test_a_model_that_gives_its_decoder_something_else_runs_again_whole(same):
+@pytest.mark.parametrize(("what", "by"), [("position_ids", 5), ("input_ids", 1)])
+def test_a_model_that_gives_its_decoder_something_else_runs_again_whole(what, by, same):
     """Kept pages are gone on from only where the decoder is given the prompt's tokens at their places: evidence of each
     call, since a model may keep more of earlier ones."""
     model, twin = with_prefix_cache("llama")
     same(model, twin, PROMPT)
     longer = one(tokens(40, 1), tokens(9, 2))
     for each in (model, twin):
-        _shift(each)
+        _shift(each, what, by)
     hits = prefix_use(model).hits
     for _ in range(2):
         same(model, twin, longer)
@@ -167,16 +173,30 @@ def test_a_model_that_gives_its_decoder_something_else_runs_again_whole(same):
     )
 
 
-def _shift(model):
-    """Has the model put its tokens 5 positions further on, in a way that generate() does not know."""
+def _shift(model, what, by):
+    """Has the model give its decoder other positions or tokens, in a way that generate() does not know."""
     prepare = model.prepare_inputs_for_generation
 
     def shifted(*args, **kwargs):
         inputs = prepare(*args, **kwargs)
-        inputs["position_ids"] = inputs["position_ids"] + 5
+        inputs[what] = inputs[what] + by if what == "position_ids" else (inputs[what] + by) % 128
         return inputs
 
     model.prepare_inputs_for_generation = shifted
+
+
+def test_a_prompt_whose_tokens_see_each_other_is_not_gone_on_from():
+    """By the masks that a model made of it."""
+    model, _ = with_prefix_cache("llama")
+    cache, ids = pkv_hf.PagedCache(model.config), PROMPT["input_ids"]
+    rows = Rows(ids.numpy(), np.zeros(1, dtype=np.int64))
+    for expanded, whole in ((None, True), (Expanded(None, True, True), True), (Expanded(None, False, True), False)):
+        prompt = Prompt(cache, ids, rows, 0)
+        call = {"input_ids": ids, "position_ids": torch.arange(40)[None]}
+        prompt.see(Admitted(cache, rows.pads, 0, 40, ids.device, torch.float32, "", {}, expanded), call)
+        assert prompt.whole is whole
+    with pytest.raises(Unlike):
+        Prompt(cache, ids, rows, 16).lost()
 
 
 def test_a_draft_that_exits_early(same):

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 """What gives each row its own next token."""
 
+OTHERWISE = "the decoder is given something else than the prompt's tokens at their places"
+
 Prefill = Callable[..., Any]
 """transformers' `_prefill` of a model: input_ids, generation_config, model_kwargs."""
 
@@ -271,7 +273,7 @@ def _from_kept(
         outputs = run(ids, config, kwargs, **settings)
     except Unlike:
         running.set(None)
-        kept.say("the decoder is given something else than the prompt's tokens at their places")
+        kept.say(OTHERWISE)
         cache.reset()
         kwargs.clear()
         kwargs.update(before)
@@ -280,6 +282,7 @@ def _from_kept(
     finally:
         running.reset(token)
     if not prompt.whole or cache.get_seq_length() != rows.length:
+        kept.say(OTHERWISE)
         return outputs, begin, None
     kept.keep(cache, rows, basis, emptied)
     return outputs, begin, Answered(state, cache, rows, basis, emptied)
