@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pkv_hf.memory.planner import MemoryPlan, plan
     from pkv_hf.patching import patch, patched, unpatch
     from pkv_hf.policy.choose import Decision
-    from pkv_hf.prefixes import Prefix, prefix
+    from pkv_hf.prefixes import Prefix, clear_prefix_cache, prefix
     from pkv_hf.reporting import Report, explain, report
     from pkv_hf.routes.base import StepShape
 
@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedVersionError",
     "__version__",
+    "clear_prefix_cache",
     "explain",
     "patch",
     "patched",
@@ -56,7 +57,7 @@ _PLACES = {
     "pkv_hf.memory.planner": ("MemoryPlan", "plan"),
     "pkv_hf.patching": ("patch", "patched", "unpatch"),
     "pkv_hf.policy.choose": ("Decision",),
-    "pkv_hf.prefixes": ("Prefix", "prefix"),
+    "pkv_hf.prefixes": ("Prefix", "clear_prefix_cache", "prefix"),
     "pkv_hf.reporting": ("Report", "explain", "report"),
     "pkv_hf.routes.base": ("StepShape",),
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 
 from pkv_hf.errors import UsageError, first_line
 
@@ -23,6 +24,17 @@ def whole(name: str, value: Any, least: int, instead: str) -> int:
     if number is None or isinstance(value, bool) or number < least:
         raise ValueError(f"{name}={value!r} is not a whole number of at least {least}: {instead}")
     return number
+
+
+def memory_size(name: str, value: Any, example: str) -> int:
+    """Bytes, by a whole number of them or by a string as `example`. Raises ValueError for anything else."""
+    try:
+        nbytes = convert_file_size_to_int(value) if isinstance(value, str) else whole(name, value, 1, "")
+    except (ValueError, OverflowError):
+        nbytes = 0
+    if nbytes < 1:
+        raise ValueError(f"{name}={value!r} is no size: pass bytes, or {example!r} say")
+    return nbytes
 
 
 def flags(**named: Any) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pkv_hf import compat, configurations
-from pkv_hf.arguments import flags
+from pkv_hf.arguments import flags, memory_size
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.compat import unwrap
 from pkv_hf.kernels.launch import capability, has_dtypes
@@ -29,6 +29,7 @@ from pkv_hf.runtime.ahead.loop import generate, mode_arguments
 from pkv_hf.runtime.evidence import Evidence, served_layers
 from pkv_hf.runtime.forward import decoder_forward
 from pkv_hf.runtime.generation import prefill, prepare_cache, prepare_inputs
+from pkv_hf.runtime.prefix_cache.kept import Kept
 from pkv_hf.runtime.state import PatchState
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -43,6 +44,7 @@ def patch(
     cuda_graphs: bool = True,
     run_ahead: bool = True,
     fuse: bool = True,
+    prefix_cache: int | str | None = None,
 ) -> Model:
     """Makes `model.generate()` keep its KV cache in pages and decode from them. Returns the same model.
 
@@ -61,9 +63,12 @@ def patch(
         run_ahead: let greedy decoding and sampling on a GPU queue a step before the last one's tokens are read.
         fuse: run decode steps by fused kernels, layer by layer, where a layer is understood and computes the same;
             False runs transformers' own layers, attention apart.
+        prefix_cache: bytes, or a string such as "2GiB": how much memory may keep pages of past prompts, so that those
+            to come compute only what is new; None keeps none.
 
     Raises:
-        ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool.
+        ValueError: an unknown route, page size or kv_dtype, "fp8" on an older GPU, a flag that is no bool, a
+            prefix_cache that is no size.
         UnsupportedModelError: (a ValueError) no layer of the model can be served; says why. It is as it was then, also
             where it was patched before.
         UnsupportedVersionError: (an ImportError) the installed transformers is too old, or names caches as no release
@@ -74,6 +79,8 @@ def patch(
     check_page_size(page_size)
     flags(cuda_graphs=cuda_graphs, run_ahead=run_ahead, fuse=fuse)
     check_kv_dtype(kv_dtype)
+    if prefix_cache is not None:
+        prefix_cache = memory_size("prefix_cache", prefix_cache, "2GiB")
     inner = unwrap(model)
     settings = {
         "route": route,
@@ -82,6 +89,7 @@ def patch(
         "cuda_graphs": cuda_graphs,
         "run_ahead": run_ahead,
         "fuse": fuse,
+        "prefix_cache": prefix_cache,
     }
     before = _states(inner)
     _remove(before)
@@ -114,6 +122,7 @@ def _patch(model: Any, settings: dict[str, Any]) -> None:
         fusing=Fusing(),
         cuda_graphs=settings["cuda_graphs"],
         settings=settings,
+        prefix_cache=Kept(settings["prefix_cache"], settings["page_size"]) if settings["prefix_cache"] else None,
     )
     try:
         _replace(state, decoder, model, attentions)
@@ -147,7 +156,7 @@ def _replace(state: PatchState, decoder: Any, model: Any, attentions: list[Any])
             (model, "prepare_inputs_for_generation", prepare_inputs),
             (model, "_prefill", prefill),
         ]
-        if state.settings["run_ahead"]:
+        if state.settings["run_ahead"] or state.prefix_cache is not None:
             methods += [(model, "generate", generate), (model, "_extract_generation_mode_kwargs", mode_arguments)]
     for module, name, function in methods:
         state.replaced.method(module, name, function, state)
@@ -175,6 +184,8 @@ def _remove(states: list[PatchState]) -> None:
         with state.lock:
             for step in state.static_steps:
                 step.drop()
+        if state.prefix_cache is not None:
+            state.prefix_cache.clear()
 
 
 @contextmanager

@@ -140,6 +140,21 @@ def prefix(
     return Prefix(ids, cache, tokenizer, vocabulary, padding)
 
 
+def clear_prefix_cache(model: nn.Module) -> None:
+    """Lets go of the pages of past prompts that `patch(model, prefix_cache=...)` keeps, and of their memory.
+
+    Weights that torch saw change, optimizers' steps and training forwards do so by themselves. Call this after weights
+    were changed in a way that nothing sees: through `.data`, numpy, or kernels of your own.
+
+    Raises ValueError for a model that is not patched. Where no prefix cache was asked for there is nothing to do.
+    """
+    state: PatchState | None = getattr(unwrap(model), STATE, None)
+    if state is None:
+        raise ValueError(f"{type(model).__name__} is not patched: call pkv_hf.patch(model) first")
+    if state.prefix_cache is not None:
+        state.prefix_cache.clear()
+
+
 def _only_ones(mask: Any) -> bool:
     """Whether a mask, or each of a list of masks, leaves nothing out."""
     if isinstance(mask, (list, tuple)) and mask and isinstance(mask[0], (list, tuple)):

@@ -17,6 +17,7 @@ from pkv_hf.routes.base import StepShape
 from pkv_hf.runtime.choice import uncaptured
 from pkv_hf.runtime.counts import Calls, Steps
 from pkv_hf.runtime.fusion import Fusion, Multiplied
+from pkv_hf.runtime.prefix_cache.kept import PrefixCacheUse
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.tables import mebibytes
 
@@ -73,6 +74,8 @@ class Report:
     not_run_ahead: str
     """Why `generate()` queues no step before the last one's tokens are read, by what is known of the model; empty for
     nothing. Where routes are not of Triton, on a CPU say, none is queued either."""
+    prefix_cache: PrefixCacheUse | None
+    """What pages of past prompts were good for; None where `patch` keeps none."""
     left: tuple[str, ...]
     """Why calls were left to transformers' own path, each reason once."""
 
@@ -103,6 +106,15 @@ class Report:
         own = [f"of {count} by their own forward: {why}" for why, count in self.not_experts.items()]
         return [f"experts   {'; '.join([*ours, *own])}"] * bool(ours or own)
 
+    def _prefixes(self) -> list[str]:
+        """Lines on pages of past prompts; none where none are kept."""
+        use = self.prefix_cache
+        if use is None:
+            return []
+        held = f"{mebibytes(use.nbytes)} of {mebibytes(use.budget)} held"
+        saved = f"{use.hits} of {use.prompts} prompts began in kept pages, {use.tokens_saved} tokens saved"
+        return [f"prefixes  {saved}, {held}", *(f"not in the prefix cache: {reason}" for reason in use.not_cached)]
+
     def _not_better(self) -> list[str]:
         if self.not_fused == self.not_captured:
             return [f"not fused or captured: {self.not_fused}"] * bool(self.not_fused)
@@ -130,6 +142,7 @@ class Report:
             *self._weights(),
             *self._experts(),
             *self._not_better(),
+            *self._prefixes(),
             *(f"not run ahead: {why}" for why in [self.not_run_ahead] if why),
             *(f"rejected  {route}: {reason}" for route, reason in self.rejected.items()),
             *(f"left to transformers: {reason}" for reason in self.left),
@@ -171,6 +184,7 @@ def report(model: nn.Module) -> Report:
         not_fused=_not_fused(state),
         not_captured=last.why if last else uncaptured(state, state.known.model.device) or state.known.look().not_static,
         not_run_ahead=_not_run_ahead(state),
+        prefix_cache=None if state.prefix_cache is None else state.prefix_cache.use,
         left=tuple(state.said.values()),
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from pages import layers, models, performance, policy, quality, readme
+from pages import layers, models, performance, policy, prefix, quality, readme
 
 from pkv_hf.bench.results import published
 
 PAGES = [readme.PAGE, models.PAGE, performance.PAGE, quality.PAGE, policy.PAGE]
 TABLES: dict[str, Callable[[], str]] = {
-    **readme.TABLES, **models.TABLES, **performance.TABLES, **layers.TABLES, **quality.TABLES, **policy.TABLES,
+    **readme.TABLES, **models.TABLES, **performance.TABLES, **layers.TABLES, **prefix.TABLES,
+    **quality.TABLES, **policy.TABLES,
 }  # fmt: skip
 
 

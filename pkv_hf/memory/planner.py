@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from accelerate.utils.modeling import convert_file_size_to_int
 from torch import nn
 from transformers import PreTrainedConfig
 
-from pkv_hf.arguments import whole
+from pkv_hf.arguments import memory_size, whole
 from pkv_hf.cache.sizes import KV_DTYPES, check_kv_dtype, check_page_size
 from pkv_hf.kernels.launch import PROGRAMS_PER_SM, next_power_of_2, padded_queries
 from pkv_hf.kernels.products.blocks import scratch
@@ -159,14 +158,8 @@ def _gpu_bytes(gpu_memory: int | str | None) -> int:
         if not torch.cuda.is_available():
             raise ValueError("gpu_memory=None asks for this GPU's, and there is none: pass bytes, or '15GiB' say")
         return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    text = isinstance(gpu_memory, str)
-    try:
-        nbytes = convert_file_size_to_int(gpu_memory) if text else whole("gpu_memory", gpu_memory, 1, "")
-    except (ValueError, OverflowError):
-        nbytes = 0
-    if nbytes < 1:
-        raise ValueError(f"gpu_memory={gpu_memory!r} is no size: pass bytes, or '15GiB' say")
-    if not text and nbytes < LEAST_GPU:
+    nbytes = memory_size("gpu_memory", gpu_memory, "15GiB")
+    if not isinstance(gpu_memory, str) and nbytes < LEAST_GPU:
         raise ValueError(f"gpu_memory={nbytes} is {nbytes:,} bytes: pass '16GiB' say")
     return nbytes
 

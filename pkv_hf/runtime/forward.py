@@ -26,6 +26,7 @@ from pkv_hf.runtime.captured.static import NOTHING, StaticStep
 from pkv_hf.runtime.captured.watch import hooks_of
 from pkv_hf.runtime.choice import choose_route, static_step, uncaptured
 from pkv_hf.runtime.interface import attention, mask
+from pkv_hf.runtime.prefix_cache.prompts import Unlike, lost, seen
 from pkv_hf.runtime.state import PatchState
 from pkv_hf.runtime.step import Step, outside_of_steps, taken_back
 
@@ -43,9 +44,12 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     standing = stub.get()
     if standing is not None and standing.decoder is self:
         return standing.answer(call)
+    if state.prefix_cache is not None and self.training and torch.is_grad_enabled():
+        state.prefix_cache.clear()  # the weights are about to change, maybe unseen
     admitted = None
     try:
         admitted = admit(self, state, call)
+        seen(state, admitted, call)
         output = _on_pages(self, state, admitted, call)
         state.counts.add("pages")
         state.known.served.add(admitted.begin > 0)
@@ -53,13 +57,14 @@ def decoder_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return output
     except NotServed as error:
         reason = error.with_traceback(None)  # which would hold the tensors of the forward that was given up
-    except (RouteError, torch.OutOfMemoryError):
+    except (RouteError, torch.OutOfMemoryError, Unlike):
         raise
     except Exception as error:
         if admitted is None or not _may_be_ours(state, admitted, error):
             raise
         # Layers that are not known may compute with the mask, which is empty here, and fail.
         reason = LayerNotServed(f"{type(self).__name__} fails on pages with {type(error).__name__}: {error}")
+    lost(call)
     return _by_transformers(self, state, call, reason)
 
 

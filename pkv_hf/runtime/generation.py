@@ -12,6 +12,7 @@ from pkv_hf import compat, origins
 from pkv_hf.cache.paged import PagedCache
 from pkv_hf.replaced import STATE, original
 from pkv_hf.runtime.admission import last_made
+from pkv_hf.runtime.prefix_cache.prompts import through
 from pkv_hf.runtime.state import PatchState
 
 
@@ -32,6 +33,8 @@ def prepare_cache(
             cache = PagedCache(self.config, state.page_size, max(max_cache_length, 1), state.kv_dtype)
             model_kwargs[compat.CACHE] = cache
             last_made.set(ref(cache))
+            if state.prefix_cache is not None:
+                state.prefix_cache.awaited.add(cache)
             if generation_config.is_assistant:
                 cache.activate_past_recording()
                 depth = getattr(self.base_model.config, "num_hidden_layers", len(cache.layers))
@@ -77,12 +80,13 @@ def prefill(
     What comes back is repeated then, and so are the cache's table rows. A cache that was passed in may hold one row
     for every prompt, or one for every copy, as transformers' own caches have to.
     """
-    run = original(self, "_prefill")
     state: PatchState = getattr(self, STATE)
+    run = original(self, "_prefill")
     copies = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     cache = model_kwargs.get(compat.CACHE)
     if not isinstance(cache, PagedCache):
         return run(input_ids, generation_config, model_kwargs, **settings)
+    run = through(state, run)
     embeds = model_kwargs.get("inputs_embeds")
     length = (input_ids if embeds is None else embeds).shape[1]
     if length and not cache.rows:

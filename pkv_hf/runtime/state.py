@@ -19,6 +19,7 @@ from pkv_hf.runtime.captured.static import StaticStep
 from pkv_hf.runtime.counts import Counts
 from pkv_hf.runtime.evidence import Evidence
 from pkv_hf.runtime.fusion import Fuses
+from pkv_hf.runtime.prefix_cache.kept import Kept
 
 OF_ONE_PROCESS = ("decision", "static_steps", "looked", "graph_memories", "compiled", "counts", "lock")
 """The fields of a `PatchState` that neither a copy nor a pickle takes over: addresses, graphs, streams and locks."""
@@ -39,6 +40,8 @@ class PatchState:
     cuda_graphs: bool
     settings: dict[str, Any]
     """What `patch` was called with."""
+    prefix_cache: Kept | None = None
+    """Pages of past prompts; None where `patch` was asked for none."""
     replaced: Replacements = field(default_factory=Replacements)
     """What is set on the model's modules."""
     said: dict[str, str] = field(default_factory=dict)

@@ -28,6 +28,7 @@ ASSISTED = ("--model", "{model}", "--lengths", "9", "--new-tokens", "40", "--mod
 COMMANDS = [
     *[(script, ["--rows", text], f"--rows: '{text}' is not a whole") for text in ("0", "x", "-1")
       for script in ("benchmark_attention", "benchmark_experts", "benchmark_linear", "benchmark_linear4")],
+    ("benchmark_prefix", ["--document", "0"], "--document: '0' is not a whole"),
     ("benchmark_attention", ["--holes", "1"], "--holes: '1' is not a share"),
     ("benchmark_attention", ["--engines", "fast"], "invalid choice: 'fast'"),
     ("benchmark_attention", ["--query-heads", "4", "--group", "3"], "no multiple of --group 3"),

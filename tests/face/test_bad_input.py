@@ -45,6 +45,7 @@ PATCH = [
     *[({"route": value}, re.escape(f"route={value!r} is not one of")) for value in ("fast", None, 3, ["auto"])],
     *[({"page_size": value}, f"page_size={value!r} is not one of") for value in (0, 17, 512, 16.0, "16", None, True)],
     *[({"kv_dtype": value}, re.escape(f"kv_dtype={value!r} is not one of")) for value in ("int4", torch.int64, 8, [1])],
+    *[({"prefix_cache": x}, "prefix_cache=") for x in ("", "many", "0GiB", 0, -1, 1.5, True, b"1GiB")],
     *[({name: "no"}, f"{name}='no' is neither True nor False") for name in ("cuda_graphs", "run_ahead", "fuse")],
 ]
 PLAN = {"prompt_tokens": 5, "gpu_memory": "1GiB"}
@@ -175,6 +176,7 @@ CALLS = [
         for x, says in (*[(x, "not a transformers") for x in NO_MODEL], (transformers.ViTConfig(), "ViTConfig"),
                         (transformers.T5Config(), "T5"))
     ],
+    ("clear_prefix_cache", lambda m: pkv_hf.clear_prefix_cache(torch.nn.Linear(2, 2)), ValueError, "is not patched"),
     ("PagedCache", lambda m: pkv_hf.PagedCache(transformers.PreTrainedConfig()), ValueError, "names no decoder layers"),
     ("plan", lambda m: pkv_hf.plan(m, dtype=torch.float16, **PLAN), ValueError, "are for a configuration"),
 ]  # fmt: skip

@@ -39,7 +39,13 @@ MODES: tuple[dict[str, Any], ...] = (
     {"return_dict_in_generate": True, "output_scores": True},
     {"eos_token_id": [5, 17, 40, 77]},
 )
-SETTINGS: tuple[dict[str, Any], ...] = ({}, {"kv_dtype": "int8"}, {"page_size": 64}, {"run_ahead": False})
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"kv_dtype": "int8"},
+    {"page_size": 64},
+    {"run_ahead": False},
+    {"prefix_cache": "256KiB"},
+)
 REPATCHED_EVERY = 100
 
 

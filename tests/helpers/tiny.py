@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import tokenizers
 import torch
 import transformers
@@ -86,6 +88,34 @@ def left_padded(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:
         input_ids[row, : longest - length] = COMMON["pad_token_id"]
         mask[row, : longest - length] = 0
     return {"input_ids": input_ids, "attention_mask": mask}
+
+
+def with_prefix_cache(name, budget="4MiB", **options):
+    """A patched model with a prefix cache, and its twin without anything."""
+    twin = tiny(name)
+    return pkv_hf.patch(copy.deepcopy(twin), prefix_cache=budget, **options), twin
+
+
+def prefix_use(model):
+    return pkv_hf.report(model).prefix_cache
+
+
+def one(*parts):
+    """A prompt of one row, of lists of tokens."""
+    ids = torch.tensor([[token for part in parts for token in part]])
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def padded(*rows):
+    """Rows of tokens, padded on the left."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def tokens(count, seed):
+    return left_padded(count, seed=seed)["input_ids"][0].tolist()
 
 
 def on_gpu(*lengths: int, seed: int = 0) -> dict[str, torch.Tensor]:

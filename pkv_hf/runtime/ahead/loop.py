@@ -24,6 +24,7 @@ from pkv_hf.runtime.ahead.asking import updated
 from pkv_hf.runtime.ahead.forward import Forward
 from pkv_hf.runtime.ahead.greedy import greedy_of
 from pkv_hf.runtime.choice import decide
+from pkv_hf.runtime.prefix_cache.prompts import with_answers
 from pkv_hf.runtime.state import PatchState
 
 NEED_TRANSFORMERS_LOOP = frozenset({"assistant_model", "synced_gpus", "stopping_criteria", "custom_generate"})
@@ -43,10 +44,14 @@ OPTIONS = frozenset({
 
 
 def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Takes the place of a patched model's `generate`: transformers' own, with the run-ahead loop where that serves."""
-    run = original(self, "generate")
+    """Takes the place of a patched model's `generate`: transformers' own, with the run-ahead loop where that serves.
+
+    What it answers goes to the prefix cache, where there is one.
+    """
+    state: PatchState = getattr(self, STATE)
     call = inspect.signature(type(self).generate).bind_partial(self, *args, **kwargs).arguments
-    if _runs_ahead(self, call):
+    run = with_answers(state, original(self, "generate"), own_loop=call.get("custom_generate") is not None)
+    if state.settings["run_ahead"] and _runs_ahead(self, call):
         kwargs["custom_generate"] = run_ahead
     return run(*args, **kwargs)
 

@@ -52,6 +52,11 @@ class Watch:
         """Whether a forward runs anybody's hooks, to which every row and its place in the batch may matter."""
         return bool(self._active)
 
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """The plain settings of modules and of the configuration, each module's by name."""
+        return self._settings.values
+
     def unchanged(self) -> bool:
         return (
             self._structure.unchanged()
@@ -113,7 +118,7 @@ class _Tensors:
         self._stores = [store for m in modules for store in (m._parameters, m._buffers)]
         self._held = sum(map(len, self._stores))
         named = [(store, name, tensor) for store in self._stores for name, tensor in store.items()]
-        self._addresses = [(store, name, _address(tensor)) for store, name, tensor in named if tensor is not None]
+        self._addresses = [(store, name, address(tensor)) for store, name, tensor in named if tensor is not None]
         self._absent = [(store, name) for store, name, tensor in named if tensor is None]
         self._states = [(m, _state(m)) for m in modules if hasattr(vars(m).get("state"), "SCB")]
         self.devices = {tensor.device for _, _, tensor in named if tensor is not None}
@@ -122,7 +127,7 @@ class _Tensors:
         return (
             sum(map(len, self._stores)) == self._held
             and all(store.get(name) is None for store, name in self._absent)
-            and all(_address(store.get(name)) == address for store, name, address in self._addresses)
+            and all(address(store.get(name)) == at for store, name, at in self._addresses)
             and all(_state(m) == state for m, state in self._states)
         )
 
@@ -135,11 +140,15 @@ class _Settings:
         stores = [*(m.__dict__ for m in others), vars(config)]
         self._held = [(store, len(store), plain_attributes(store)) for store in stores]
 
+    @property
+    def values(self) -> list[dict[str, Any]]:
+        return [settings for _, _, settings in self._held]
+
     def unchanged(self) -> bool:
         return all(len(now) == size and _holds(settings, now) for now, size, settings in self._held)
 
 
-def _address(tensor: Any) -> Any:
+def address(tensor: Any) -> Any:
     """Where a tensor is stored; of a subclass that wraps tensors (quantised or sharded weights), where those are.
 
     bitsandbytes keeps what its weights are scaled by in an object beside them.
@@ -147,7 +156,7 @@ def _address(tensor: Any) -> Any:
     if type(tensor) is nn.Parameter or type(tensor) is torch.Tensor:
         return tensor.data_ptr()
     if hasattr(tensor, "__tensor_flatten__"):
-        return [_address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+        return [address(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     if not isinstance(tensor, torch.Tensor):  # none, or a wrapper's mesh
         return id(tensor)
     addresses, state = [tensor.data_ptr()], getattr(tensor, "quant_state", None)

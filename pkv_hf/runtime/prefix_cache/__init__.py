@@ -1,0 +1,1 @@
+"""Prompts that begin as earlier ones did: pages of past prompts kept by content, for calls to come."""
