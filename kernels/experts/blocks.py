@@ -46,9 +46,9 @@ def choose_block(rows: int, inputs: int, outputs: int, transposed: bool, itemsiz
     warp group's tensor cores take, since experts are many and narrow.
     """
     if rows == 1 and transposed:
-        block = Block(64, 64, 5)
+        block = Block(64, 128, 3)
     elif rows == 1:
-        block = Block(8, 512, 3) if inputs % 512 == 0 or inputs > 2048 else Block(8, 256, 5)
+        block = Block(8, 512, 3) if inputs > 1024 else Block(8, 1024, 2)
     elif itemsize == 4:
         block = Block(64, 32, 2, num_warps=8)
     elif padded(rows) <= 32:

@@ -83,14 +83,17 @@ def choose_block(
 ) -> Block:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
-    One row needs none: its products stay in registers. Small weights are mostly ramp-up, which `ahead` hides; many
-    inputs of few outputs are not. More rows: `_blocks_of_rows`, in up to `most_parts` parts of the inputs, as many as
-    fit the device at once. Blocks for half of the multiprocessors keep the memory busy without, and save a launch.
+    One row needs none: its products stay in registers. Small weights are mostly ramp-up, which `ahead` hides, and the
+    smallest fill a GPU only with more warps a program. More rows: `_blocks_of_rows`, in up to `most_parts` parts of the
+    inputs, as many as fit the device at once. Blocks for half of the multiprocessors keep the memory busy without, and
+    save a launch.
     """
-    if rows == 1 and inputs >= 8192 and weights * outputs <= 3072:
-        return Block(4, 512, 3)
-    if rows == 1 and weights * outputs <= 8192:
-        return Block(4, 2048 if inputs >= 8192 else 512, 1, ahead=True)
+    if rows == 1 and weights * outputs <= 2560 and inputs >= 1024:
+        return Block(8 if inputs <= 4096 else 4, 1024, 1, ahead=True, num_warps=8)
+    if rows == 1 and weights * outputs <= 3072 and inputs >= 1024:
+        return Block(4, 1024, 1, ahead=True)
+    if rows == 1 and weights * outputs <= 4608:
+        return Block(4, 512, 1, ahead=True)
     if rows == 1:
         return Block(4, 1024 if inputs % 1024 == 0 else 512, 3)
     blocks = _blocks_of_rows(rows, outputs, weights, processors, shared_memory)

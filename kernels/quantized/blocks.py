@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from pkv_hf.kernels.products.blocks import BLOCKS_OF_PART, MAX_ROWS, MOST_PARTS, cut_in_parts
+from pkv_hf.kernels.products.blocks import BLOCKS_OF_PART, MAX_ROWS, MOST_PARTS, OUTPUTS, cut_in_parts
 
 COLUMNS = 16
 """Of a product by tensor cores, at least."""
@@ -62,39 +62,26 @@ class Block4:
 
 
 def choose_block(
-    rows: int,
-    inputs: int,
-    outputs: int,
-    weights: int,
-    processors: int,
-    shared_memory: int,
-    group: int,
-    layout: str,
-    *,
-    by_sums: bool,
+    rows: int, inputs: int, outputs: int, weights: int, processors: int, shared_memory: int, group: int, layout: str
 ) -> Block4:
     """The block of a launch over `weights` weights at a time (two where gated) that fits `shared_memory` bytes.
 
-    Instructions bound it, not memory. One row of a `layout` of bytes is sums of threads. Up to 8 rows where a scale is
-    of a `group` of 64 (4 or 16 where it is of 32 or 128) leave columns idle, where products take scales at no cost;
-    more have their weights scaled. 64 outputs are what a warp group's tensor cores take from registers; narrower blocks
-    of one row keep more multiprocessors busy where outputs are few. `by_sums` is for one row on a GPU without tensor
-    cores, or in a half type that may overflow before its norm. More rows are cut in parts as those of plain weights.
+    Instructions bound it, not memory. One row is sums, of threads where the `layout` is of bytes. More rows go through
+    the tensor cores: 64 outputs are what a warp group's take from registers, and parts are as those of plain weights.
+    Values that are looked up have their scales on weights. Of evenly spaced ones up to 8 rows where a scale is of a
+    `group` of 64 (4 or 16 where it is of 32 or 128) leave columns idle, where products take scales at no cost.
     """
     if rows == 1 and layout == "bytes":
-        warps = 4 if inputs >= 4096 else 2 if inputs >= 2048 else 1
+        warps = 1 if weights == 2 or inputs < 2048 else 2 if inputs < 4096 else 4
         return Block4(8 // weights, OF_WARP * warps, 1, "threads", num_warps=warps)
-    if by_sums:
-        return Block4(4, 2048 if inputs >= 4096 else 1024, 1, "sums")
-    if rows == 1 and outputs < 64 * processors:
-        return Block4(32, 256, 4, "columns", num_warps=2)
-    form, of_inputs = (
-        ("columns", 256) if rows <= COLUMNS * group // 128 else ("weights", 256 if rows <= 2 * COLUMNS else 128)
-    )
-    blocks = [Block4(64, of_inputs, stages, form) for stages in (4, 3, 2)]
+    if rows == 1:
+        wide = weights * outputs > 4096
+        return Block4(8 if wide else 4, 1024 if wide else 2048, 1, "sums")
+    in_columns = layout != "bytes" and rows <= COLUMNS * group // 128
+    programs = -(-outputs // OUTPUTS)
+    cuts = 2 * programs <= processors
+    of_inputs = 256 if rows <= 2 * COLUMNS or not (cuts or weights == 2) else 128
+    blocks = [Block4(OUTPUTS, of_inputs, stages, "columns" if in_columns else "weights") for stages in (4, 3, 2)]
     block = next((each for each in blocks if each.shared_memory(rows, weights, group) <= shared_memory), blocks[-1])
-    programs = -(-outputs // block.outputs)
     parts = min(2 * processors // programs, -(-inputs // block.inputs) // BLOCKS_OF_PART, MOST_PARTS)
-    if rows == 1 or parts < 1 or 2 * programs > processors:
-        parts = 1
-    return dataclasses.replace(block, parts=parts)
+    return dataclasses.replace(block, parts=max(parts, 1) if cuts else 1)

@@ -3,15 +3,14 @@
 NF4 is of Dettmers et al. 2023 (QLoRA), FP4 has a sign, two bits of exponent and one of mantissa; both are scaled to a
 largest value of 1. bitsandbytes packs two weights a byte, the first one in the high four bits.
 
-Two ways share the work, since each keeps units busy that the other leaves idle. By lanes: a warp holds the table, lane
-l has value l % 16, and `shfl` gives a thread the value of the lane that a weight names. It takes the low five bits of
-an index, so that a shift alone brings a weight there. By bytes: `prmt` picks four bytes out of eight by four selectors
-of 4 bits. Tables of the values' low and of their high bytes take four registers each, two for values 0 to 7 and two for
-8 to 15. Both halves are asked, bit 3 of the weights picks one, and low and high bytes are put together.
-
-One row's sums take words of eight weights, of which the first four are looked up by bytes. Tensor cores take elements
-of four weights: the first of each byte is looked up by bytes, four elements at a time, laced into each other so that
-they lie as their values have to.
+One row's sums take words of eight weights, and look them up in lanes: a warp holds the table, lane l has value l % 16,
+and `shfl` gives a thread the value of the lane that a weight names. It takes the low five bits of an index, so that a
+shift alone brings a weight there. Beside tensor cores, whose operands take the same way, that is slower than by bytes:
+`prmt` picks four bytes out of eight by four selectors of 4 bits. Tables of the values' low and of their high bytes take
+four registers each, two for values 0 to 7 and two for 8 to 15. Both halves are asked, bit 3 of the weights picks one,
+and low and high bytes are put together. Four elements of 16 bits, of four weights each, are taken at a time: two
+registers, as are the values of a place in them. Weights of a place are first laced into each other, so that they lie as
+their values have to.
 
 Evenly spaced values are computed: 4 bits in the mantissa of 128 (bf16) or 1,024 (fp16) make a number from which the
 values' distance is known. One `lop3` puts two there, one `fma` takes both back to -8 to 7, exactly.
@@ -49,9 +48,8 @@ LANE = "mov.u32 $0, %laneid; and.b32 $0, $0, $1;"
 """The lane of a thread, among as many as $1 has ones."""
 LANE_CONSTRAINTS = "=&r,r"
 
-WEIGHT_CONSTRAINTS, HALF_CONSTRAINTS = "=r,r,r", "=&r,=&r,=&r,=&r,r"
-PAIR_CONSTRAINTS, ELEMENTS_CONSTRAINTS = "=r,r,r,r", "=&r,=&r,r,r"
-"""Of the texts below: results, what is packed, and the lanes' table, once for each element that a register has."""
+WEIGHT_CONSTRAINTS, ELEMENTS_CONSTRAINTS = "=r,r,r", "=&r,=&r,r,r"
+"""Of the texts below: results, what is packed, and the lanes' table."""
 
 
 @functools.cache
@@ -72,75 +70,25 @@ def words(quant_type: str, dtype: torch.dtype) -> list[int]:
     return [int.from_bytes(bytes(held[at : at + 4]), "little") for at in range(0, 32, 4)]
 
 
-def _tables(table: list[int]) -> list[Instruction]:
-    """Fills `TABLE` with what `words` gives, and `zero`."""
-    return [
-        ("mov", "zero", (ZERO,)),
-        ("and", "zero", ("zero", 0x80000000)),
-        *(("xor", name, ("zero", word)) for name, word in zip(TABLE, table)),
-    ]
-
-
-def _bytes_of(index: str, upper: str) -> list[Instruction]:
-    """The low and the high bytes of four values by their selectors and by those of the halves of tables."""
-    made: list[Instruction] = []
-    for half, of_half in zip(("lows", "highs"), (TABLE[:4], TABLE[4:])):
-        made += [
-            ("prmt", half, (*of_half[:2], index)),
-            ("prmt", "other", (*of_half[2:], index)),
-            ("prmt", half, (half, "other", upper)),
-        ]
-    return made
-
-
 def by_lanes(weight: int) -> list[Instruction]:
     """How a word of 32 bits, $1, becomes the value of its weight 0 to 7, as the lanes' table $2 has it."""
     return [("shr", "index", ("$1", 4 * (weight ^ 1))), ("shfl", "$0", ("$2", "index"))]
 
 
-def pair_by_lanes(place: int) -> list[Instruction]:
-    """How two elements of 16 bits, $1, become the values of their weights at a place of 0 to 3, of 16 bits each."""
-    shift = 4 * (place ^ 1)
-    return [
-        ("shr", "index", ("$1", shift)),
-        ("shfl", "low", ("$2", "index")),
-        ("shr", "index", ("$1", shift + 16)),
-        ("shfl", "high", ("$2", "index")),
-        ("prmt", "$0", ("low", "high", 0x5410)),
-    ]
+def by_bytes(table: list[int], place: int) -> list[Instruction]:
+    """How four elements, $2 and $3, become the values of their weights at a place of 0 to 3, $0 and $1.
 
-
-def half_by_bytes(table: list[int], dtype: torch.dtype) -> list[Instruction]:
-    """How a word of 32 bits, $4, becomes the values of its weights 0 to 3, $0 to $3, in float32."""
-    made: list[Instruction] = [
-        *_tables(table),
-        ("xor", "unmoved", ("zero", 0x3210)),
-        ("and", "index", ("$4", 0x7777)),
-        ("shr", "upper", ("$4", 1)),
-        ("and", "upper", ("upper", 0x4444)),
-        ("or", "upper", ("upper", "unmoved")),
-        *_bytes_of("index", "upper"),
-    ]
-    for even, odd, selector in (("$1", "$0", 0x5140), ("$3", "$2", 0x7362)):  # the low four bits are the second weight
-        made.append(("prmt", "pair", ("lows", "highs", selector)))
-        if dtype == torch.bfloat16:
-            made += [("shl", even, ("pair", 16)), ("and", odd, ("pair", 0xFFFF0000))]
-        else:
-            made += [("cvt", even, ("pair",)), ("shr", "pair", ("pair", 16)), ("cvt", odd, ("pair",))]
-    return made
-
-
-def elements_by_bytes(table: list[int], place: int) -> list[Instruction]:
-    """How four elements, $2 and $3, become the values of their weights at a place of 0 or 2, $0 and $1.
-
-    Compilers find what is the same for both, and do it once.
+    `table` is as `words` gives it. Compilers find what is the same for other places, and do it once.
     """
+    low = place % 2  # in the low four bits of a byte
     made: list[Instruction] = [
-        *_tables(table),
+        ("mov", "zero", (ZERO,)),
+        ("and", "zero", ("zero", 0x80000000)),
         ("xor", "unmoved", ("zero", 0x32103210)),
+        *(("xor", name, ("zero", word)) for name, word in zip(TABLE, table)),
         ("prmt", "a", ("$2", "$3", 0x5410)),
         ("prmt", "b", ("$2", "$3", 0x7632)),
-        ("shr", "a", ("a", 4)),
+        ("shl", "b", ("b", 4)) if low else ("shr", "a", ("a", 4)),
         ("lop3", "a", ("a", "b", 0x0F0F0F0F, 0xE4)),
         ("and", "index", ("a", 0x77777777)),
         ("shr", "upper", ("a", 1)),
@@ -148,14 +96,20 @@ def elements_by_bytes(table: list[int], place: int) -> list[Instruction]:
         ("or", "upper", ("upper", "unmoved")),
     ]
     for result in ("$0", "$1"):
-        made += [*_bytes_of("index", "upper"), ("prmt", result, ("lows", "highs", 0x7362 if place else 0x5140))]
+        for half, of_half in zip(("lows", "highs"), (TABLE[:4], TABLE[4:])):
+            made += [
+                ("prmt", half, (*of_half[:2], "index")),
+                ("prmt", "other", (*of_half[2:], "index")),
+                ("prmt", half, (half, "other", "upper")),
+            ]
+        made.append(("prmt", result, ("lows", "highs", 0x7362 if place > 1 else 0x5140)))
         if result == "$0":
             made += [("shr", "index", ("index", 16)), ("shr", "upper", ("upper", 16))]
     return made
 
 
 def of_even(quant_type: str, dtype: torch.dtype, place: int) -> list[Instruction]:
-    """As `elements_by_bytes`, of evenly spaced values and for every place; of 4 bits, the lowest first."""
+    """As `by_bytes`, of evenly spaced values; a place is of 4 bits, the lowest first."""
     base, one, kind = {
         torch.bfloat16: (0x4300, 0x3F80, "bf16x2"), torch.float16: (0x6400, 0x3C00, "f16x2"),
     }[dtype]  # fmt: skip
@@ -174,19 +128,12 @@ def of_even(quant_type: str, dtype: torch.dtype, place: int) -> list[Instruction
     return made
 
 
-WEIGHTS_BY_LANES = tuple(map(by_lanes, range(8)))
-PAIRS_BY_LANES = tuple(map(pair_by_lanes, range(4)))
-
-
 def ptx(made: list[Instruction]) -> str:
     """Instructions as PTX has them."""
     kinds = {"mov": "mov.u32", "shr": "shr.u32", "shfl": "shfl.sync.idx.b32"}
     lines, registers = [], {target for _, target, _ in made if not target.startswith("$")}
     for operation, target, sources in made:
         operands = [source if isinstance(source, str) else f"0x{source:08x}" for source in sources]
-        if operation == "cvt":  # of the low 16 bits
-            lines.append(f"{{ .reg .b16 low, high; mov.b32 {{low, high}}, {operands[0]}; cvt.f32.f16 {target}, low; }}")
-            continue
         if operation == "shfl":
             operands += ["0x1f", "0xffffffff"]
         kind = operation if "." in operation else kinds.get(operation, f"{operation}.b32")
@@ -194,13 +141,12 @@ def ptx(made: list[Instruction]) -> str:
     return f"{{ .reg .b32 {', '.join(sorted(registers))}; {' '.join(lines)} }}"
 
 
-WEIGHTS_PTX, PAIRS_PTX = tuple(map(ptx, WEIGHTS_BY_LANES)), tuple(map(ptx, PAIRS_BY_LANES))
+WEIGHTS_PTX = tuple(ptx(by_lanes(weight)) for weight in range(8))
 
 
 @functools.cache
 def texts(quant_type: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """`of_even` for every place, or of values in tables `half_by_bytes`, and `elements_by_bytes` for both places."""
+    """`of_even` or `by_bytes` for every place."""
     if quant_type in EVEN:
         return tuple(ptx(of_even(quant_type, dtype, place)) for place in range(4))
-    table = words(quant_type, dtype)
-    return tuple(map(ptx, (half_by_bytes(table, dtype), *(elements_by_bytes(table, place) for place in (0, 2)))))
+    return tuple(ptx(by_bytes(words(quant_type, dtype), place)) for place in range(4))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pkv_hf.kernels.activations import check_activation
-from pkv_hf.kernels.launch import Remembered, capability, described, device_limits
+from pkv_hf.kernels.launch import Remembered, described, device_limits
 from pkv_hf.kernels.launcher import Launcher
 from pkv_hf.kernels.linear import DTYPES
 from pkv_hf.kernels.pdl import options, overlaps
@@ -16,7 +16,7 @@ from pkv_hf.kernels.products.adapters import Adapters, Shrunk, read, shrink
 from pkv_hf.kernels.products.blocks import MAX_ROWS
 from pkv_hf.kernels.products.epilogue import Parts, add_parts, check_epilogue
 from pkv_hf.kernels.quantized import codes
-from pkv_hf.kernels.quantized.blocks import Block4, choose_block, most_rows
+from pkv_hf.kernels.quantized.blocks import Block4, choose_block
 from pkv_hf.kernels.quantized.kernels4 import gated4_kernel, linear4_kernel
 from pkv_hf.kernels.quantized.weights import AnyWeight4, group_of, kind_of
 
@@ -81,14 +81,10 @@ def _constants(
     )  # fmt: skip
 
 
-def _block(x: torch.Tensor, weights: Sequence[AnyWeight4], at_once: int, norm: torch.Tensor | None) -> Block4:
+def _block(x: torch.Tensor, weights: Sequence[AnyWeight4], at_once: int) -> Block4:
     """How a launch over weights side by side, or `at_once` ones of the first's shape, is cut."""
-    processors, shared_memory = device_limits(x.device)
-    overflows = norm is not None and x.dtype == torch.float16
-    by_sums = len(x) == 1 and (overflows or most_rows(capability(x.device)) == 1)
     group, outputs = group_of(weights[0], len(x)), sum(weight.outputs for weight in weights)
-    layout = weights[0].layout
-    return choose_block(*x.shape, outputs, at_once, processors, shared_memory, group, layout, by_sums=by_sums)
+    return choose_block(*x.shape, outputs, at_once, *device_limits(x.device), group, weights[0].layout)
 
 
 def _tensors(block: Block4, *weights: AnyWeight4) -> list[torch.Tensor]:
@@ -124,7 +120,7 @@ def linear4(
     check_epilogue(len(weights), residual, activation)
     outputs = [weight.outputs for weight in weights]
     width = sum(outputs)
-    block = block or _block(x, weights, 1, norm)
+    block = block or _block(x, weights, 1)
     shrunk = None if adapters is None else shrink(x, adapters, outputs, norm, offset)
     out = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     if block.cut(inputs)[0] > 1:
@@ -143,7 +139,7 @@ def in_parts4(
     `elementwise.add_norms` adds the parts and the bias. Raises ValueError for arguments that the kernel cannot take.
     """
     _check(x, {"weight": weight}, {"bias": bias})
-    block = _block(x, [weight], 1, None)
+    block = _block(x, [weight], 1)
     if block.cut(x.shape[1])[0] == 1:
         return None
     shrunk = None if adapters is None else shrink(x, adapters, [weight.outputs])
@@ -204,7 +200,7 @@ def gated4(
     if (bias_gate is None) != (bias_up is None):
         raise ValueError(f"bias_{'gate' if bias_gate is None else 'up'} is None: want both biases or none")
     rows, inputs = x.shape
-    block = block or _block(x, [gate], 2, norm)
+    block = block or _block(x, [gate], 2)
     parts, part_blocks = block.cut(inputs)
     out = torch.empty((rows, gate.outputs), dtype=x.dtype, device=x.device)
     sums = out

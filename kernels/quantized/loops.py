@@ -30,33 +30,17 @@ from pkv_hf.kernels.quantized.layouts import (
     summed_by_group,
 )
 
-PAIRS, OF_PAIR = tl.constexpr(codes.PAIRS_PTX), tl.constexpr(codes.PAIR_CONSTRAINTS)
 OF_ELEMENTS = tl.constexpr(codes.ELEMENTS_CONSTRAINTS)
-LANE, OF_LANE = tl.constexpr(codes.LANE), tl.constexpr(codes.LANE_CONSTRAINTS)
 
 
 @triton.jit
-def lanes_of(values_ptr, ASM: tl.constexpr):
-    """The value that a thread's lane holds. It differs from thread to thread, which the compiler is not told."""
-    if ASM is not None:
-        values_ptr += tl.inline_asm_elementwise(LANE, OF_LANE, [15], tl.int32, True, 1)
-    return tl.load(values_ptr)
-
-
-@triton.jit
-def decoded(packed, PLACE: tl.constexpr, TYPE: tl.constexpr, ASM: tl.constexpr, lanes, values_ptr,
-            LAYOUT: tl.constexpr):  # fmt: skip
+def decoded(packed, PLACE: tl.constexpr, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr, LAYOUT: tl.constexpr):
     """The values of elements' weights at a place of 0 to 3, in a half type: by PTX, or from memory."""
-    if ASM is None:
+    if ASM is not None:
+        found = tl.inline_asm_elementwise(ASM[PLACE], OF_ELEMENTS, [packed], tl.uint16, True, 4).to(TYPE, bitcast=True)
+    else:
         index = (packed >> (4 * (PLACE ^ 1 if LAYOUT == "bytes" else PLACE))) & 15
         found = tl.load(values_ptr + index.to(tl.int32))
-    elif LAYOUT == "bytes" and PLACE % 2:
-        bits = lanes.to(tl.uint16, bitcast=True).to(tl.uint32)
-        found = tl.inline_asm_elementwise(PAIRS[PLACE], OF_PAIR, [packed, bits], tl.uint16, True, 2)
-        found = found.to(TYPE, bitcast=True)
-    else:
-        text: tl.constexpr = ASM[1 + PLACE // 2 if LAYOUT == "bytes" else PLACE]
-        found = tl.inline_asm_elementwise(text, OF_ELEMENTS, [packed], tl.uint16, True, 4).to(TYPE, bitcast=True)
     return found
 
 
@@ -70,21 +54,21 @@ def _in_columns(x, of_group, G: tl.constexpr):
 
 
 @triton.jit
-def _multiplied(y, packed, x, scale, shift, of_group, TYPE: tl.constexpr, ASM: tl.constexpr, lanes, values_ptr,
+def _multiplied(y, packed, x, scale, shift, of_group, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr,
                 SCALE_WEIGHTS: tl.constexpr, SHIFTED: tl.constexpr, LAYOUT: tl.constexpr, GROUP: tl.constexpr,
                 G: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """y plus the product of a block; scale and shift [outputs, groups]."""
     if SCALE_WEIGHTS:
         factor = spread_to_elements(scale, LAYOUT, GROUP).to(TYPE)
         for i in tl.static_range(4):
-            values = decoded(packed, i, TYPE, ASM, lanes, values_ptr, LAYOUT) * factor
+            values = decoded(packed, i, TYPE, ASM, values_ptr, LAYOUT) * factor
             if SHIFTED:
                 values += spread_to_elements(shift, LAYOUT, GROUP).to(TYPE)
             y = tl.dot(values, x[i], y)
     else:
         product = tl.zeros_like(y)
         for i in tl.static_range(4):
-            values = decoded(packed, i, TYPE, ASM, lanes, values_ptr, LAYOUT)
+            values = decoded(packed, i, TYPE, ASM, values_ptr, LAYOUT)
             product = tl.dot(values, _in_columns(x[i], of_group, G), product)
         y += product * spread(scale, ROWS)
         if SHIFTED:
@@ -140,7 +124,6 @@ def by_dot(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         tail_mask = (m_tail < rows)[:, None]
         tail = tl.zeros([BLOCK_N, G * TAIL], tl.float32)
     tail2 = tail
-    lanes = lanes_of(values_ptr, ASM)
     wait(PDL)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
         known = w_mask & (g + at // GROUP < inputs // GROUP)[None, :]
@@ -156,24 +139,24 @@ def by_dot(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         x = (a, b, c, d)
         if NORM:
             squares += of_block
-        y = _multiplied(y, packed, x, scale, shift, of_group, TYPE, ASM, lanes, values_ptr, SCALE_WEIGHTS, SHIFTED,
+        y = _multiplied(y, packed, x, scale, shift, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS, SHIFTED,
                         LAYOUT, GROUP, G, BLOCK_M)  # fmt: skip
         if TAIL > 0:
             a, b, c, d, _ = inputs_by_place(
                 x_ptr, tail_at, tail_mask, at, norm_ptr, inputs, TYPE, False, OFFSET, EVEN, TYPE, LAYOUT, BLOCK_K
             )
             x_tail = (a, b, c, d)
-            tail = _multiplied(tail, packed, x_tail, scale, shift, of_group, TYPE, ASM, lanes, values_ptr,
+            tail = _multiplied(tail, packed, x_tail, scale, shift, of_group, TYPE, ASM, values_ptr,
                                SCALE_WEIGHTS, SHIFTED, LAYOUT, GROUP, G, TAIL)  # fmt: skip
         if GATED:
             packed = tl.load(w2_ptr + w_at + moved_by(at, outputs, LAYOUT), mask=w_there, other=0)
             scale, shift = scales_at(
                 absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset2, n, block, outputs, inputs, known, SCALES, QBLOCK
             )
-            y2 = _multiplied(y2, packed, x, scale, shift, of_group, TYPE, ASM, lanes, values_ptr, SCALE_WEIGHTS,
+            y2 = _multiplied(y2, packed, x, scale, shift, of_group, TYPE, ASM, values_ptr, SCALE_WEIGHTS,
                              SHIFTED, LAYOUT, GROUP, G, BLOCK_M)  # fmt: skip
             if TAIL > 0:
-                tail2 = _multiplied(tail2, packed, x_tail, scale, shift, of_group, TYPE, ASM, lanes, values_ptr,
+                tail2 = _multiplied(tail2, packed, x_tail, scale, shift, of_group, TYPE, ASM, values_ptr,
                                     SCALE_WEIGHTS, SHIFTED, LAYOUT, GROUP, G, TAIL)  # fmt: skip
     release(PDL)
     y = _rows(y, G, BLOCK_M)
@@ -226,7 +209,6 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
     y2 = y
     squares = squares_of(1, LAYOUT, BLOCK_K)
     next_w = tl.load(w_ptr + w_at, mask=w_mask & (k < in_row)[None, :], other=0, eviction_policy="evict_first")
-    lanes = lanes_of(values_ptr, ASM)
     wait(PDL)
     release(PDL)
     for at in range(0, inputs, BLOCK_K):
@@ -245,7 +227,7 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         scale, shift = scales_at(
             absmax_ptr, code_ptr, absmax2_ptr, offset, n, block, outputs, inputs, known, SCALES, QBLOCK
         )
-        y += _of_groups(packed, x, TYPE, ASM, lanes, values_ptr, LAYOUT, GROUP) * scale
+        y += _of_groups(packed, x, TYPE, ASM, values_ptr, LAYOUT, GROUP) * scale
         if SHIFTED:
             y += shift * _sums(x, LAYOUT, GROUP)
         if GATED:
@@ -255,7 +237,7 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             scale, shift = scales_at(
                 absmax_2_ptr, code_2_ptr, absmax2_2_ptr, offset2, n, block, outputs, inputs, known, SCALES, QBLOCK
             )
-            y2 += _of_groups(packed, x, TYPE, ASM, lanes, values_ptr, LAYOUT, GROUP) * scale
+            y2 += _of_groups(packed, x, TYPE, ASM, values_ptr, LAYOUT, GROUP) * scale
             if SHIFTED:
                 y2 += shift * _sums(x, LAYOUT, GROUP)
     total = tl.sum(y, 1)[None, :]
@@ -269,10 +251,10 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
 
 
 @triton.jit
-def _of_groups(packed, x, TYPE: tl.constexpr, ASM: tl.constexpr, lanes, values_ptr, LAYOUT: tl.constexpr,
+def _of_groups(packed, x, TYPE: tl.constexpr, ASM: tl.constexpr, values_ptr, LAYOUT: tl.constexpr,
                GROUP: tl.constexpr):  # fmt: skip
     """The products of one row, summed over each group: [outputs, groups]."""
     product = tl.zeros(packed.shape, tl.float32)
     for i in tl.static_range(4):
-        product += decoded(packed, i, TYPE, ASM, lanes, values_ptr, LAYOUT).to(tl.float32) * tl.trans(x[i])
+        product += decoded(packed, i, TYPE, ASM, values_ptr, LAYOUT).to(tl.float32) * tl.trans(x[i])
     return summed_by_group(product, LAYOUT, GROUP)

@@ -12,37 +12,28 @@ import triton.language as tl
 from pkv_hf.kernels.pdl import release, wait
 from pkv_hf.kernels.quantized import blocks, codes
 from pkv_hf.kernels.quantized.layouts import pairs_of, scales_at
-from pkv_hf.kernels.quantized.loops import lanes_of
 
 WEIGHTS, OF_WEIGHT = tl.constexpr(codes.WEIGHTS_PTX), tl.constexpr(codes.WEIGHT_CONSTRAINTS)
-OF_HALF = tl.constexpr(codes.HALF_CONSTRAINTS)
+LANE, OF_LANE = tl.constexpr(codes.LANE), tl.constexpr(codes.LANE_CONSTRAINTS)
 OF_THREAD = tl.constexpr(blocks.OF_THREAD)
 
 
 @triton.jit
-def _value(packed, AT: tl.constexpr, values_ptr):
-    """The values of words' weights AT, from memory."""
-    return tl.load(values_ptr + ((packed >> (4 * (AT ^ 1))) & 15).to(tl.int32)).to(tl.float32)
+def _lanes(values_ptr, ASM: tl.constexpr):
+    """The value that a thread's lane holds. It differs from thread to thread, which the compiler is not told."""
+    if ASM is not None:
+        values_ptr += tl.inline_asm_elementwise(LANE, OF_LANE, [15], tl.int32, True, 1)
+    return tl.load(values_ptr).to(tl.float32)
 
 
 @triton.jit
-def _half_values(packed, UPPER: tl.constexpr, ASM: tl.constexpr, lanes, values_ptr):
-    """The values of four of words' eight weights, in float32."""
-    if ASM is None:
-        a = _value(packed, 4 * UPPER, values_ptr)
-        b = _value(packed, 4 * UPPER + 1, values_ptr)
-        c = _value(packed, 4 * UPPER + 2, values_ptr)
-        d = _value(packed, 4 * UPPER + 3, values_ptr)
-    elif UPPER:
-        wide = lanes.to(tl.float32)
-        a = tl.inline_asm_elementwise(WEIGHTS[4], OF_WEIGHT, [packed, wide], tl.float32, True, 1)
-        b = tl.inline_asm_elementwise(WEIGHTS[5], OF_WEIGHT, [packed, wide], tl.float32, True, 1)
-        c = tl.inline_asm_elementwise(WEIGHTS[6], OF_WEIGHT, [packed, wide], tl.float32, True, 1)
-        d = tl.inline_asm_elementwise(WEIGHTS[7], OF_WEIGHT, [packed, wide], tl.float32, True, 1)
+def _values(packed, WEIGHT: tl.constexpr, ASM: tl.constexpr, lanes, values_ptr):
+    """The values of words' weights 0 to 7, in float32: from lanes, or from memory."""
+    if ASM is not None:
+        found = tl.inline_asm_elementwise(WEIGHTS[WEIGHT], OF_WEIGHT, [packed, lanes], tl.float32, True, 1)
     else:
-        four: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
-        a, b, c, d = tl.inline_asm_elementwise(ASM[0], OF_HALF, [packed], four, True, 1)
-    return a, b, c, d
+        found = tl.load(values_ptr + ((packed >> (4 * (WEIGHT ^ 1))) & 15).to(tl.int32)).to(tl.float32)
+    return found
 
 
 @triton.jit
@@ -86,7 +77,7 @@ def by_threads(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         offset = tl.load(offset_ptr)
         if GATED:
             offset2 = tl.load(offset_2_ptr)
-    lanes = lanes_of(values_ptr, ASM)
+    lanes = _lanes(values_ptr, ASM)
     y = tl.zeros([BLOCK_N, T], tl.float32)
     y2 = y
     squares = tl.zeros([1, T], tl.float32)
@@ -132,24 +123,16 @@ def by_threads(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             x = _four(tl.load(x_ptr + pair, mask=inside, other=0))
             if NORM:
                 norm = _four(tl.load(norm_ptr.to(tl.pointer_type(tl.int32)) + pair, mask=inside, other=0))
-            for half in tl.static_range(2):
-                even, odd = _floats(x[2 * half], TYPE)
-                even2, odd2 = _floats(x[2 * half + 1], TYPE)
+            for i in tl.static_range(4):
+                even, odd = _floats(x[i], TYPE)
                 if NORM:
-                    squares += even * even + odd * odd + even2 * even2 + odd2 * odd2
-                    even, odd = _by_norm(even, odd, norm[2 * half], TYPE, OFFSET)
-                    even2, odd2 = _by_norm(even2, odd2, norm[2 * half + 1], TYPE, OFFSET)
-                a, b, c, d = _half_values(of_thread[word], half, ASM, lanes, values_ptr)
-                sums += a * even
-                sums += b * odd
-                sums += c * even2
-                sums += d * odd2
+                    squares += even * even + odd * odd
+                    even, odd = _by_norm(even, odd, norm[i], TYPE, OFFSET)
+                sums += _values(of_thread[word], 2 * i, ASM, lanes, values_ptr) * even
+                sums += _values(of_thread[word], 2 * i + 1, ASM, lanes, values_ptr) * odd
                 if GATED:
-                    a, b, c, d = _half_values(of_thread2[word], half, ASM, lanes, values_ptr)
-                    sums2 += a * even
-                    sums2 += b * odd
-                    sums2 += c * even2
-                    sums2 += d * odd2
+                    sums2 += _values(of_thread2[word], 2 * i, ASM, lanes, values_ptr) * even
+                    sums2 += _values(of_thread2[word], 2 * i + 1, ASM, lanes, values_ptr) * odd
         y += sums * scale
         if GATED:
             y2 += sums2 * scale2

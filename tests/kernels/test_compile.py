@@ -154,7 +154,7 @@ def of_rows(kernel, rows, inputs, outputs, at_once, PARTS=False, ADAPTERS=0, wei
 LORA = {"table_ptr": "*i64", "h_ptr": "*fp32", "lora_ptr": "*fp32"}
 
 def of_4_bits(kernel, rows, outputs, at_once, layout, scaled, quant_type, group=64, ADAPTERS=0, **form):
-    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, group, layout, by_sums=target < 80)
+    block = blocks4.choose_block(rows, 4096, outputs, at_once, 132, shared, group, layout)
     block_m, tail = block.padded(rows, group)
     asm = codes.texts(quant_type, torch.float16 if half == "fp16" else torch.bfloat16)
     form = dict(BLOCK_M=block_m, TAIL=tail, BLOCK_N=block.outputs, BLOCK_K=block.inputs, STAGES=block.num_stages,

@@ -40,13 +40,9 @@ def run(made, lanes=(), **registers):
         bits = ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1) for i in range(32))
         return sum((truth >> bit & 1) << i for i, bit in enumerate(bits))
 
-    def cvt(a):
-        half = torch.tensor([a & 0xFFFF], dtype=torch.int32).to(torch.uint16).view(torch.float16)
-        return int(half.float().view(torch.int32)) & ALL
-
     operations = {
         "mov": lambda a: a, "and": lambda a, b: a & b, "or": lambda a, b: a | b, "xor": lambda a, b: a ^ b,
-        "shl": lambda a, b: a << b & ALL, "shr": lambda a, b: a >> b, "prmt": prmt, "lop3": lop3, "cvt": cvt,
+        "shl": lambda a, b: a << b & ALL, "shr": lambda a, b: a >> b, "prmt": prmt, "lop3": lop3,
         "shfl": lambda _, lane: lanes[lane % 32],
     }  # fmt: skip
     registers[codes.ZERO] = (1 << secrets.randbelow(32)) - 1
@@ -65,53 +61,40 @@ def weights_in(held):
     return [index for each in held for index in (each >> 4, each & 15)]
 
 
-def test_lanes_have_the_values_of_every_byte_at_every_place():
-    values = [secrets.randbits(16) for _ in range(16)]
+def test_lanes_have_the_values_of_every_byte():
+    values = [secrets.randbits(32) for _ in range(16)]
     for byte in range(256):
         for at in range(4):
             held = around(byte, at, 4)
             word = {"$1": int.from_bytes(held, "little")}
-            weights = [values[index] for index in weights_in(held)]
-            assert [run(made, values * 2, **word)["$0"] for made in codes.WEIGHTS_BY_LANES] == weights
-            pairs = [run(made, values * 2, **word)["$0"] for made in codes.PAIRS_BY_LANES]
-            assert [(pair & 0xFFFF, pair >> 16) for pair in pairs] == [*zip(weights[:4], weights[4:])]
+            found = [run(codes.by_lanes(weight), values * 2, **word)["$0"] for weight in range(8)]
+            assert found == [values[index] for index in weights_in(held)]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("quant_type", codes.LOOKED_UP)
 def test_bytes_have_the_values_of_every_byte_at_every_place(quant_type, dtype):
     table, values = codes.words(quant_type, dtype), codes.bits(quant_type, dtype)
-    wide = [int(v) & ALL for v in codes.values(quant_type, dtype, torch.device("cpu")).float().view(torch.int32)]
     for byte in range(256):
-        for at in range(4):
-            held = around(byte, at, 4)
-            found = run(codes.half_by_bytes(table, dtype), **{"$4": int.from_bytes(held, "little")})
-            assert [found[f"${i}"] for i in range(4)] == [wide[index] for index in weights_in(held)[:4]]
         for at in range(8):
             held = around(byte, at, 8)  # four elements of two bytes
             packed = {"$2": int.from_bytes(held[:4], "little"), "$3": int.from_bytes(held[4:], "little")}
-            for place in (0, 2):
-                found = run(codes.elements_by_bytes(table, place), **packed)
+            for place in range(4):
+                found = run(codes.by_bytes(table, place), **packed)
                 of_place = [found[result] >> shift & 0xFFFF for result in ("$0", "$1") for shift in (0, 16)]
                 assert of_place == [values[index] for index in weights_in(held)[place::4]]
 
 
 def test_the_text_is_the_instructions():
     table = codes.words("nf4", torch.float16)
-    lists = [*codes.WEIGHTS_BY_LANES, *codes.PAIRS_BY_LANES, codes.half_by_bytes(table, torch.float16)]
-    lists += [codes.elements_by_bytes(table, place) for place in (0, 2)]
-    texts = [*codes.WEIGHTS_PTX, *codes.PAIRS_PTX, *codes.texts("nf4", torch.float16)]
+    lists = [*map(codes.by_lanes, range(8)), *(codes.by_bytes(table, place) for place in range(4))]
+    texts = [*codes.WEIGHTS_PTX, *codes.texts("nf4", torch.float16)]
     for text, made in zip(texts, lists, strict=True):
-        text = text.replace("{ .reg .b16 low, high; mov.b32 {low, high}, pair; cvt.f32.f16 ", "cvt pair, ")
-        text = text.replace(", low; }", ";")
         lines = [line.strip() for line in text.strip("{} ").split(";")[1:] if line.strip()]
         for line, (operation, target, sources) in zip(lines, made, strict=True):
             name, _, operands = line.partition(" ")
             assert name.split(".")[0] == operation
             read = [operand.strip() for operand in operands.split(",")]
-            if operation == "cvt":
-                assert read == ["pair", target]
-                continue
             lanes = ["0x1f", "0xffffffff"] * (operation == "shfl")
             assert read == [target, *(s if isinstance(s, str) else f"0x{s:08x}" for s in sources), *lanes]
 
@@ -212,11 +195,12 @@ def test_weights_of_two_kinds_are_refused():
 @pytest.mark.parametrize("outputs", [512, 28672])
 def test_blocks_fit_shared_memory(outputs, rows, weights, shared_kib):
     for group, layout in itertools.product(GROUPS, LAYOUTS):
-        of_group = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, group, layout, by_sums=False)
+        of_group = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, group, layout)
         assert of_group.shared_memory(rows, weights, group) <= shared_kib * 1024
-        by_threads = rows == 1 and layout == "bytes"
-        assert of_group.form == ("threads" if by_threads else "columns" if rows <= group / 8 else "weights")
-    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 64, "bytes", by_sums=False)
+        one_row = "threads" if layout == "bytes" else "sums"
+        in_columns = layout != "bytes" and rows <= group / 8
+        assert of_group.form == (one_row if rows == 1 else "columns" if in_columns else "weights")
+    block = choose_block(rows, 4096, outputs, weights, 132, shared_kib * 1024, 64, "bytes")
     assert (block.cut(4096)[0] > 1) == (outputs == 512 and rows > 1)
     assert sum(block.padded(rows, 64)) >= rows
 

@@ -21,12 +21,12 @@ from pkv_hf.bench.inputs.weights import WEIGHTS
 from pkv_hf.kernels.checks.attention import rms
 from pkv_hf.kernels.quantized import linear4
 from pkv_hf.memory.weights import step_weight_bytes, weight_bytes
-from pkv_hf.patches.check import _alike
 from pkv_hf.patches.projections.base import Normed
 from pkv_hf.patches.projections.gptq4 import GPTQ4
 from pkv_hf.patches.projections.module import Own
 from pkv_hf.patches.projections.registry import Kinds, in_float32
 from pkv_hf.patches.projections.torchao4 import TorchAO4
+from pkv_hf.patches.reading import alike
 from pkv_hf.runtime.captured.watch import Watch
 
 GROUP = 32
@@ -259,14 +259,14 @@ def test_which_kind_takes_layers_side_by_side():
     assert type(kinds(layers, x.expand(41, 2, 128).flatten(0, 1))) is Own
 
 
-def test_layers_whose_modules_know_their_names_are_alike():
+def test_layers_whose_modules_know_their_names_arealike():
     layers = [nn.ModuleDict({"proj": nn.ModuleDict({"q": gptq4(layer())})}) for _ in range(3)]
     for i, each in enumerate(layers):
         each["proj"]["q"].name = f"model.layers.{i}.proj.q"
-    assert _alike(layers[0]) == _alike(layers[1])
+    assert alike(layers[0]) == alike(layers[1])
     layers[1]["proj"]["q"].mode = "fast"
     layers[2]["proj"]["q"].name = "fast"
-    assert len({_alike(each) for each in layers}) == 3
+    assert len({alike(each) for each in layers}) == 3
 
 
 @torch.no_grad()
