@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -220,10 +221,13 @@ def _experts(state: PatchState, fusion: Fusion) -> tuple[int, int, dict[str, int
     not."""
     assert state.decision is not None
     step, mixtures = state.decision.shapes[0], fusion.mixtures
-    count, own = len(mixtures.forms), dict(mixtures.own)
-    if count and (why := mixtures.why_not(step.rows * step.q_len, step.device)):
-        return 0, 0, {**own, why: count}
-    return count, len(mixtures.routers), own
+    count, own, rows = 0, Counter(mixtures.own), step.rows * step.q_len
+    for module in mixtures.forms:
+        why = mixtures.why_not(rows * mixtures.spread.get(module, 1), step.device)
+        own.update([why] * bool(why))
+        count += not why
+    routers = 0 if mixtures.why_not(rows, step.device) else len(mixtures.routers)
+    return count, routers, dict(own)
 
 
 def _not_run_ahead(state: PatchState) -> str:

@@ -18,6 +18,7 @@ from torch.nn import functional
 from pkv_hf.kernels import reference as activations
 from pkv_hf.kernels.experts import reference
 from pkv_hf.kernels.experts.reference import Form, Stacked
+from pkv_hf.patches.experts.dense import AsChosen, takes_rows_alone
 from pkv_hf.patches.reading import SET_ON, drawn
 
 UPS, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
@@ -64,6 +65,8 @@ def not_stacked(module: Any, around: Iterable[nn.Module]) -> str:
             return f"a {name} keeps {key} as a {type(value).__name__}"
         if value.dtype != held[DOWN].dtype or not value.dtype.is_floating_point or not value.is_contiguous():
             return f"a {name} has {key} in {value.dtype}, or not contiguous"
+    if takes_rows_alone(module) and len(held) > 2:
+        return f"a {name} has biases, and all rows for each expert"
     if getattr(module, "_is_expert_parallel", False):
         return f"a {name} has experts on several devices"
     if next((True for child in module.children() for _ in child.parameters()), False):
@@ -72,7 +75,10 @@ def not_stacked(module: Any, around: Iterable[nn.Module]) -> str:
 
 
 def few(module: Any, chosen: torch.Tensor, dtype: torch.dtype) -> Any:
-    """A copy of a module with the chosen experts alone, in a dtype, which runs its class's own loop over experts."""
+    """A copy of a module with the chosen experts alone, in a dtype, which runs its class's own loop over experts.
+
+    It is called with x, index and weights.
+    """
     twin, held = copy.copy(module), {key: value for key, value in vars(module).items() if key not in SET_ON}
     held["_parameters"] = {
         key: None if value is None else nn.Parameter(value.detach()[chosen].to(dtype), requires_grad=False)
@@ -83,7 +89,7 @@ def few(module: Any, chosen: torch.Tensor, dtype: torch.dtype) -> Any:
         held["config"]._experts_implementation = "eager"
     vars(twin).clear()
     vars(twin).update(held)
-    return twin
+    return AsChosen(twin, len(chosen)) if takes_rows_alone(module) else twin
 
 
 def read(module: Any, chosen: torch.Tensor) -> Form | str:

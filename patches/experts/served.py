@@ -13,6 +13,7 @@ from torch import nn
 
 from pkv_hf.errors import first_line
 from pkv_hf.patches.experts.beside import BelievedMLPs
+from pkv_hf.patches.experts.dense import chosen_rows, takes_rows_alone
 from pkv_hf.patches.experts.described import (
     COPIED,
     DOWN,
@@ -32,7 +33,7 @@ from pkv_hf.runtime.fusion import Mixtures
 from pkv_hf.runtime.step import current_step, launching_on
 
 if TYPE_CHECKING:
-    from pkv_hf.kernels.experts.reference import Form
+    from pkv_hf.kernels.experts.reference import Form, Stacked
 
 
 def experts_of(decoder: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
@@ -59,26 +60,29 @@ def experts_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return original(self, "forward")(*args, **kwargs)
     from pkv_hf.kernels.experts.experts import experts, most_rows
 
-    call = _call(self, (*args, *kwargs.values()))
+    of = stacked(self, mixtures.forms[self])
+    call = _call(self, of, (*args, *kwargs.values()))
     if call is None:  # it will be called so again
         del mixtures.forms[self]
         mixtures.own[f"a {type(self).__name__} is called with more than rows in its dtype and their choices"] += 1
     if call is None or not 1 <= len(call[0]) <= most_rows(call[0].device):
         return original(self, "forward")(*args, **kwargs)
-    return experts(*(tensor.contiguous() for tensor in call), stacked(self, mixtures.forms[self]))
+    return experts(*(tensor.contiguous() for tensor in call), of)
 
 
-def _call(module: Any, call: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
+def _call(module: Any, of: Stacked, call: tuple[Any, ...]) -> tuple[torch.Tensor, ...] | None:
     """x, index and weights of a call; None for one that the module has to answer itself."""
-    if len(call) != 3 or not all(isinstance(each, torch.Tensor) and each.ndim == 2 for each in call):
+    if not all(isinstance(each, torch.Tensor) and each.ndim == 2 for each in call):
+        return None
+    if "parametrizations" in module._modules or call[0].dtype != of.down.dtype:
+        return None
+    if takes_rows_alone(module):
+        return chosen_rows(call[0], of) if len(call) == 1 and len(call[0]) % len(of.down) == 0 else None
+    if len(call) != 3:
         return None
     x, index, weights = call if not call[1].is_floating_point() else (call[0], call[2], call[1])
-    if index.is_floating_point() or index.shape != weights.shape or len(index) != len(x):
-        return None
-    down = module._parameters.get(DOWN)
-    if down is None or down.dtype != x.dtype or "parametrizations" in module._modules:
-        return None
-    return x, index, weights
+    fits = index.shape == weights.shape and len(index) == len(x)
+    return (x, index, weights) if fits and not index.is_floating_point() else None
 
 
 class Believed:
@@ -103,6 +107,8 @@ class Believed:
                 found.own[form] += 1
             else:
                 found.forms[module] = form
+                if takes_rows_alone(module):
+                    found.spread[module] = len(module._parameters[DOWN])  # type: ignore[arg-type]
         return found
 
 

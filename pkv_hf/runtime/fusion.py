@@ -62,6 +62,8 @@ class Mixtures:
 
     forms: dict[nn.Module, Any] = field(default_factory=dict)
     """Those that our kernels run, and what these do: `kernels.experts.reference.Form`."""
+    spread: dict[nn.Module, int] = field(default_factory=dict)
+    """How many rows those are given for each row of a step, where they are more than one."""
     own: Counter[str] = field(default_factory=Counter)
     """How many run their own forward, by why."""
     routers: dict[nn.Module, Any] = field(default_factory=dict)

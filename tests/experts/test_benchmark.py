@@ -25,7 +25,8 @@ def script(run, monkeypatch):
 
 
 def case(script, rows):
-    model = SHAPES["gpt-oss-20b"].build(torch.bfloat16, "cpu", small=True, num_hidden_layers=1)
+    sizes = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 48}
+    model = SHAPES["gpt-oss-20b"].build(torch.bfloat16, "cpu", small=True, **sizes)
     module = next(each for each in decoder_of(model).modules() if holds_experts(each))
     of = stacked(module, Believed()(decoder_of(model)).forms[module])
     return module, of, script.draws(rows, 2, of)
@@ -37,7 +38,7 @@ def test_every_way_is_compared_and_recorded(script):
     engines = ["pkv_hf", "pkv_hf, up 32x64x2", "pkv_hf, down 32x64x2", "batched_mm", "grouped_mm"]
     assert [record["engine"] for record in records] == engines
     chosen = sum(len(set(index.flatten().tolist())) for _, index, _ in calls)
-    nbytes = 2 * (3 * 256 * 512 + 2 * 512 + 256) * chosen / len(calls)
+    nbytes = 2 * (3 * 64 * 48 + 2 * 48 + 64) * chosen / len(calls)
     for record in records:
         assert record["bytes"] == nbytes
         assert record["gb_s"] == nbytes / 2.0 / 1e3

@@ -25,11 +25,10 @@ from tiny import assert_on_pages, left_padded
 pytestmark = pytest.mark.contract
 
 EIGHT = {"num_local_experts": 8, "num_experts_per_tok": 2}
-KINDS = ["sliding_attention", "full_attention"]
-LAYERS = {"num_hidden_layers": len(KINDS)}
+FULL = ["full_attention"]
 MIXTURES: dict[str, tuple[str, str, dict]] = {
     **{name: SERVED[name] for name in ("qwen2-moe", "qwen3-moe", "mixtral")},
-    "gpt-oss": (*SERVED["gpt-oss"][:2], {**SERVED["gpt-oss"][2], "layer_types": KINDS}),
+    "gpt-oss": (*SERVED["gpt-oss"][:2], {**SERVED["gpt-oss"][2], "layer_types": FULL}),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 8, "num_experts_per_tok": 3}),
     "phimoe": ("PhimoeConfig", "PhimoeForCausalLM", EIGHT),
     "granite-moe": ("GraniteMoeConfig", "GraniteMoeForCausalLM", EIGHT),
@@ -65,21 +64,23 @@ MIXTURES: dict[str, tuple[str, str, dict]] = {
         {
             "head_dim": 16, "global_head_dim": 16, "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
             "moe_intermediate_size": 32, "hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0,
-            "vocab_size_per_layer_input": 128, "layer_types": KINDS,
+            "vocab_size_per_layer_input": 128, "layer_types": FULL,
         },
     ),
 }  # fmt: skip
 OWN_ROUTERS = ("phimoe", "gemma-4-26b")
 """Whose choice is of another form."""
+LAYERS = {"glm-4.5": 2, "ernie-4.5": 2, "qwen3-next": 2}
+"""Where they are more than one."""
 DENSE = {"glm-4.5": 1, "ernie-4.5": 1}
-"""Layers without experts."""
+"""Of them without experts."""
 CLAMPED = Form(True, "interleaved", "silu", limit=7.0, alpha=1.702, shift=1.0)
 FORMS = {"gpt-oss": CLAMPED, "gemma-4-26b": Form(False, "halves", "gelu_tanh")}
 
 
 def mixture(name: str, dtype: torch.dtype = torch.float32, **settings):
     config, model, own = MIXTURES[name]
-    return build(config, model, {**own, **LAYERS, **settings}).to(dtype)
+    return build(config, model, {**own, "num_hidden_layers": LAYERS.get(name, 1), **settings}).to(dtype)
 
 
 def experts_in(model) -> list[nn.Module]:
@@ -112,7 +113,7 @@ def chose(monkeypatch) -> Counter:
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_tokens_are_transformers_own(name, ran, chose):
-    model, inputs = mixture(name), left_padded(12, 7)
+    model, inputs = mixture(name), left_padded(9, 5)
     expected = generate(model, inputs, 4).sequences
     assert len(set(expected[:, -4:].flatten().tolist())) > 2  # tokens wander, so that a wrong one shows
     with pkv_hf.patched(model, route="split"):
@@ -120,7 +121,7 @@ def test_tokens_are_transformers_own(name, ran, chose):
         report = pkv_hf.report(model)
         assert_on_pages(model)
     assert torch.equal(output, expected)
-    count = LAYERS["num_hidden_layers"] - DENSE.get(name, 0)
+    count = LAYERS.get(name, 1) - DENSE.get(name, 0)
     assert (report.experts, report.not_experts) == (count, {})
     routers = 0 if name in OWN_ROUTERS else count
     assert report.routers == routers

@@ -8,14 +8,16 @@ from torch import nn
 
 pytest.importorskip("triton")
 
-from served import SERVED, build
+from served import SERVED, build, generate
 
 import pkv_hf
 from pkv_hf.compat import decoder_of
 from pkv_hf.kernels.experts import routing
 from pkv_hf.kernels.experts.reference import Routing
+from pkv_hf.patches.experts import routers as reading
 from pkv_hf.patches.experts.routers import GIVEN, BelievedRouters, _taken, routed, routers_of
 from pkv_hf.replaced import REPLACED
+from tiny import left_padded
 
 pytestmark = pytest.mark.contract
 
@@ -122,3 +124,13 @@ def test_a_choice_that_differs_is_not_believed(monkeypatch):
     assert len(BelievedRouters()(decoder)) == 1
     monkeypatch.setattr(routing, "route", other)
     assert BelievedRouters()(decoder) == {}
+
+
+def test_a_router_that_is_called_in_another_way_is_not_counted(monkeypatch):
+    model, inputs = build(*ROUTERS["qwen3"][0]), left_padded(9, 5)
+    expected = generate(model, inputs, 3).sequences
+    monkeypatch.setattr(reading, "_taken", lambda *_: False)
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs, 3).sequences, expected)
+        report = pkv_hf.report(model)
+    assert (report.experts, report.routers) == (1, 0)

@@ -13,8 +13,9 @@ from served import EXPERTS, SERVED, build, generate
 import pkv_hf
 from pkv_hf.compat import decoder_of
 from pkv_hf.kernels.experts import experts as module
+from pkv_hf.kernels.experts.reference import Form
 from pkv_hf.patches.experts import served
-from pkv_hf.patches.experts.described import DOWN, holds_experts, read
+from pkv_hf.patches.experts.described import DOWN, holds_experts, read, stacked
 from pkv_hf.patches.experts.served import Believed, _call
 from tiny import left_padded
 
@@ -112,8 +113,29 @@ def test_other_modules_are_not_read(change, why):
     assert why in why_own(model)
 
 
-def test_experts_of_other_arguments_are_not_read():
-    assert "a Llama4TextExperts is not understood: TypeError" in why_own(mixture("llama4"))
+def test_experts_that_are_given_all_rows_for_each(monkeypatch):
+    """Llama 4's: rows that did not choose an expert are zero."""
+    given, plain = [], module.experts
+    monkeypatch.setattr(module, "experts", lambda x, index, *rest: given.append(index) or plain(x, index, *rest))
+    model, inputs = mixture("llama4", num_experts_per_tok=2), left_padded(9, 5)
+    expected = generate(model, inputs, 3).sequences
+    with pkv_hf.patched(model, route="split"):
+        assert torch.equal(generate(model, inputs, 3).sequences, expected)
+        report = pkv_hf.report(model)
+        monkeypatch.setattr(module, "MAX_ROWS", 7)
+        assert pkv_hf.report(model).not_experts == {"8 rows are more than 7": 1}
+    assert (report.experts, report.routers, report.not_experts) == (1, 0, {})
+    of_steps = [index for index in given if index.shape == (8, 1)]
+    assert of_steps
+    assert all(int((index >= 0).sum()) == 4 for index in of_steps)  # two choices of two rows
+
+
+@torch.no_grad()
+def test_such_experts_with_biases_are_not_read():
+    model = mixture("llama4")
+    each = experts_of(model)
+    each.gate_up_proj_bias, each.down_proj_bias = nn.Parameter(torch.ones(4, 192)), nn.Parameter(torch.ones(4, 64))
+    assert "has biases, and all rows for each expert" in why_own(model)
 
 
 def test_kernels_that_err_are_not_believed(monkeypatch):
@@ -137,11 +159,16 @@ def test_a_clamp_that_no_small_number_reaches_is_seen():
 @torch.no_grad()
 def test_calls_of_another_kind_are_the_modules_own():
     each = experts_of(mixture())
+    of = stacked(each, Form(False, "halves", "silu"))
     x, index, weights = torch.randn(2, 64), torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2)
-    assert _call(each, (x, weights, index)) == (x, index, weights)
+    assert _call(each, of, (x, weights, index)) == (x, index, weights)
     others = ((x, index), (x, index, weights[:, :1]), (x[None], index, weights), (x, weights, weights))
     for call in (*others, (x.half(), index, weights), (x[:1], index, weights)):
-        assert _call(each, call) is None
+        assert _call(each, of, call) is None
+    each = experts_of(mixture("llama4"))
+    of = stacked(each, Form(True, "halves", "silu"))
+    for call in ((x, index, weights), (x.repeat(3, 1),), (x.repeat(4, 1).half(),)):
+        assert _call(each, of, call) is None
 
 
 def test_a_call_of_another_kind_is_said(monkeypatch):
