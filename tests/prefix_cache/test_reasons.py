@@ -180,14 +180,24 @@ def test_a_model_that_gives_its_decoder_something_else_runs_again_whole(what, by
 
 
 def test_a_call_that_is_left_to_transformers_has_its_whole_prompt_there(same):
-    """Layers that drop out draw for every token of a prompt."""
-    twin = tiny("llama", attention_dropout=0.5)
-    model = pkv_hf.patch(copy.deepcopy(twin), prefix_cache="4MiB")
+    """Where a user's attention function takes the place of transformers', say, which may look at all of it."""
+    model, twin = with_prefix_cache("llama")
     same(model, twin, PROMPT)
-    for each in (model, twin):
-        each.train()
-    same(model, twin, PROMPT)
+    before = transformers.AttentionInterface()["sdpa"]
+
+    def by_length(module, query, *args, **kwargs):
+        output, weights = before(module, query, *args, **kwargs)
+        return output * (1 + query.shape[2] / 8), weights
+
+    transformers.AttentionInterface.register("sdpa", by_length)
+    try:
+        same(model, twin, PROMPT)
+    finally:
+        transformers.AttentionInterface.register("sdpa", before)
+    assert pkv_hf.report(model).calls.transformers
     assert (prefix_use(model).hits, prefix_use(model).not_cached) == (0, (OTHERWISE,))
+    same(model, twin, PROMPT)
+    assert prefix_use(model).hits == 1
 
 
 def _shift(model, what, by):
