@@ -46,8 +46,8 @@ fewshot_split: test
 fewshot_config: {{sampler: first_n}}
 output_type: generate_until
 doc_to_text: "Question: which city is the capital of {{{{land}}}}?\\nAnswer:"
-doc_to_target: "{{{{city}}}}."
-generation_kwargs: {{until: ["."], max_gen_toks: 8, do_sample: false}}
+doc_to_target: "{{{{city}}}}"
+generation_kwargs: {{until: ["\\n"], max_gen_toks: 8, do_sample: false}}
 metric_list: [{{metric: exact_match, regexes_to_ignore: ["^ "]}}]
 """
 

@@ -25,6 +25,7 @@ for _ in 1 2; do
   TRITON_CACHE_DIR=$cache generate --model llama-3.1-8b --dtype bfloat16 --lengths 8192 --new-tokens 48
 done
 scripts/record_shapes.sh "$out"
+python3 scripts/benchmark_prefix.py --document 8192 --rope-scaling yarn:2 --out "$out/prefix.jsonl"
 python3 scripts/benchmark_linear.py --out "$out/linear.jsonl"
 python3 scripts/benchmark_experts.py --out "$out/experts.jsonl"
 for weights in "" "--weights nf4"; do

@@ -134,29 +134,43 @@ def test_a_dtype_of_its_own_under_autocast():
     assert prefix_use(model).hits == 0
 
 
-def test_weights_that_change_within_a_call_leave_nothing_of_it(same):
-    """Neither of its prompt nor of its answer, though both were computed before."""
+class Changes(BaseStreamer):
+    """Changes a model before one of its tokens."""
 
-    class Changes(BaseStreamer):
-        def __init__(self, model, tokens):
-            self.model, self.left = model, tokens
+    def __init__(self, change, model, tokens):
+        self.change, self.model, self.left = change, model, tokens
 
-        def put(self, value):
-            self.left -= 1
-            if not self.left:
-                self.model.model.layers[0].mlp.down_proj.weight.data.mul_(3)
-                if hasattr(self.model, "_pkv_hf_state"):
-                    pkv_hf.clear_prefix_cache(self.model)
+    def put(self, value):
+        self.left -= 1
+        if not self.left:
+            self.change(self.model)
 
-        def end(self):
-            pass
+    def end(self):
+        pass
 
+
+def tripled(model):
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(3)
+    if hasattr(model, "_pkv_hf_state"):
+        pkv_hf.clear_prefix_cache(model)
+
+
+def sharpened(model):
+    model.model.layers[1].self_attn.scaling *= 3
+
+
+@pytest.mark.parametrize(("change", "saved"), [(tripled, 0), (sharpened, 32)])
+def test_changes_within_a_call_leave_nothing_of_what_came_after(change, saved, same):
+    """Of weights not even the prompt, though it was computed before; a setting's prompt is right under the old one."""
     model, twin = with_prefix_cache("llama")
+    before = model.model.layers[1].self_attn.scaling
     asked = {"max_new_tokens": 30, "do_sample": False}
-    given, expected = (each.generate(**PROMPT, **asked, streamer=Changes(each, 20)) for each in (model, twin))
+    given, expected = (each.generate(**PROMPT, **asked, streamer=Changes(change, each, 20)) for each in (model, twin))
     assert torch.equal(given, expected)
+    for each in (model, twin):
+        each.model.layers[1].self_attn.scaling = before
     same(model, twin, one(given[0].tolist()))
-    assert prefix_use(model).hits == 0
+    assert prefix_use(model).tokens_saved == saved
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 import pkv_hf
 from pkv_hf.runtime.prefix_cache.blocks import Blocks
 from pkv_hf.runtime.prefix_cache.kept import Rows
+from pkv_hf.runtime.prefix_cache.prompts import Answered
 from pkv_hf.runtime.prefix_cache.tree import Tree
 from tiny import one, padded, prefix_use, tokens, with_prefix_cache
 
@@ -51,8 +52,31 @@ def test_the_end_of_a_prompt_goes_before_its_beginning(same):
     model, twin = with_prefix_cache("llama", budget=5 * PAGE)
     first, second = ([*tokens(48, seed), 5] for seed in (1, 2))
     for prompt in (first, second, first):
-        same(model, twin, one(prompt), max_new_tokens=2)
+        same(model, twin, one(prompt), max_new_tokens=2, num_beams=2)  # whose answers are not kept
     assert prefix_use(model).tokens_saved == 32
+
+
+def test_room_grows_up_to_the_budget(same):
+    model, twin = with_prefix_cache("llama", budget=70 * PAGE)
+    for n in range(12):
+        same(model, twin, one(tokens(120, n)), max_new_tokens=1)
+    assert prefix_use(model).nbytes == 70 * PAGE
+
+
+def test_answers_are_kept_after_their_own_prompt_alone(same):
+    model, twin = with_prefix_cache("llama")
+    prompt, told = one(tokens(40, 1)), []
+    keep = Answered.keep
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Answered, "keep", lambda self, ids: told.append((self, ids)))
+        same(model, twin, prompt, max_new_tokens=30)
+    ((answered, ids),) = told
+    nodes = len(model._pkv_hf_state.prefix_cache._tree)
+    keep(answered, (ids + 1) % 128)
+    keep(answered, ids[:, :50])
+    assert len(model._pkv_hf_state.prefix_cache._tree) == nodes
+    keep(answered, ids)
+    assert len(model._pkv_hf_state.prefix_cache._tree) == 69 // 16
 
 
 def test_a_beginning_outlives_what_followed_it():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pkv_hf.runtime.prefix_cache.kept import Rows
 from pkv_hf.runtime.prefix_cache.prompts import Prompt, Unlike
 from tiny import COMMON, one, padded, prefix_use, randomized, tiny, tokens, with_prefix_cache
 
+OTHERWISE = "the decoder is given something else than the prompt's tokens at their places"
 PROMPT = one(tokens(40, 1))
 
 
@@ -168,15 +170,41 @@ def test_a_model_that_gives_its_decoder_something_else_runs_again_whole(what, by
         same(model, twin, longer)
         same(model, twin, longer, prefill_chunk_size=20)
     assert prefix_use(model).hits == hits
-    assert prefix_use(model).not_cached == (
-        "the decoder is given something else than the prompt's tokens at their places",
-    )
+    assert prefix_use(model).not_cached == (OTHERWISE,)
+    unknown = one(tokens(50, 7))
+    same(model, twin, unknown)
+    for each in (model, twin):
+        each.prepare_inputs_for_generation = each.prepare_inputs_for_generation.__wrapped__
+    same(model, twin, unknown)
+    assert prefix_use(model).hits == hits
+
+
+def test_a_call_that_is_left_to_transformers_has_its_whole_prompt_there(same):
+    """Where a user's attention function takes the place of transformers', say, which may look at all of it."""
+    model, twin = with_prefix_cache("llama")
+    same(model, twin, PROMPT)
+    before = transformers.AttentionInterface()["sdpa"]
+
+    def by_length(module, query, *args, **kwargs):
+        output, weights = before(module, query, *args, **kwargs)
+        return output * (1 + query.shape[2] / 8), weights
+
+    transformers.AttentionInterface.register("sdpa", by_length)
+    try:
+        same(model, twin, PROMPT)
+    finally:
+        transformers.AttentionInterface.register("sdpa", before)
+    assert pkv_hf.report(model).calls.transformers
+    assert (prefix_use(model).hits, prefix_use(model).not_cached) == (0, (OTHERWISE,))
+    same(model, twin, PROMPT)
+    assert prefix_use(model).hits == 1
 
 
 def _shift(model, what, by):
     """Has the model give its decoder other positions or tokens, in a way that generate() does not know."""
     prepare = model.prepare_inputs_for_generation
 
+    @functools.wraps(prepare)
     def shifted(*args, **kwargs):
         inputs = prepare(*args, **kwargs)
         inputs[what] = inputs[what] + by if what == "position_ids" else (inputs[what] + by) % 128
