@@ -10,6 +10,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 import pkv_hf
 from pkv_hf.compat import CACHE
@@ -151,6 +152,7 @@ MODES = {
 @pytest.mark.contract
 @pytest.mark.parametrize("mode", MODES)
 def test_modes_of_generate(mode, same):
+    """Older releases run the chunks of a prompt from its beginning whatever its cache holds, which is said."""
     model, twin = with_prefix_cache("llama")
     shots = tokens(40, 1)
     batches = [one(shots, [n, 5]) for n in range(3)]
@@ -158,9 +160,9 @@ def test_modes_of_generate(mode, same):
         batches += [padded(shots + tokens(3, 2), shots + tokens(7, 3))] * 2
     for inputs in batches:
         same(model, twin, inputs, **MODES[mode])
-    served = mode not in ("prompt lookup", "no cache")
-    assert (prefix_use(model).hits > 0) == served
-    assert (prefix_use(model).not_cached == ()) == (mode != "prompt lookup")
+    goes_on = "chunks" not in mode or Version(transformers.__version__) >= Version("5.24")
+    assert (prefix_use(model).hits > 0) == (goes_on and mode not in ("prompt lookup", "no cache"))
+    assert (prefix_use(model).not_cached == ()) == (goes_on and mode != "prompt lookup")
 
 
 def test_padding_before_kept_tokens_reads_as_zeros():
