@@ -58,9 +58,9 @@ def _check_weight(name: str, weight: AnyWeight4, inputs: int) -> None:
         raise ValueError(f"{name}{wrong}")
 
 
-def _words(x: torch.Tensor) -> torch.Tensor:
-    """x by pairs of inputs, as words of 32 bits, which have to be where words can be."""
-    return (x.clone() if x.data_ptr() % 4 else x).view(torch.int32)
+def _aligned(vector: torch.Tensor) -> torch.Tensor:
+    """The vector where words of 32 bits can be, of two elements each."""
+    return vector.clone() if vector.data_ptr() % 4 else vector
 
 
 def _asm(x: torch.Tensor, weight: AnyWeight4) -> tuple[str, ...] | None:
@@ -171,8 +171,9 @@ def _launch(
     _linear4(
         (x.dtype, kind_of(a), lora, x.device, block.num_warps, constants),
         (sum(-(-weight.outputs // block.outputs) for weight in weights), parts, 1),
-        (_words(x), *_tensors(block, a, b, c), bias_a, bias_b, bias_c, x if residual is None else residual,
-         x if norm is None else norm, codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
+        (_aligned(x).view(torch.int32), *_tensors(block, a, b, c), bias_a, bias_b, bias_c,
+         x if residual is None else residual, x if norm is None else _aligned(norm),
+         codes.values(a.quant_type, x.dtype, x.device), *pointers, out),
         (rows, *outputs, inputs, part_blocks, scale, eps), constants,
         num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
@@ -209,12 +210,12 @@ def gated4(
     shrunk = None if adapters is None else shrink(x, adapters, [gate.outputs] * 2, norm, offset)
     switches, (lora, pointers) = _constants(x, gate, norm, offset, block, shrunk), read(x, shrunk)
     constants = *((activation, bias_gate is not None) if parts == 1 else (None, False)), *switches
-    vectors = [x if vector is None else vector for vector in (bias_gate, bias_up, norm)]
+    vectors = [x if each is None else each for each in (bias_gate, bias_up, None if norm is None else _aligned(norm))]
     values = codes.values(gate.quant_type, x.dtype, x.device)
     _gated4(
         (x.dtype, kind_of(gate), lora, x.device, block.num_warps, constants),
         (-(-gate.outputs // block.outputs), parts, 1),
-        (_words(x), *_tensors(block, gate, up), *vectors, values, *pointers, sums),
+        (_aligned(x).view(torch.int32), *_tensors(block, gate, up), *vectors, values, *pointers, sums),
         (rows, gate.outputs, inputs, part_blocks, eps), constants, num_warps=block.num_warps, **options(x.device),
     )  # fmt: skip
     if parts > 1:

@@ -59,12 +59,14 @@ def _multiplied(y, packed, x, scale, shift, of_group, TYPE: tl.constexpr, ASM: t
                 G: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
     """y plus the product of a block; scale and shift [outputs, groups]."""
     if SCALE_WEIGHTS:
-        factor = spread_to_elements(scale, LAYOUT, GROUP).to(TYPE)
+        factor = spread_to_elements(scale, LAYOUT, GROUP)
         for i in tl.static_range(4):
-            values = decoded(packed, i, TYPE, ASM, values_ptr, LAYOUT) * factor
-            if SHIFTED:
-                values += spread_to_elements(shift, LAYOUT, GROUP).to(TYPE)
-            y = tl.dot(values, x[i], y)
+            values = decoded(packed, i, TYPE, ASM, values_ptr, LAYOUT)
+            if SHIFTED:  # rounded once: a value and a zero point may cancel
+                values = values.to(tl.float32) * factor + spread_to_elements(shift, LAYOUT, GROUP)
+                y = tl.dot(values.to(TYPE), x[i], y)
+            else:
+                y = tl.dot(values * factor.to(TYPE), x[i], y)
     else:
         product = tl.zeros_like(y)
         for i in tl.static_range(4):
@@ -240,6 +242,12 @@ def by_sums(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
             y2 += _of_groups(packed, x, TYPE, ASM, values_ptr, LAYOUT, GROUP) * scale
             if SHIFTED:
                 y2 += shift * _sums(x, LAYOUT, GROUP)
+    return summed(y, y2, squares, inputs, eps, NORM)
+
+
+@triton.jit
+def summed(y, y2, squares, inputs, eps, NORM: tl.constexpr):
+    """One row's sums [outputs, any] of both weights over their last dimension, [1, outputs], and its norm's factor."""
     total = tl.sum(y, 1)[None, :]
     total2 = tl.sum(y2, 1)[None, :]
     factor = 1.0

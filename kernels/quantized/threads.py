@@ -12,6 +12,7 @@ import triton.language as tl
 from pkv_hf.kernels.pdl import release, wait
 from pkv_hf.kernels.quantized import blocks, codes
 from pkv_hf.kernels.quantized.layouts import pairs_of, scales_at
+from pkv_hf.kernels.quantized.loops import summed
 
 WEIGHTS, OF_WEIGHT = tl.constexpr(codes.WEIGHTS_PTX), tl.constexpr(codes.WEIGHT_CONSTRAINTS)
 LANE, OF_LANE = tl.constexpr(codes.LANE), tl.constexpr(codes.LANE_CONSTRAINTS)
@@ -136,14 +137,7 @@ def by_threads(x_ptr, w_ptr, absmax_ptr, code_ptr, absmax2_ptr, offset_ptr,
         y += sums * scale
         if GATED:
             y2 += sums2 * scale2
-    total = tl.sum(y, 1)[None, :]
-    total2 = tl.sum(y2, 1)[None, :]
-    factor = 1.0
-    if NORM:
-        factor = tl.rsqrt(tl.sum(squares, 1) / inputs + eps)[:, None]
-        total *= factor
-        total2 *= factor
-    return total, total2, factor
+    return summed(y, y2, squares, inputs, eps, NORM)
 
 
 @triton.jit

@@ -72,4 +72,6 @@ class Linear4(Bits4):
             return f"a {name} has scales elsewhere than its weight, which is on {packed.device}"
         if not all(tensor.is_contiguous() for tensor in (packed, *tensors)):
             return f"a {name} has a weight or scales that are not contiguous"
+        if packed.data_ptr() % 4:
+            return f"a {name} has a weight that begins inside a word"
         return Weight4(packed.data, state.absmax, outputs, inputs, state.blocksize, state.quant_type, nested)

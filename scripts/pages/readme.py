@@ -145,7 +145,8 @@ def models_short() -> str:
     served = f"{len(on_pages)} run on pages" + (f", among them {', '.join(among)}" if among else "")
     return (
         f"Of the {len(run)} models in transformers {run[0]['transformers']}, {served}. Of {whole} of them our kernels "
-        f"run whole layers, not attention alone; in {parts} of these a part of a layer, the code around experts say, runs as it is.\n"
+        f"run whole layers, not attention alone; in {parts} of these a part of a layer, the code around experts say, "
+        "runs as it is.\n"
     )
 
 

@@ -148,7 +148,8 @@ def test_other_dtypes_are_named(kv_dtype):
 
 def test_fp8_names_the_gpus_that_have_it(monkeypatch):
     module = sys.modules["pkv_hf.patching"]
-    layer = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda", 0))]))
+    held = SimpleNamespace(device=torch.device("cuda", 0))
+    layer = SimpleNamespace(parameters=lambda: iter([held]), buffers=lambda: iter([]))
     monkeypatch.setattr(launch, "_properties", lambda _: (84, 99 * 1024, (8, 6)))
     with pytest.raises(ValueError, match="'fp8' needs sm_89 or newer, cuda:0 is sm_86: use 'int8'"):
         module._check_fp8("fp8", layer)

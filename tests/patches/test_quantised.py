@@ -111,6 +111,12 @@ def in_order_of_cpus(module):
     return module
 
 
+def inside_a_word(module):
+    held = torch.empty(module.weight.numel() + 1, dtype=torch.uint8)[1:]
+    module.weight.data = held.copy_(module.weight.data.flatten()).view_as(module.weight)
+    return module
+
+
 @pytest.mark.parametrize(
     ("made", "reason"),
     [
@@ -120,6 +126,7 @@ def in_order_of_cpus(module):
         (lambda: offloaded(layer()), "scales elsewhere than its weight"),
         (lambda: own_forward(layer()), "is no 4-bit layer"),
         (lambda: in_order_of_cpus(layer()), "in another order"),
+        (lambda: inside_a_word(layer()), "begins inside a word"),
     ],
 )
 def test_what_is_not_taken_runs_its_own_forward(made, reason):
