@@ -22,7 +22,7 @@ from pkv_hf.patches.experts.beside import Beside
 from pkv_hf.patches.probe import returned
 from pkv_hf.patches.projections.base import Normed, Projection
 from pkv_hf.patches.projections.registry import Kinds
-from pkv_hf.patches.stream import Stream, projections, take_norm
+from pkv_hf.patches.stream import Stream, acted, projections, take_norm
 from pkv_hf.routes.base import Norms, Scores
 from pkv_hf.runtime.fusion import Multiplied
 from pkv_hf.runtime.interface import HARMLESS, seen_by
@@ -191,7 +191,7 @@ def _mlp(mlp: MLP, kind: Projection, x: Normed, shape: torch.Size, given: dict[s
     if mlp.by:
         gate = kind.linear(x)
         return act_mul(gate, given[mlp.by].expand(*shape[:-1], -1).reshape(gate.shape), mlp.activation)
-    return kind.linear(x, activation=mlp.activation) if mlp.gate is None else kind.gated(x, mlp.activation)
+    return acted(mlp, kind, x)
 
 
 def _mixed(body: AsIs, hidden: torch.Tensor, given: dict[str, Any]) -> torch.Tensor:

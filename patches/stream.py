@@ -25,6 +25,11 @@ def projections(body: Any) -> Modules:
     return tuple(each for each in (body.gate, body.up) if each is not None) if isinstance(body, MLP) else ()
 
 
+def acted(mlp: MLP, kind: Projection, x: Normed) -> torch.Tensor:
+    """What the down projection takes of an MLP that multiplies by nothing from outside, `[rows, intermediate]`."""
+    return kind.linear(x, activation=mlp.activation) if mlp.gate is None else kind.gated(x, mlp.activation)
+
+
 class Stream:
     """Hidden states `[B * q_len, width]` on their way through a layer."""
 

@@ -57,7 +57,7 @@ def angles_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(("x", "position_ids", "layer_type"), args), **kwargs)
         angles = found.get(given.pop("layer_type", ""))
         if angles is not None and given.keys() == {"x", "position_ids"} and given["position_ids"].ndim == 2:
-            return angles(**{"x": given["x"], "positions": given["position_ids"]})
+            return angles(given["x"], given["position_ids"])
     return original(self, "forward")(*args, **kwargs)
 
 

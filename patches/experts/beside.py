@@ -16,7 +16,7 @@ from pkv_hf.patches.parts.mlps import mlp_of
 from pkv_hf.patches.projections.base import Normed
 from pkv_hf.patches.projections.registry import Kinds
 from pkv_hf.patches.reading import alike, drawn, drawn_vectors, twin_of
-from pkv_hf.patches.stream import projections
+from pkv_hf.patches.stream import acted, projections
 from pkv_hf.patches.trace import Call, traced
 from pkv_hf.replaced import original
 from pkv_hf.runtime.fusion import Multiplied
@@ -57,9 +57,8 @@ class Beside:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         rows, mlp = x.reshape(-1, x.shape[-1]).contiguous(), self.mlp
-        kind, taken = self.kinds(projections(mlp), rows), Normed(rows)
-        acted = kind.linear(taken, activation=mlp.activation) if mlp.gate is None else kind.gated(taken, mlp.activation)
-        return self.kinds((mlp.down,), acted).linear(Normed(acted)).view(*x.shape[:-1], -1)
+        taken = acted(mlp, self.kinds(projections(mlp), rows), Normed(rows))
+        return self.kinds((mlp.down,), taken).linear(Normed(taken)).view(*x.shape[:-1], -1)
 
     def count(self, found: Multiplied, rows: int, dtype: torch.dtype, device: torch.device) -> None:
         self.kinds.count(found, rows, dtype, device)

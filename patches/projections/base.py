@@ -92,6 +92,21 @@ class Projection:
         return None
 
 
+def why_not_from_bits(modules: Modules, x: torch.Tensor, bits: int) -> str:
+    """Why our products with weights of so many bits do not take x `[rows, inputs]`; empty where they do."""
+    from pkv_hf.kernels.launch import capability
+    from pkv_hf.kernels.linear import DTYPES
+    from pkv_hf.kernels.quantized.blocks import most_rows
+
+    if x.dtype not in DTYPES:
+        return f"hidden states are {x.dtype}, and products with {bits} bits are of fp16 and bf16"
+    for module in modules:
+        if module.bias is not None and module.bias.dtype != x.dtype:
+            return f"a {named(module)} has a bias of {module.bias.dtype}, hidden states are {x.dtype}"
+    most = most_rows(capability(x.device))
+    return f"{len(x)} rows are more than {most}" if len(x) > most else ""
+
+
 def named(module: Any) -> str:
     """What reasons call a module."""
     return type(module).__name__

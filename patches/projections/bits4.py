@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from pkv_hf.errors import first_line
-from pkv_hf.patches.projections.base import Modules, Normed, Projection, named
+from pkv_hf.patches.projections.base import Modules, Normed, Projection, named, why_not_from_bits
 
 if TYPE_CHECKING:
     from pkv_hf.kernels.products.epilogue import Parts
@@ -66,17 +66,7 @@ class Bits4(Projection):
         return dequantized(weight, torch.float32)
 
     def why_not(self, x: torch.Tensor) -> str:
-        from pkv_hf.kernels.launch import capability
-        from pkv_hf.kernels.linear import DTYPES
-        from pkv_hf.kernels.quantized.blocks import most_rows
-
-        if x.dtype not in DTYPES:
-            return f"hidden states are {x.dtype}, and products with 4 bits are of fp16 and bf16"
-        for module in self.modules:
-            if module.bias is not None and module.bias.dtype != x.dtype:
-                return f"a {named(module)} has a bias of {module.bias.dtype}, hidden states are {x.dtype}"
-        most = most_rows(capability(x.device))
-        return f"{len(x)} rows are more than {most}" if len(x) > most else ""
+        return why_not_from_bits(self.modules, x, 4)
 
     def linear(
         self,

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pkv_hf.patches.projections.base import Modules, named
+from pkv_hf.patches.projections.base import Modules, named, why_not_from_bits
 from pkv_hf.patches.projections.plain import Plain
 
 
@@ -64,16 +64,8 @@ class Scaled(Plain):
         return dequantized(*weight, torch.float32)
 
     def why_not(self, x: torch.Tensor) -> str:
-        from pkv_hf.kernels.launch import capability, has_dtypes
-        from pkv_hf.kernels.linear import DTYPES
-        from pkv_hf.kernels.quantized.blocks import most_rows
+        from pkv_hf.kernels.launch import has_dtypes
 
-        if x.dtype not in DTYPES:
-            return f"hidden states are {x.dtype}, and products with 8 bits are of fp16 and bf16"
         if not has_dtypes(x.device, self.weights[0].dtype):
             return f"this GPU does not convert weights of {self.weights[0].dtype}"
-        for module in self.modules:
-            if module.bias is not None and module.bias.dtype != x.dtype:
-                return f"a {named(module)} has a bias of {module.bias.dtype}, hidden states are {x.dtype}"
-        most = most_rows(capability(x.device))
-        return f"{len(x)} rows are more than {most}" if len(x) > most else ""
+        return why_not_from_bits(self.modules, x, 8)

@@ -66,8 +66,8 @@ def test_a_reason_on_the_page_of_symptoms_is_one_that_is_given(reason):
 
 
 def test_every_reason_why_layers_are_not_fused_or_steps_not_run_ahead_is_on_the_page_of_symptoms():
-    kinds = [f"projections/{name}" for name in ("plain", "bnb4", "bits4", "gptq4", "lora", "registry", "torchao4")]
-    kinds += ["experts/described", "experts/served"]
+    kinds = ["base", "plain", "bnb4", "bits4", "gptq4", "lora", "registry", "torchao4"]
+    kinds = [*(f"projections/{name}" for name in kinds), "experts/described", "experts/served"]
     files = [*(ROOT / "patches" / f"{name}.py" for name in ("reading", "check", "probe", "adapters", *kinds)),
              *(ROOT / "pkv_hf" / "runtime" / "ahead").glob("*.py")]  # fmt: skip
     given = {

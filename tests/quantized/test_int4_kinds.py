@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.library import Library
 from weights import packed4
 from weights.packed4 import QuantLinear, gptq, plain, quantised, tinygemm, unpacked_tiles, words_of
 
@@ -65,7 +66,7 @@ def _kernels_of_gpus():
         scale, shift = (each.repeat_interleave(group, 0).T for each in (scale, shift))
         return x @ (((values ^ 8) - 8).to(x.dtype) * scale + shift).T
 
-    of_torch, of_kernels = torch.library.Library("aten", "IMPL"), torch.library.Library("mslk", "FRAGMENT")
+    of_torch, of_kernels = Library("aten", "IMPL"), Library("mslk", "FRAGMENT")
     of_torch.impl("_weight_int4pack_mm", tiles, "CPU")
     of_kernels.define("bf16i4bf16_rowwise(Tensor x, Tensor w, Tensor scale, Tensor zero) -> Tensor")
     of_kernels.impl("bf16i4bf16_rowwise", rows, "CPU")
