@@ -99,3 +99,17 @@ def test_a_generation_takes_them_once_a_step_and_kind(model, kinds, monkeypatch)
         static = pkv_hf.report(model).steps.static
     assert static > 5
     assert calls == ["halves"] * (5 * kinds)
+
+
+def test_each_kind_of_layers_is_given_its_own(monkeypatch):
+    model = gemma3()
+    rotary, found = model.model.rotary_emb, found_in(model)
+    step = object.__new__(Step)
+    step.fusion = Fusion(angles=found)
+    x, positions = torch.empty(1, 1, 64), torch.tensor([[90]])
+    own = {kind: type(rotary).forward(rotary, x, positions, kind) for kind in found[rotary]}
+    assert not torch.allclose(*(cos for cos, _ in own.values()))
+    monkeypatch.setattr(angles, "current_step", lambda: step)
+    for kind, expected in own.items():
+        torch.testing.assert_close(rotary(x, positions, kind), expected)
+        torch.testing.assert_close(rotary(x, positions, layer_type=kind), expected)

@@ -14,6 +14,7 @@ from pkv_hf.errors import RouteError
 from pkv_hf.kernels import launch
 from pkv_hf.kernels.launch import splits_for
 from pkv_hf.policy.choose import HYSTERESIS, choose
+from pkv_hf.replaced import STATE
 from pkv_hf.routes.base import Rejected, StepShape
 from pkv_hf.routes.costs import MODES, Constants, RouteConstants, Work, from_properties, predict
 from pkv_hf.routes.registry import ROUTES
@@ -99,6 +100,13 @@ def test_an_append_that_is_no_part_of_attention_counts_as_a_launch():
     known = constants(split=dataclasses.replace(EQUAL, launch_s=9e-6), workqueue=EQUAL)
     assert choose("auto", shape_of([33_000] * 2), constants=known).route.name == "workqueue"
     assert choose("auto", shape_of([33_000] * 2, fused=True), constants=known).route.name == "split"
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_steps_are_decided_on_as_layers_are_to_run(fuse):
+    with pkv_hf.patched(tiny("llama"), fuse=fuse) as model:
+        model.generate(torch.randint(1, 100, (1, 9)), max_new_tokens=3, do_sample=False)
+        assert getattr(model, STATE).decision.shape.fused == fuse
 
 
 def test_layers_of_several_kinds_take_one_route():
