@@ -168,3 +168,23 @@ def test_weights_of_two_kinds_are_refused():
     for other in (weight_of("rows", "shifted"), weight_of(dtype=torch.float16), weight_of(scaled="groups")):
         with pytest.raises(ValueError, match=r"weights\[1\] is of another kind"):
             linear4(x, [weight_of(), other])
+
+
+@pytest.mark.parametrize(("layout", "scaled"), [("rows", "shifted"), ("words", "zeros"), ("tiles", "pairs")])
+def test_a_value_and_a_zero_point_that_cancel_are_rounded_once(layout, scaled):
+    """Apart, their errors would be as large as what they are, and their sum is next to nothing."""
+    weight = drawn_int4(Draw(0, torch.bfloat16, True, DEVICE), 24, 128, 128, "uint4", layout, scaled)
+    flat = torch.full_like(weight.packed.view(torch.uint8), 0xFF)
+    zero, scale = weight.zero, weight.scale
+    if scaled == "zeros":
+        zero = torch.full_like(zero, 0x11111111 * 14 - (1 << 32))
+        scale = torch.full_like(scale, 0.1)
+    elif scaled == "shifted":
+        scale, zero = torch.full_like(scale, 0.1), torch.full_like(zero, -0.6)
+    else:
+        scale = torch.empty_like(scale)
+        scale.view(-1, 2)[:] = torch.tensor([0.1, -0.6])
+    weight = weight._replace(packed=flat.view(weight.packed.dtype), scale=scale, zero=zero)
+    x, exact = torch.ones(1, 128, dtype=torch.bfloat16, device=DEVICE), dequantized(weight, torch.float64).sum(1)
+    found = linear4(x, [weight], block=Block4(16, 128, 2, "weights"))
+    torch.testing.assert_close(found[0].double(), exact, rtol=2**-7, atol=0)
